@@ -1,0 +1,287 @@
+"""Every error a caller can act on, each with a stable code and its facts as attributes.
+
+Doors turn these into their protocol's errors in one table each (`api/grpc/status.py`). Anything else that
+leaves the service is a bug of ours and is reported as such.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+class GardenError(Exception):
+    """Something a caller can act on; the message is a full sentence without a stack trace's details."""
+
+    code: ClassVar[str] = "internal"
+
+
+@dataclass(frozen=True, slots=True)
+class FieldViolation:
+    """One bad field of a request.
+
+    Attributes:
+        field: dotted path in the request, e.g. `limits.memory_bytes` or `egress.rules[3].ports[0]`.
+        problem: what is wrong with it and what would be right.
+    """
+
+    field: str
+    problem: str
+
+
+class InvalidRequest(GardenError):
+    """The request breaks one or more rules; nothing was changed."""
+
+    code = "invalid_request"
+
+    def __init__(self, violations: Sequence[FieldViolation]) -> None:
+        super().__init__("; ".join(f"{v.field}: {v.problem}" for v in violations) or "invalid request")
+        self.violations = tuple(violations)
+
+
+class InvalidField(InvalidRequest):
+    """One field of the request is bad; nothing was changed."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__([FieldViolation(field, problem)])
+        self.field = field
+        self.problem = problem
+
+
+class ContainerNotFound(GardenError):
+    """No container has this handle."""
+
+    code = "container_not_found"
+
+    def __init__(self, handle: str) -> None:
+        super().__init__(f"unknown handle: {handle}")
+        self.handle = handle
+
+
+class HandleInUse(GardenError):
+    """Another container has this handle, or is being made with it."""
+
+    code = "handle_in_use"
+
+    def __init__(self, handle: str) -> None:
+        super().__init__(f"Handle '{handle}' already in use")
+        self.handle = handle
+
+
+class ContainerBusy(GardenError):
+    """The container is in a state that does not allow the call (being created, being destroyed, broken)."""
+
+    code = "container_busy"
+
+    def __init__(self, handle: str, state: str, wanted: str) -> None:
+        super().__init__(f"container {handle} is {state}; it cannot be {wanted} now")
+        self.handle = handle
+        self.state = state
+
+
+class ContainerBroken(GardenError):
+    """The container's agent is gone or does not answer; only destroy will help."""
+
+    code = "container_broken"
+
+    def __init__(self, handle: str, reason: str) -> None:
+        super().__init__(f"container {handle} is broken: {reason}")
+        self.handle = handle
+        self.reason = reason
+
+
+class Unkillable(GardenError):
+    """Destroy went as far as the kernel let it and goes on in the background.
+
+    Attributes:
+        handle: the container.
+        reason: what the kernel holds on to, with pid and wait channel where known.
+    """
+
+    code = "unkillable"
+
+    def __init__(self, handle: str, reason: str) -> None:
+        super().__init__(f"container {handle} cannot be destroyed yet: {reason}; the server keeps trying")
+        self.handle = handle
+        self.reason = reason
+
+
+class PoolExhausted(GardenError):
+    """A pool of the server has nothing left.
+
+    Attributes:
+        pool: "addresses", "ports", "containers" or "uid ranges".
+        size: how many the pool holds in all.
+        flag: the server flag that sets its size.
+    """
+
+    code = "pool_exhausted"
+
+    def __init__(self, pool: str, size: int, flag: str) -> None:
+        super().__init__(f"no {pool} left: all {size} are in use (server flag {flag})")
+        self.pool = pool
+        self.size = size
+        self.flag = flag
+
+
+class PortInUse(GardenError):
+    """The asked-for host port is mapped already."""
+
+    code = "port_in_use"
+
+    def __init__(self, port: int, holder: str = "") -> None:
+        by = f" by container {holder}" if holder else ""
+        super().__init__(f"host port {port} is already mapped{by}")
+        self.port = port
+        self.holder = holder
+
+
+class ImageNotFound(InvalidField):
+    """The image reference names nothing usable as a root file system."""
+
+    code = "image_not_found"
+
+
+class ProcessNotFound(GardenError):
+    """The container has no process with this id."""
+
+    code = "process_not_found"
+
+    def __init__(self, handle: str, process_id: str) -> None:
+        super().__init__(f"unknown process: {process_id}")
+        self.handle = handle
+        self.process_id = process_id
+
+
+class ProcessIdInUse(GardenError):
+    """A process with this id runs or ran in the container."""
+
+    code = "process_id_in_use"
+
+    def __init__(self, handle: str, process_id: str) -> None:
+        super().__init__(f"process ID '{process_id}' already in use")
+        self.handle = handle
+        self.process_id = process_id
+
+
+class ExecutableNotFound(GardenError):
+    """The program to run does not exist in the container."""
+
+    code = "executable_not_found"
+
+
+class NotExecutable(GardenError):
+    """The program exists, but the kernel refuses to execute it."""
+
+    code = "not_executable"
+
+
+class UserNotFound(GardenError):
+    """The user or group is not in the container's /etc/passwd or /etc/group."""
+
+    code = "user_not_found"
+
+
+class ProcessStartFailed(GardenError):
+    """The process could not be started for another reason, which the message names."""
+
+    code = "process_start_failed"
+
+
+class ProcessExited(GardenError):
+    """The call needs a running process, and this one has exited."""
+
+    code = "process_exited"
+
+    def __init__(self, process_id: str) -> None:
+        super().__init__(f"process {process_id} has exited")
+        self.process_id = process_id
+
+
+class StdinClosed(GardenError):
+    """Input was sent after the process's stdin had been closed."""
+
+    code = "stdin_closed"
+
+    def __init__(self, process_id: str) -> None:
+        super().__init__(f"stdin of process {process_id} is closed")
+        self.process_id = process_id
+
+
+class NoTty(GardenError):
+    """A window size was sent to a process that has no terminal."""
+
+    code = "no_tty"
+
+    def __init__(self, process_id: str) -> None:
+        super().__init__(f"process {process_id} has no terminal")
+        self.process_id = process_id
+
+
+class OffsetOutOfRange(GardenError):
+    """The asked-for bytes are not there: dropped by retention, or beyond what was written.
+
+    Attributes:
+        offset: what was asked for.
+        first_offset: the first byte still kept.
+        end_offset: the offset after the last byte.
+    """
+
+    code = "offset_out_of_range"
+
+    def __init__(self, offset: int, first_offset: int, end_offset: int) -> None:
+        super().__init__(f"offset {offset} is not available: kept are {first_offset} to {end_offset}")
+        self.offset = offset
+        self.first_offset = first_offset
+        self.end_offset = end_offset
+
+
+class EtagMismatch(GardenError):
+    """Somebody else changed the value since it was read; read again and retry."""
+
+    code = "etag_mismatch"
+
+    def __init__(self, expected: str, actual: str) -> None:
+        super().__init__(f"the value was changed by somebody else: etag is {actual}, not {expected}")
+        self.expected = expected
+        self.actual = actual
+
+
+class CopyFailed(GardenError):
+    """A copy into or out of a container failed inside it; the message is the archiver's.
+
+    Attributes:
+        reason: no_such_path, permission_denied, broken_archive, no_space or io_error.
+    """
+
+    code = "copy_failed"
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class NotSupported(GardenError):
+    """The request is well formed, but this server or host cannot do it; the message says why."""
+
+    code = "not_supported"
+
+
+class HostFault(GardenError):
+    """A step on the host failed: runc, mounts, cgroups, network. Everything done before it was undone."""
+
+    code = "host_fault"
+
+    def __init__(self, step: str, message: str) -> None:
+        super().__init__(f"{step}: {message}")
+        self.step = step
+
+
+class ShuttingDown(GardenError):
+    """The server is stopping and takes no new work."""
+
+    code = "shutting_down"
+
+    def __init__(self) -> None:
+        super().__init__("the server is shutting down")
