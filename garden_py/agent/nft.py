@@ -1,0 +1,136 @@
+"""nftables in-process: one call, one transaction, through libnftables.
+
+Running the `nft` program costs a fork, an exec and the loading of its libraries for each change. The library
+is the same parser and the same netlink code without that. Text in, text or JSON out, so everything that can
+be said in an nft file can be said here, and what was said can be pasted into `nft -f -` to try again.
+
+Source: libnftables(3), nft(8).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import re
+from types import TracebackType
+from typing import Any
+
+SONAME = "libnftables.so.1"
+_OUTPUT_JSON = 1 << 4  # NFT_CTX_OUTPUT_JSON, libnftables(3)
+
+
+class NftError(Exception):
+    """The kernel or the parser refused a transaction; nothing of it was applied.
+
+    Attributes:
+        message: the first line of what libnftables says, with file position and the kernel's reason.
+        commands: the text that was refused, to be replayed with `nft -f -`.
+    """
+
+    def __init__(self, message: str, commands: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.commands = commands
+
+
+def load_library() -> ctypes.CDLL:
+    """Load and declare libnftables. OSError if the host lacks it (Debian package `libnftables1`)."""
+    library = ctypes.CDLL(SONAME, use_errno=True)
+    library.nft_ctx_new.argtypes = [ctypes.c_uint32]
+    library.nft_ctx_new.restype = ctypes.c_void_p
+    for name in ("nft_ctx_buffer_output", "nft_ctx_buffer_error"):
+        getattr(library, name).argtypes = [ctypes.c_void_p]
+        getattr(library, name).restype = ctypes.c_int
+    for name in ("nft_ctx_get_output_buffer", "nft_ctx_get_error_buffer"):
+        getattr(library, name).argtypes = [ctypes.c_void_p]
+        getattr(library, name).restype = ctypes.c_char_p
+    library.nft_ctx_output_set_flags.argtypes = [ctypes.c_void_p, ctypes.c_uint]
+    library.nft_ctx_output_set_flags.restype = None
+    library.nft_run_cmd_from_buffer.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
+    library.nft_run_cmd_from_buffer.restype = ctypes.c_int
+    library.nft_ctx_free.argtypes = [ctypes.c_void_p]
+    library.nft_ctx_free.restype = None
+    return library
+
+
+class Nft:
+    """A libnftables context, bound to the network namespace in which it was made (its netlink socket is).
+
+    After a setns(2) make a new one. Not for use by two threads at once.
+    """
+
+    def __init__(self, library: ctypes.CDLL | None = None) -> None:
+        self._library = library or load_library()
+        self._context = self._library.nft_ctx_new(0)
+        if not self._context:
+            raise MemoryError("nft_ctx_new")
+        for prepare in (self._library.nft_ctx_buffer_output, self._library.nft_ctx_buffer_error):
+            if prepare(self._context) != 0:
+                self.close()
+                raise MemoryError("nft_ctx_buffer_output")
+
+    def __enter__(self) -> Nft:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the context and its socket; safe to call twice."""
+        if self._context:
+            self._library.nft_ctx_free(self._context)
+            self._context = None
+
+    def run(self, commands: str) -> str:
+        """Apply `commands` as one transaction, or list something; return what `nft` would print.
+
+        Raises:
+            NftError: refused; nothing was changed.
+        """
+        self._library.nft_ctx_output_set_flags(self._context, 0)
+        return self._run(commands)
+
+    def run_json(self, command: str) -> list[dict[str, Any]]:
+        """Run a listing command and return the objects of libnftables-json(5), without the metainfo one."""
+        self._library.nft_ctx_output_set_flags(self._context, _OUTPUT_JSON)
+        objects = json.loads(self._run(command))["nftables"]
+        return [o for o in objects if "metainfo" not in o]
+
+    def _run(self, commands: str) -> str:
+        status = self._library.nft_run_cmd_from_buffer(self._context, commands.encode())
+        output: bytes = self._library.nft_ctx_get_output_buffer(self._context) or b""
+        errors: bytes = self._library.nft_ctx_get_error_buffer(self._context) or b""
+        if status != 0:
+            text = errors.decode(errors="replace").strip()
+            raise NftError(text.splitlines()[0] if text else f"status {status}", commands)
+        return output.decode(errors="replace")
+
+
+def is_missing(error: NftError) -> bool:
+    """Whether the refusal was ENOENT: the table, chain or element does not exist."""
+    return "No such file or directory" in error.message
+
+
+def read_counters(objects: list[dict[str, Any]]) -> list[dict[str, int | str]]:
+    """The counters of the commented rules in a JSON listing, in the order of the chain.
+
+    Returns:
+        `{"rule": INDEX or "default"..., "packets": N, "bytes": N}`; a rule that compiled to several nft rules
+        is summed up.
+    """
+    sums: dict[int | str, list[int]] = {}
+    for entry in objects:
+        rule = entry.get("rule")
+        if rule is None or "comment" not in rule:
+            continue
+        numbered = re.fullmatch(r"rule ([0-9]+)", rule["comment"])
+        key: int | str = int(numbered[1]) if numbered else str(rule["comment"])
+        for expression in rule["expr"]:
+            counter = expression.get("counter")
+            if isinstance(counter, dict):
+                total = sums.setdefault(key, [0, 0])
+                total[0] += counter["packets"]
+                total[1] += counter["bytes"]
+    return [{"rule": key, "packets": packets, "bytes": size} for key, (packets, size) in sums.items()]

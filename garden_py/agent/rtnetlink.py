@@ -1,0 +1,331 @@
+"""The few rtnetlink requests that a container's network needs: links, addresses, routes, neighbours.
+
+Synchronous, standard library only, one socket, each request acknowledged before the next is sent. A socket
+belongs to the network namespace in which it was opened, whatever the process joins later.
+
+Source: rtnetlink(7), netlink(7), linux/if_link.h, linux/rtnetlink.h; the numbers below are kernel ABI.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network
+from types import TracebackType
+
+NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP = 0x1, 0x4, 0x300
+NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE = 0x100, 0x200, 0x400
+NLMSG_ERROR, NLMSG_DONE = 2, 3
+NLM_F_ACK_TLVS, NLM_F_CAPPED = 0x200, 0x100
+RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK, RTM_SETLINK = 16, 17, 18, 19
+RTM_NEWADDR, RTM_GETADDR = 20, 22
+RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
+RTM_NEWNEIGH = 28
+
+IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINKINFO, IFLA_IFALIAS, IFLA_NET_NS_FD = 1, 3, 4, 18, 20, 28
+IFLA_INFO_KIND, IFLA_INFO_DATA, VETH_INFO_PEER = 1, 2, 1
+IFA_ADDRESS, IFA_LOCAL = 1, 2
+RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_TABLE = 1, 4, 5, 6, 15
+NDA_DST, NDA_LLADDR = 1, 2
+NUD_PERMANENT = 0x80
+RT_TABLE_MAIN, RTPROT_STATIC = 254, 4
+RTN_UNICAST, RTN_UNREACHABLE = 1, 7
+SCOPE_UNIVERSE, SCOPE_LINK = 0, 253
+IFF_UP = 0x1
+
+_SOL_NETLINK, _NETLINK_CAP_ACK, _NETLINK_EXT_ACK = 270, 10, 11
+_RECEIVE_BYTES = 1 << 16
+_TIMEOUT_S = 10.0
+"""The kernel answers a request while it is sent; a longer wait means it is stuck, and we say so."""
+
+
+class RtnetlinkError(OSError):
+    """A request was refused; errno is the kernel's, filename names the request."""
+
+    def __init__(self, code: int, request: str, hint: str = "") -> None:
+        super().__init__(code, f"{os.strerror(code)}{f' ({hint})' if hint else ''}", request)
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A network interface. `kind` is empty for real devices, `alias` if none was set."""
+
+    index: int
+    name: str
+    mtu: int
+    is_up: bool
+    kind: str
+    alias: str
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """An IPv4 address with its prefix length on an interface."""
+
+    link_index: int
+    address: IPv4Address
+    prefix_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """An IPv4 route of the main table. `link_index` is 0 for unreachable ones; `type` is an RTN_ number."""
+
+    destination: IPv4Network
+    link_index: int
+    type: int
+    metric: int
+
+
+@dataclass(frozen=True, slots=True)
+class VethEnd:
+    """One end of a veth pair to be made: name, six MAC bytes, and the namespace's fd (None: ours)."""
+
+    name: str
+    mac: bytes
+    netns_fd: int | None = None
+
+
+class Rtnetlink:
+    """An open rtnetlink socket. Close it, or use it in a `with` statement."""
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
+        self._socket.setsockopt(_SOL_NETLINK, _NETLINK_EXT_ACK, 1)
+        self._socket.setsockopt(_SOL_NETLINK, _NETLINK_CAP_ACK, 1)
+        self._socket.settimeout(_TIMEOUT_S)
+        self._socket.bind((0, 0))
+        self._sequence = 0
+
+    def __enter__(self) -> Rtnetlink:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the socket; safe to call twice."""
+        self._socket.close()
+
+    # --- links ---
+
+    def add_bridge(self, name: str, mac: bytes) -> None:
+        """Make a bridge without ports; EEXIST if the name is taken."""
+        info = _nested(IFLA_LINKINFO, _text(IFLA_INFO_KIND, "bridge"))
+        body = _link_header() + _text(IFLA_IFNAME, name) + _attribute(IFLA_ADDRESS, mac) + info
+        self._ask(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, body, f"link add {name} type bridge")
+
+    def add_veth(self, near: VethEnd, far: VethEnd, *, mtu: int) -> None:
+        """Make a pair, each end directly in its namespace, so that no half of it is ever in the wrong one.
+
+        EEXIST if a name is taken there; EPERM if the namespace's owner is not below ours.
+        """
+        peer = _nested(VETH_INFO_PEER, _link_header() + _veth_end(far, mtu))
+        info = _nested(IFLA_LINKINFO, _text(IFLA_INFO_KIND, "veth") + _nested(IFLA_INFO_DATA, peer))
+        body = _link_header() + _veth_end(near, mtu) + info
+        self._ask(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, body, f"link add {near.name} type veth")
+
+    def set_link_up(self, index: int, *, alias: str = "") -> None:
+        """Bring an interface up and, if given, name its purpose (`ip link` shows the alias)."""
+        label = _text(IFLA_IFALIAS, alias, terminated=False) if alias else b""
+        header = _link_header(index, flags=IFF_UP, change=IFF_UP)
+        self._ask(RTM_SETLINK, 0, header + label, f"link set {index} up")
+
+    def delete_link(self, name: str) -> None:
+        """Delete an interface (of a veth pair: both ends); ENODEV if there is none of that name."""
+        self._ask(RTM_DELLINK, 0, _link_header() + _text(IFLA_IFNAME, name), f"link del {name}")
+
+    def find_link(self, name: str) -> Link | None:
+        """The interface of that name, or None."""
+        try:
+            answers = self._request(RTM_GETLINK, 0, _link_header() + _text(IFLA_IFNAME, name), f"link {name}")
+        except RtnetlinkError as error:
+            if error.errno == 19:  # ENODEV
+                return None
+            raise
+        return _parse_link(answers[0])
+
+    def links(self) -> list[Link]:
+        """Every interface of the namespace."""
+        return [_parse_link(a) for a in self._request(RTM_GETLINK, NLM_F_DUMP, _link_header(), "link show")]
+
+    # --- addresses, routes, neighbours ---
+
+    def set_address(self, index: int, address: IPv4Address, prefix_length: int) -> None:
+        """Give an interface an address; that it has it already is fine."""
+        body = struct.pack("=BBBBi", socket.AF_INET, prefix_length, 0, SCOPE_UNIVERSE, index)
+        body += _attribute(IFA_LOCAL, address.packed) + _attribute(IFA_ADDRESS, address.packed)
+        self._ask(RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, body, f"addr add {address} dev {index}")
+
+    def addresses(self) -> list[Address]:
+        """Every IPv4 address of the namespace."""
+        body = struct.pack("=BBBBi", socket.AF_INET, 0, 0, 0, 0)
+        found = []
+        for answer in self._request(RTM_GETADDR, NLM_F_DUMP, body, "addr show"):
+            _family, prefix_length, _flags, _scope, index = struct.unpack_from("=BBBBi", answer)
+            attributes = dict(_parse_attributes(answer[8:]))
+            packed = attributes.get(IFA_LOCAL) or attributes[IFA_ADDRESS]
+            found.append(Address(index, IPv4Address(packed), prefix_length))
+        return found
+
+    def set_route(
+        self, destination: IPv4Network, *, link_index: int, gateway: IPv4Address | None = None
+    ) -> None:
+        """Route `destination` to a link, directly or through a gateway; replaces a route to the same."""
+        scope = SCOPE_LINK if gateway is None else SCOPE_UNIVERSE
+        body = _route_header(destination, scope, RTN_UNICAST) + _attribute(
+            RTA_OIF, struct.pack("=i", link_index)
+        )
+        if gateway is not None:
+            body += _attribute(RTA_GATEWAY, gateway.packed)
+        self._ask(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, body, f"route replace {destination}")
+
+    def set_unreachable(self, destination: IPv4Network) -> None:
+        """Answer "host unreachable" for what no more specific route knows, instead of sending it upstream."""
+        body = _route_header(destination, SCOPE_UNIVERSE, RTN_UNREACHABLE)
+        self._ask(
+            RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, body, f"route replace unreachable {destination}"
+        )
+
+    def delete_unreachable(self, destination: IPv4Network) -> None:
+        """Undo set_unreachable; ESRCH if there is none."""
+        body = _route_header(destination, SCOPE_UNIVERSE, RTN_UNREACHABLE)
+        self._ask(RTM_DELROUTE, 0, body, f"route del unreachable {destination}")
+
+    def routes(self) -> list[Route]:
+        """The IPv4 routes of the main table."""
+        body = struct.pack("=BBBBBBBBI", socket.AF_INET, 0, 0, 0, 0, 0, 0, 0, 0)
+        answers = self._request(RTM_GETROUTE, NLM_F_DUMP, body, "route show")
+        return [route for answer in answers if (route := _parse_route(answer)) is not None]
+
+    def set_neighbour(self, index: int, address: IPv4Address, mac: bytes) -> None:
+        """Fix the MAC of an address for good: no ARP is asked, and no ARP answer changes it."""
+        body = struct.pack("=BxxxiHBB", socket.AF_INET, index, NUD_PERMANENT, 0, RTN_UNICAST)
+        body += _attribute(NDA_DST, address.packed) + _attribute(NDA_LLADDR, mac)
+        self._ask(RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE, body, f"neigh replace {address} dev {index}")
+
+    # --- the socket ---
+
+    def _ask(self, kind: int, flags: int, body: bytes, label: str) -> None:
+        self._request(kind, flags | NLM_F_ACK, body, label)
+
+    def _request(self, kind: int, flags: int, body: bytes, label: str) -> list[bytes]:
+        """Send one request and collect the payloads of its answer; RtnetlinkError if it is refused."""
+        self._sequence += 1
+        header = struct.pack("=IHHII", 16 + len(body), kind, flags | NLM_F_REQUEST, self._sequence, 0)
+        self._socket.send(header + body)
+        answers: list[bytes] = []
+        while True:
+            for message_kind, message_flags, sequence, payload in self._receive():
+                if sequence != self._sequence:
+                    continue  # the tail of an answer that an earlier exception kept us from reading
+                if message_kind == NLMSG_DONE:
+                    return answers
+                if message_kind == NLMSG_ERROR:
+                    _raise_refusal(payload, message_flags, label)
+                    return answers
+                answers.append(payload)
+                if not flags & (NLM_F_DUMP | NLM_F_ACK):
+                    return answers
+
+    def _receive(self) -> Iterator[tuple[int, int, int, bytes]]:
+        data = self._socket.recv(_RECEIVE_BYTES)
+        offset = 0
+        while offset + 16 <= len(data):
+            length, kind, flags, sequence, _port = struct.unpack_from("=IHHII", data, offset)
+            yield kind, flags, sequence, data[offset + 16 : offset + length]
+            offset += max(_align(length), 16)
+
+
+def _raise_refusal(payload: bytes, flags: int, label: str) -> None:
+    (code,) = struct.unpack_from("=i", payload)
+    if code == 0:
+        return
+    hint = ""
+    if flags & NLM_F_ACK_TLVS and flags & NLM_F_CAPPED:
+        # NLMSGERR_ATTR_MSG (1): the kernel's own words, behind errno and the header of our request.
+        hint = dict(_parse_attributes(payload[20:])).get(1, b"").rstrip(b"\0").decode(errors="replace")
+    raise RtnetlinkError(-code, label, hint)
+
+
+def _parse_link(answer: bytes) -> Link:
+    _family, _kind, index, flags, _change = struct.unpack_from("=BxHiII", answer)
+    attributes = dict(_parse_attributes(answer[16:]))
+    info = dict(_parse_attributes(attributes.get(IFLA_LINKINFO, b"")))
+    return Link(
+        index=index,
+        name=_decode(attributes[IFLA_IFNAME]),
+        mtu=struct.unpack("=I", attributes[IFLA_MTU])[0],
+        is_up=bool(flags & IFF_UP),
+        kind=_decode(info.get(IFLA_INFO_KIND, b"")),
+        alias=_decode(attributes.get(IFLA_IFALIAS, b"")),
+    )
+
+
+def _parse_route(answer: bytes) -> Route | None:
+    _f, length, _src, _tos, table, _proto, _scope, kind, _flags = struct.unpack_from("=BBBBBBBBI", answer)
+    attributes = dict(_parse_attributes(answer[12:]))
+    if RTA_TABLE in attributes:
+        (table,) = struct.unpack("=I", attributes[RTA_TABLE])
+    if table != RT_TABLE_MAIN:
+        return None
+    (index,) = struct.unpack("=i", attributes.get(RTA_OIF, bytes(4)))
+    (metric,) = struct.unpack("=I", attributes.get(RTA_PRIORITY, bytes(4)))
+    return Route(IPv4Network((attributes.get(RTA_DST, bytes(4)), length)), index, kind, metric)
+
+
+def _parse_attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
+    offset = 0
+    while offset + 4 <= len(data):
+        length, kind = struct.unpack_from("=HH", data, offset)
+        if length < 4:
+            return
+        yield kind & 0x3FFF, data[offset + 4 : offset + length]  # without the NESTED and BYTEORDER bits
+        offset += _align(length)
+
+
+def _veth_end(end: VethEnd, mtu: int) -> bytes:
+    body = _text(IFLA_IFNAME, end.name) + _attribute(IFLA_ADDRESS, end.mac)
+    body += _attribute(IFLA_MTU, struct.pack("=I", mtu))
+    if end.netns_fd is not None:
+        body += _attribute(IFLA_NET_NS_FD, struct.pack("=I", end.netns_fd))
+    return body
+
+
+def _link_header(index: int = 0, *, flags: int = 0, change: int = 0) -> bytes:
+    return struct.pack("=BxHiII", socket.AF_UNSPEC, 0, index, flags, change)
+
+
+def _route_header(destination: IPv4Network, scope: int, kind: int) -> bytes:
+    header = struct.pack(
+        "=BBBBBBBBI",
+        socket.AF_INET, destination.prefixlen, 0, 0, RT_TABLE_MAIN, RTPROT_STATIC, scope, kind, 0,
+    )  # fmt: skip
+    return (
+        header + _attribute(RTA_DST, destination.network_address.packed) if destination.prefixlen else header
+    )
+
+
+def _attribute(kind: int, data: bytes) -> bytes:
+    return (struct.pack("=HH", 4 + len(data), kind) + data).ljust(_align(4 + len(data)), b"\0")
+
+
+def _nested(kind: int, data: bytes) -> bytes:
+    return _attribute(kind, data)
+
+
+def _text(kind: int, value: str, *, terminated: bool = True) -> bytes:
+    return _attribute(kind, value.encode() + (b"\0" if terminated else b""))
+
+
+def _decode(data: bytes) -> str:
+    return data.rstrip(b"\0").decode(errors="replace")
+
+
+def _align(length: int) -> int:
+    return (length + 3) & ~3

@@ -1,0 +1,1 @@
+"""The network: pools, plan and firewall decide (pure); apply and the agent's netrules act."""

@@ -1,0 +1,360 @@
+"""Carry the network's plans out on the host. Thin and synchronous, for one single-threaded root process.
+
+Everything here may be repeated: what is there already is repaired, what is gone already is no error. Nothing
+here decides; names, addresses and rules come from `plan`, `firewall` and `host_firewall`.
+
+Arguments and results are the dataclasses of `messages`; namespace descriptors travel beside them.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Sequence
+from functools import partial
+from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from garden_py.agent.netrules import NetrulesError, inject, load_tools
+from garden_py.agent.nft import Nft, NftError, is_missing, read_counters
+from garden_py.agent.rtnetlink import RTN_UNREACHABLE, Link, Rtnetlink, RtnetlinkError, VethEnd
+from garden_py.backend.net import host_firewall
+from garden_py.backend.net.host_firewall import HostPolicy, PortMapping
+from garden_py.backend.net.messages import Attachment, HostReport, Leftovers, RuleCounter
+from garden_py.backend.net.plan import HostPlan, LinkPlan, choose_mtu, parse_mac
+from garden_py.model.errors import HostFault, InvalidField, PortInUse
+
+T = TypeVar("T")
+
+_SYSCTL = Path("/proc/sys/net")
+
+
+class HostNetwork:
+    """One server instance's network on the host: its links, routes and table.
+
+    Holds two netlink sockets of the network namespace it was made in. Close it, or use it in a `with`
+    statement; what it made on the host stays until `remove_host`.
+    """
+
+    def __init__(self, plan: HostPlan) -> None:
+        self._plan = plan
+        self._tools = load_tools()
+        self._netlink = Rtnetlink()
+        self._nft = Nft(self._tools.libnftables)
+
+    def __enter__(self) -> HostNetwork:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the sockets; safe to call twice."""
+        self._netlink.close()
+        self._nft.close()
+
+    # --- the host ---
+
+    def ensure_host(self, policy: HostPolicy) -> HostReport:
+        """Make, or repair, what all containers share: anchor link, gateway address, forwarding, table.
+
+        Members, mappings and privileged containers' chains that are there already stay.
+
+        Raises:
+            InvalidField: the pool overlaps a network that the host uses otherwise (field `network_pool`).
+            HostFault: the kernel refused a step.
+        """
+        links = {link.index: link for link in self._netlink.links()}
+        self._refuse_overlap(links)
+        _step("network.anchor", self._ensure_anchor)
+        turned_on = _step("network.ip_forward", _ensure_forwarding)
+        self._run_nft("network.table", host_firewall.compile_host_base(self._plan, policy))
+        uplink = self._find_uplink(links)
+        return HostReport(
+            ip_forward_turned_on=turned_on,
+            uplink=uplink.name if uplink else "",
+            mtu_bytes=choose_mtu(uplink.mtu if uplink else None),
+        )
+
+    def remove_host(self) -> None:
+        """Remove all that this server instance has on the host, containers' links included.
+
+        `ip_forward` stays as it is: somebody else may rely on it by now.
+
+        Raises:
+            HostFault: the kernel refused a step; the other steps were tried all the same.
+        """
+        failures: list[HostFault] = []
+        names = [link.name for link in self._own_links()] + [self._plan.anchor_link]
+        steps: list[Callable[[], None]] = [partial(self._delete_link, name) for name in names]
+        removal = host_firewall.compile_host_removal(self._plan)
+        steps += [self._delete_pool_route, partial(self._run_nft, "network.table", removal)]
+        for act in steps:
+            try:
+                _step("network.remove", act)
+            except HostFault as fault:
+                failures.append(fault)
+        if failures:
+            raise HostFault("network.remove", "; ".join(str(f) for f in failures))
+
+    def list_leftovers(self) -> Leftovers:
+        """What is on the host of this server instance's tag, whoever made it."""
+        tables = [o["table"]["name"] for o in self._nft.run_json("list tables inet") if "table" in o]
+        return Leftovers(
+            links={link.name: link.alias for link in self._own_links()},
+            tables=tuple(name for name in tables if name == self._plan.table),
+            anchor=self._netlink.find_link(self._plan.anchor_link) is not None,
+        )
+
+    # --- containers ---
+
+    def attach_container(self, attachment: Attachment, netns_fd: int, userns_fd: int | None) -> None:
+        """Give a network namespace its link, addresses, routes and rules.
+
+        The container's rules are in force before a packet of it gets anywhere: the host accepts its address in
+        the last step. A half-made attachment is undone. A link of the same name, left by a container that is
+        gone, is replaced.
+
+        Args:
+            attachment: what to do.
+            netns_fd: the container's network namespace.
+            userns_fd: its user namespace; None for a privileged container.
+
+        Raises:
+            HostFault: a step was refused; everything was undone.
+        """
+        link = attachment.link
+        self._delete_link(link.host_link)
+        try:
+            _step("network.veth", partial(self._add_veth, link, netns_fd))
+            # Our end first: the other one then finds a carrier when it comes up. In the opposite order the
+            # kernel starts its queue a little later, and a SYN sent at once is lost for a second.
+            _step("network.link", partial(self._open_link, link))
+            request: dict[str, Any] = {"interface": _interface(link)}
+            if attachment.container_rules:
+                request["nft"] = attachment.container_rules
+            self._inject("network.container", userns_fd, netns_fd, request)
+            self._run_nft("network.attach", attachment.host_rules)
+        except HostFault as fault:
+            try:
+                self._delete_link(link.host_link)
+            except HostFault as undo_fault:
+                fault.add_note(f"undo failed too: {undo_fault}")
+            raise
+
+    def detach_container(self, host_link: str, detach_rules: str) -> None:
+        """Forget a container; what is gone already is no error.
+
+        Args:
+            host_link: name of the host's end; the other end goes with it, and so do routes.
+            detach_rules: from host_firewall.compile_detach.
+
+        Raises:
+            HostFault: a step was refused; the other one was done all the same.
+        """
+        try:
+            self._delete_link(host_link)
+        finally:
+            self._forget("network.detach", detach_rules)
+
+    def replace_egress(self, container_rules: str, netns_fd: int, userns_fd: int | None) -> None:
+        """Replace an unprivileged container's whole policy, in one transaction; established flows go on.
+
+        Raises:
+            HostFault: refused; the former policy is in force.
+        """
+        self._inject("network.egress", userns_fd, netns_fd, {"nft": container_rules})
+
+    def replace_host_side_egress(self, rules: str) -> None:
+        """Replace a privileged container's policy (text of host_firewall.compile_host_side_policy).
+
+        Raises:
+            HostFault: refused; the former policy is in force.
+        """
+        self._run_nft("network.egress", rules)
+
+    def read_egress_counters(self, netns_fd: int, userns_fd: int | None) -> list[RuleCounter]:
+        """An unprivileged container's counters since its policy was last replaced, in rule order.
+
+        Raises:
+            HostFault: the container has no policy, or its namespace cannot be joined.
+        """
+        found = self._inject("network.counters", userns_fd, netns_fd, {"counters": True})
+        return [RuleCounter(**counter) for counter in found["counters"]]
+
+    def read_host_side_counters(self, link: LinkPlan) -> list[RuleCounter]:
+        """A privileged container's counters since its policy was last replaced, in rule order.
+
+        Raises:
+            HostFault: it has no policy on the host.
+        """
+        chain = host_firewall.egress_chain(link)
+        try:
+            listed = self._nft.run_json(f"list chain inet {self._plan.table} {chain}")
+        except NftError as error:
+            raise HostFault("network.counters", error.message) from error
+        return [RuleCounter(**counter) for counter in read_counters(listed)]  # type: ignore[arg-type]
+
+    # --- mapped ports ---
+
+    def map_port(self, mapping: PortMapping) -> None:
+        """Send connections to a host port to a container; repeating it is fine.
+
+        Raises:
+            PortInUse: the port is mapped to something else.
+            HostFault: refused for another reason.
+        """
+        try:
+            self._nft.run(host_firewall.compile_map_port(self._plan, mapping))
+        except NftError as error:
+            if "File exists" in error.message:
+                raise PortInUse(mapping.host_port) from error
+            raise HostFault("network.map_port", error.message) from error
+
+    def unmap_port(self, mapping: PortMapping) -> None:
+        """Undo map_port; a mapping that is gone already is no error."""
+        self._forget("network.unmap_port", host_firewall.compile_unmap_port(self._plan, mapping))
+
+    # --- inside ---
+
+    def _refuse_overlap(self, links: dict[int, Link]) -> None:
+        """Raise InvalidField if another network of the host shares addresses with the pool."""
+        pool = self._plan.pool
+        own = {i for i, link in links.items() if self._is_own(link.name)}
+        for address in self._netlink.addresses():
+            network = IPv4Network((address.address, address.prefix_length), strict=False)
+            if address.link_index not in own and network.overlaps(pool):
+                raise _overlap(
+                    pool, f"address {address.address}/{address.prefix_length}", address.link_index, links
+                )
+        for route in self._netlink.routes():
+            is_default = route.destination.prefixlen == 0
+            is_pool_route = route.type == RTN_UNREACHABLE and route.destination == pool
+            if is_default or is_pool_route or route.link_index in own:
+                continue
+            if route.destination.overlaps(pool):
+                raise _overlap(pool, f"route {route.destination}", route.link_index, links)
+
+    def _ensure_anchor(self) -> None:
+        name = self._plan.anchor_link
+        if self._netlink.find_link(name) is None:
+            self._netlink.add_bridge(name, self._plan.anchor_mac)
+        link = self._netlink.find_link(name)
+        if link is None:
+            raise RtnetlinkError(errno.ENODEV, f"link {name}")
+        _write_sysctl(f"ipv6/conf/{name}/disable_ipv6", "1")
+        self._netlink.set_link_up(link.index, alias=f"garden server {self._plan.tag}: gateway address")
+        self._netlink.set_address(link.index, self._plan.gateway, 32)
+        self._netlink.set_unreachable(self._plan.pool)
+
+    def _add_veth(self, link: LinkPlan, netns_fd: int) -> None:
+        self._netlink.add_veth(
+            VethEnd(link.host_link, parse_mac(link.host_mac)),
+            VethEnd(link.container_link, parse_mac(link.container_mac), netns_fd),
+            mtu=link.mtu_bytes,
+        )
+
+    def _open_link(self, link: LinkPlan) -> None:
+        found = self._netlink.find_link(link.host_link)
+        if found is None:
+            raise RtnetlinkError(errno.ENODEV, f"link {link.host_link}")
+        _write_sysctl(f"ipv6/conf/{link.host_link}/disable_ipv6", "1")
+        # 127.0.0.1:PORT on the host reaches a container only so; chain antispoof closes what this opens.
+        _write_sysctl(f"ipv4/conf/{link.host_link}/route_localnet", "1")
+        # Redirects would tell a container of a neighbour that it cannot reach directly.
+        _write_sysctl(f"ipv4/conf/{link.host_link}/send_redirects", "0")
+        address = IPv4Address(link.address)
+        self._netlink.set_link_up(found.index, alias=link.alias)
+        self._netlink.set_neighbour(found.index, address, parse_mac(link.container_mac))
+        self._netlink.set_route(IPv4Network(address), link_index=found.index)
+
+    def _inject(
+        self, step: str, userns_fd: int | None, netns_fd: int, request: dict[str, Any]
+    ) -> dict[str, Any]:
+        try:
+            return inject(userns_fd, netns_fd, request, tools=self._tools)
+        except NetrulesError as error:
+            raise HostFault(f"{step}.{error.step}", error.message) from error
+
+    def _run_nft(self, step: str, text: str) -> None:
+        try:
+            self._nft.run(text)
+        except NftError as error:
+            raise HostFault(step, error.message) from error
+
+    def _forget(self, step: str, text: str) -> None:
+        """Run a transaction that deletes; a missing table means that everything in it is gone already."""
+        try:
+            self._nft.run(text)
+        except NftError as error:
+            if not is_missing(error):
+                raise HostFault(step, error.message) from error
+
+    def _delete_link(self, name: str) -> None:
+        try:
+            self._netlink.delete_link(name)
+        except RtnetlinkError as error:
+            if error.errno != errno.ENODEV:
+                raise HostFault("network.link_delete", str(error)) from error
+
+    def _delete_pool_route(self) -> None:
+        try:
+            self._netlink.delete_unreachable(self._plan.pool)
+        except RtnetlinkError as error:
+            if error.errno != errno.ESRCH:
+                raise
+
+    def _own_links(self) -> Sequence[Link]:
+        return [link for link in self._netlink.links() if link.name.startswith(self._plan.link_prefix)]
+
+    def _is_own(self, name: str) -> bool:
+        return name == self._plan.anchor_link or name.startswith(self._plan.link_prefix)
+
+    def _find_uplink(self, links: dict[int, Link]) -> Link | None:
+        """The link of the default route with the lowest metric."""
+        defaults = [r for r in self._netlink.routes() if r.destination.prefixlen == 0 and r.link_index]
+        return links.get(min(defaults, key=lambda r: r.metric).link_index) if defaults else None
+
+
+def _interface(link: LinkPlan) -> dict[str, Any]:
+    return {
+        "name": link.container_link,
+        "address": link.address,
+        "gateway": link.gateway,
+        "gateway_mac": link.host_mac,
+    }
+
+
+def _overlap(pool: IPv4Network, what: str, index: int, links: dict[int, Link]) -> InvalidField:
+    name = links[index].name if index in links else "none"
+    return InvalidField(
+        "network_pool",
+        f"{pool} overlaps {what} of link {name} on this host; choose another with --network-pool",
+    )
+
+
+def _ensure_forwarding() -> bool:
+    """Turn IPv4 forwarding on; whether it was off."""
+    path = _SYSCTL / "ipv4/ip_forward"
+    if path.read_text().strip() == "1":
+        return False
+    path.write_text("1")
+    return True
+
+
+def _write_sysctl(name: str, value: str) -> None:
+    path = _SYSCTL / name
+    if name.startswith("ipv6/") and not (_SYSCTL / "ipv6").exists():
+        return  # a kernel without IPv6
+    path.write_text(value)
+
+
+def _step(name: str, act: Callable[[], T]) -> T:
+    """Run one step and name it in the error if the kernel refuses."""
+    try:
+        return act()
+    except OSError as error:  # RtnetlinkError is one
+        raise HostFault(name, str(error)) from error

@@ -1,0 +1,92 @@
+"""What goes to and comes from the process that carries network changes out: plain values, JSON-able."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from garden_py.backend.net.plan import LinkPlan
+
+
+@dataclass(frozen=True, slots=True)
+class HostReport:
+    """What `ensure_host` found and did.
+
+    Attributes:
+        ip_forward_turned_on: the host did not forward before; that is left on when the server stops.
+        uplink: name of the link of the default route; empty without one.
+        mtu_bytes: what containers should use: the uplink's, at most 1500.
+    """
+
+    ip_forward_turned_on: bool
+    uplink: str
+    mtu_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for another process."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> HostReport:
+        """Rebuild from `to_json`."""
+        return cls(**value)
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """One container's network, ready to be carried out.
+
+    Attributes:
+        link: the veth pair.
+        host_rules: from host_firewall.compile_attach (with the policy in it if the container is privileged).
+        container_rules: from firewall.compile_container_ruleset; empty for a privileged container.
+    """
+
+    link: LinkPlan
+    host_rules: str
+    container_rules: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for another process; `from_json` is the inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Attachment:
+        """Rebuild from `to_json`."""
+        return cls(LinkPlan.from_json(value["link"]), value["host_rules"], value["container_rules"])
+
+
+@dataclass(frozen=True, slots=True)
+class RuleCounter:
+    """How often a rule decided. `rule` is its index in the policy, or "default", "dns", "ipv6"."""
+
+    rule: int | str
+    packets: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Leftovers:
+    """What of a server instance is on the host.
+
+    Attributes:
+        links: host link name -> alias, the handle of the container it belongs to.
+        tables: names of its tables of family inet.
+        anchor: whether the link with the gateway address is there.
+    """
+
+    links: dict[str, str] = field(default_factory=dict)
+    tables: tuple[str, ...] = ()
+    anchor: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.links or self.tables or self.anchor)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for another process; `from_json` is the inverse."""
+        return {"links": self.links, "tables": list(self.tables), "anchor": self.anchor}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Leftovers:
+        """Rebuild from `to_json`."""
+        return cls(value["links"], tuple(value["tables"]), value["anchor"])

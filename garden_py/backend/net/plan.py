@@ -1,0 +1,161 @@
+"""Names, MACs and addresses of a container's link, worked out before anything is touched.
+
+    container's namespace          host's namespace
+    ┌─────────────────────┐        ┌───────────────────────────────────────────────┐
+    │ eth0  10.254.0.7/32 │────────│ gdn3fa1-7   (no address; route to 10.254.0.7) │
+    │ default via .0.1    │  veth  │ gdn-3fa1    10.254.0.1/32, the gateway        │
+    └─────────────────────┘        └───────────────────────────────────────────────┘
+
+Every link is its own point-to-point wire into the host's routing, so there is no broadcast domain to share:
+docs/decisions/0003-network.md says why there is no switching bridge.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from ipaddress import IPv4Address, IPv4Network
+from typing import Any
+
+CONTAINER_LINK = "eth0"
+MAX_LINK_NAME_BYTES = 15  # IFNAMSIZ - 1, netdevice(7)
+MAX_ALIAS_BYTES = 255  # IFALIASZ - 1, linux/if.h
+DEFAULT_MTU_BYTES = 1500
+MIN_MTU_BYTES = 68  # RFC 791: every link carries 68 bytes
+
+_TAG = re.compile(r"[0-9a-f]{4}")
+
+
+@dataclass(frozen=True, slots=True)
+class HostPlan:
+    """What one server instance owns on the host.
+
+    Attributes:
+        tag: four lower-case hexadecimal digits, one server instance's mark on everything it makes.
+        pool: the containers' network.
+        gateway: the host's address in it, and every container's default gateway.
+    """
+
+    tag: str
+    pool: IPv4Network
+    gateway: IPv4Address
+
+    def __post_init__(self) -> None:
+        if not _TAG.fullmatch(self.tag):
+            raise ValueError(f"tag {self.tag!r} is not four lower-case hexadecimal digits")
+        if self.gateway not in self.pool:
+            raise ValueError(f"gateway {self.gateway} is not in {self.pool}")
+
+    @property
+    def anchor_link(self) -> str:
+        """The link that carries the gateway address."""
+        return f"gdn-{self.tag}"
+
+    @property
+    def link_prefix(self) -> str:
+        """What the names of all containers' host links begin with; the anchor's does not."""
+        return f"gdn{self.tag}-"
+
+    @property
+    def table(self) -> str:
+        """The server's own nftables table, family inet."""
+        return f"garden_{self.tag}"
+
+    @property
+    def anchor_mac(self) -> bytes:
+        """The MAC of the anchor, which no frame ever carries."""
+        return b"\x0a\x00" + self.gateway.packed
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for another process; `from_json` is the inverse."""
+        return {"tag": self.tag, "pool": str(self.pool), "gateway": str(self.gateway)}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> HostPlan:
+        """Rebuild from `to_json`."""
+        return cls(value["tag"], IPv4Network(value["pool"]), IPv4Address(value["gateway"]))
+
+
+@dataclass(frozen=True, slots=True)
+class LinkPlan:
+    """One container's veth pair.
+
+    Attributes:
+        host_link: name of the host's end, `gdn<tag>-<n>`.
+        container_link: name inside the container.
+        host_mac: MAC of the host's end, as in `06:00:0a:fe:00:07`.
+        container_mac: MAC of the container's end.
+        address: the container's.
+        gateway: the host's.
+        mtu_bytes: of both ends.
+        alias: what `ip link` shows beside the host's end: the container's handle.
+    """
+
+    host_link: str
+    container_link: str
+    host_mac: str
+    container_mac: str
+    address: str
+    gateway: str
+    mtu_bytes: int
+    alias: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for another process; `from_json` is the inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> LinkPlan:
+        """Rebuild from `to_json`."""
+        return cls(**value)
+
+
+def plan_link(host: HostPlan, address: IPv4Address, *, handle: str, mtu_bytes: int) -> LinkPlan:
+    """Derive a container's link from its address alone, so that a restarted server derives the same.
+
+    MACs are locally administered (second-lowest bit of the first byte, IEEE 802-2014 §8.2) and hold the
+    address, which makes them unique on the host's side and readable in a capture.
+
+    Raises:
+        ValueError: the address is not in the pool.
+    """
+    if address not in host.pool:
+        raise ValueError(f"address {address} is not in {host.pool}")
+    index = int(address) - int(host.pool.network_address)
+    name = f"{host.link_prefix}{index:x}"
+    assert len(name) <= MAX_LINK_NAME_BYTES, name
+    return LinkPlan(
+        host_link=name,
+        container_link=CONTAINER_LINK,
+        host_mac=format_mac(b"\x06\x00" + address.packed),
+        container_mac=format_mac(b"\x02\x00" + address.packed),
+        address=str(address),
+        gateway=str(host.gateway),
+        mtu_bytes=mtu_bytes,
+        alias=_truncate(handle, MAX_ALIAS_BYTES),
+    )
+
+
+def choose_mtu(uplink_mtu_bytes: int | None, *, wanted_bytes: int | None = None) -> int:
+    """The containers' MTU: what was asked for, else the uplink's but at most 1500.
+
+    A container's packets leave through the uplink, so a larger MTU would only be cut there (or, with "don't
+    fragment" set and ICMP filtered on the way, vanish); loopback-only hosts and jumbo frames get 1500.
+    """
+    if wanted_bytes is not None:
+        return max(wanted_bytes, MIN_MTU_BYTES)
+    return min(uplink_mtu_bytes or DEFAULT_MTU_BYTES, DEFAULT_MTU_BYTES)
+
+
+def parse_mac(text: str) -> bytes:
+    """`02:00:0a:fe:00:07` as six bytes."""
+    return bytes.fromhex(text.replace(":", ""))
+
+
+def format_mac(mac: bytes) -> str:
+    """Six bytes as `02:00:0a:fe:00:07`."""
+    return mac.hex(":")
+
+
+def _truncate(text: str, limit_bytes: int) -> str:
+    return text.encode()[:limit_bytes].decode(errors="ignore")

@@ -1,0 +1,142 @@
+"""Which addresses and host ports are free. Pure bookkeeping: the journal persists it, this decides."""
+
+from __future__ import annotations
+
+import heapq
+from ipaddress import IPv4Address, IPv4Network
+
+from garden_py.model.errors import InvalidField, PoolExhausted, PortInUse
+
+SMALLEST_PREFIX_LENGTH = 29
+MAX_PORT = 65535
+
+
+class AddressPool:
+    """The addresses of `--network-pool`: the first host address is the gateway, the others are handed out.
+
+    The lowest free address goes first, so addresses in logs stay short and a test knows what it gets. A
+    released address may be given out at once: the link that had it is gone before it is released.
+
+    Attributes:
+        network: the pool as configured.
+        gateway: first host address; every container's way out, an address of the host.
+        size: how many containers fit.
+
+    Raises:
+        InvalidField: the network is smaller than a /29 (field `network_pool`).
+    """
+
+    def __init__(self, network: IPv4Network) -> None:
+        if network.prefixlen > SMALLEST_PREFIX_LENGTH:
+            raise InvalidField(
+                "network_pool", f"{network} is too small; use a /{SMALLEST_PREFIX_LENGTH} or larger"
+            )
+        self.network = network
+        self.gateway = network[1]
+        self.size = network.num_addresses - 3  # without network address, gateway and broadcast address
+        self._taken: set[IPv4Address] = set()
+        self._released: list[IPv4Address] = []
+        self._next_offset = 2  # everything from here on has never been allocated, unless reserved
+
+    def allocate(self) -> IPv4Address:
+        """Take the lowest free address.
+
+        Raises:
+            PoolExhausted: none is free.
+        """
+        while self._released:
+            address = heapq.heappop(self._released)
+            if address not in self._taken:
+                self._taken.add(address)
+                return address
+        while self._next_offset < self.network.num_addresses - 1:
+            address = self.network[self._next_offset]
+            self._next_offset += 1
+            if address not in self._taken:
+                self._taken.add(address)
+                return address
+        raise PoolExhausted("addresses", self.size, "--network-pool")
+
+    def reserve(self, address: IPv4Address) -> None:
+        """Take this very address: asked for by a caller, or held by a container found after a restart.
+
+        Raises:
+            InvalidField: outside the pool, not a container's address, or taken (field `network`).
+        """
+        if address not in self.network:
+            raise InvalidField("network", f"{address} is not in the server's network pool {self.network}")
+        if address in (self.network[0], self.gateway, self.network[-1]):
+            raise InvalidField(
+                "network", f"{address} is the network, gateway or broadcast address of {self.network}"
+            )
+        if address in self._taken:
+            raise InvalidField("network", f"{address} is in use by another container")
+        self._taken.add(address)
+
+    def release(self, address: IPv4Address) -> None:
+        """Give an address back; twice, or one that was never taken, is fine."""
+        if address in self._taken:
+            self._taken.discard(address)
+            heapq.heappush(self._released, address)
+
+    @property
+    def in_use(self) -> int:
+        """How many addresses are taken."""
+        return len(self._taken)
+
+
+class PortPool:
+    """Host ports for mappings that ask for "any": round-robin, so a freed port is not reused at once.
+
+    A client that still talks to the old container's port should find it closed, not find a stranger. Ports
+    outside the range may be reserved too: callers choose those themselves.
+
+    Raises:
+        InvalidField: the range leaves 1..65535 or is empty (field `port_pool_size`).
+    """
+
+    def __init__(self, start: int, size: int) -> None:
+        if start < 1 or size < 1 or start + size - 1 > MAX_PORT:
+            raise InvalidField(
+                "port_pool_size", f"ports {start}..{start + size - 1} are not within 1..{MAX_PORT}"
+            )
+        self.start = start
+        self.size = size
+        self._next_offset = 0
+        self._taken: set[int] = set()
+
+    def allocate(self) -> int:
+        """Take the next free port after the one given out last.
+
+        Raises:
+            PoolExhausted: none is free.
+        """
+        for step in range(self.size):
+            offset = (self._next_offset + step) % self.size
+            if self.start + offset not in self._taken:
+                self._next_offset = (offset + 1) % self.size
+                self._taken.add(self.start + offset)
+                return self.start + offset
+        raise PoolExhausted("ports", self.size, "--port-pool-size")
+
+    def reserve(self, port: int) -> None:
+        """Take this very port, inside the range or not.
+
+        Raises:
+            InvalidField: not within 1..65535 (field `host_port`).
+            PortInUse: mapped already.
+        """
+        if not 1 <= port <= MAX_PORT:
+            raise InvalidField("host_port", f"port {port} is not within 1..{MAX_PORT}")
+        if port in self._taken:
+            raise PortInUse(port)
+        self._taken.add(port)
+
+    def release(self, port: int) -> None:
+        """Give a port back; twice, or one that was never taken, is fine."""
+        self._taken.discard(port)
+
+    @property
+    def in_use(self) -> int:
+        """How many ports are taken, chosen ones included."""
+        return len(self._taken)

@@ -1,0 +1,303 @@
+"""Egress policy: what a container may connect to. Values only, no I/O.
+
+A policy is an ordered list of rules and a default. Rules are evaluated in the caller's order, **the first
+match decides**, and what no rule matches gets the default action. Replies to connections that were let in
+or out before are not asked again (`backend/net/firewall.py` accepts established flows first).
+
+Text form, for the command line and for humans:
+
+    [deny ]PROTO[:NETWORKS[:PORTS]][ log]
+
+    PROTO     all | tcp | udp | icmp
+    NETWORKS  comma separated 10.0.0.0/8 | 10.0.0.1 | 10.0.0.1-10.0.0.9; IPv6 in brackets: [2001:db8::/32];
+              * or nothing: any address
+    PORTS     comma separated 80 | 443-445 for tcp and udp; TYPE or TYPE/CODE for icmp
+
+    tcp:10.0.0.0/8:80,443-445      icmp:1.2.3.4:8/0      deny all:169.254.169.254 log
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network, summarize_address_range
+
+from garden_py.model.errors import InvalidField
+
+MAX_PORT = 65535
+MAX_RULES = 10_000
+"""A policy above this is a mistake of the caller; it would take the kernel about a second to load."""
+
+IPAddress = IPv4Address | IPv6Address
+
+
+@contextmanager
+def at_field(path: str) -> Iterator[None]:
+    """Prefix the field of an InvalidField raised inside: `end` becomes `rules[3].ports[0].end`."""
+    try:
+        yield
+    except InvalidField as error:
+        raise InvalidField(f"{path}.{error.field}", error.problem) from error
+
+
+class Protocol(Enum):
+    """What a rule matches above IP. ALL means every protocol, also those not named here."""
+
+    ALL = "all"
+    TCP = "tcp"
+    UDP = "udp"
+    ICMP = "icmp"
+
+
+class RuleAction(Enum):
+    """What happens to a new connection that a rule matches."""
+
+    ALLOW = "allow"
+    DENY = "deny"
+
+
+class DefaultAction(Enum):
+    """What happens to a new connection that no rule matches."""
+
+    ALLOW = "allow"
+    DENY = "deny"
+
+
+@dataclass(frozen=True, slots=True)
+class AddressRange:
+    """Addresses from start to end, both included, of one family.
+
+    Raises:
+        InvalidField: families differ or the range is reversed (field `end`).
+    """
+
+    start: IPAddress
+    end: IPAddress
+
+    def __post_init__(self) -> None:
+        if self.start.version != self.end.version:
+            raise InvalidField("end", f"{self.start} and {self.end} are of different IP versions")
+        if int(self.end) < int(self.start):
+            raise InvalidField("end", f"range is reversed: {self.start}-{self.end}")
+
+    @classmethod
+    def parse(cls, text: str) -> AddressRange:
+        """Read `10.0.0.0/8`, `10.0.0.1`, `10.0.0.1-10.0.0.9` or their IPv6 counterparts.
+
+        Raises:
+            InvalidField: anything else, also a network with host bits set (field `start`).
+        """
+        try:
+            if "/" in text:
+                network = ip_network(text)
+                return cls(network[0], network[-1])
+            first, dash, last = text.partition("-")
+            start = ip_address(first.strip())
+            return cls(start, ip_address(last.strip()) if dash else start)
+        except ValueError as error:
+            raise InvalidField("start", f"{text!r} is no address, network or range: {error}") from error
+
+    def __str__(self) -> str:
+        if self.start == self.end:
+            return str(self.start)
+        networks = list(summarize_address_range(self.start, self.end))
+        return str(networks[0]) if len(networks) == 1 else f"{self.start}-{self.end}"
+
+
+@dataclass(frozen=True, slots=True)
+class PortRange:
+    """Destination ports from start to end, both included, each 1..65535.
+
+    Raises:
+        InvalidField: a port out of range (`start`, `end`) or a reversed range (`end`).
+    """
+
+    start: int
+    end: int
+
+    def __post_init__(self) -> None:
+        for field, port in (("start", self.start), ("end", self.end)):
+            if not 1 <= port <= MAX_PORT:
+                raise InvalidField(field, f"port {port} is not within 1..{MAX_PORT}")
+        if self.end < self.start:
+            raise InvalidField("end", f"range is reversed: {self.start}-{self.end}")
+
+    @classmethod
+    def parse(cls, text: str) -> PortRange:
+        """Read `80` or `443-445`; InvalidField (`start`) for anything else."""
+        match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", text)
+        if match is None:
+            raise InvalidField("start", f"{text!r} is no port or port range")
+        start = int(match[1])
+        return cls(start, start if match[2] is None else int(match[2]))
+
+    def __str__(self) -> str:
+        return str(self.start) if self.start == self.end else f"{self.start}-{self.end}"
+
+
+@dataclass(frozen=True, slots=True)
+class IcmpMatch:
+    """ICMP messages of one type, and of one code unless code is None (RFC 792).
+
+    Raises:
+        InvalidField: type or code not within 0..255.
+    """
+
+    type: int
+    code: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.type <= 255:
+            raise InvalidField("type", f"ICMP type {self.type} is not within 0..255")
+        if self.code is not None and not 0 <= self.code <= 255:
+            raise InvalidField("code", f"ICMP code {self.code} is not within 0..255")
+
+    @classmethod
+    def parse(cls, text: str) -> IcmpMatch:
+        """Read `8` or `8/0`; InvalidField (`type`) for anything else."""
+        match = re.fullmatch(r"([0-9]{1,3})(?:/([0-9]{1,3}))?", text)
+        if match is None:
+            raise InvalidField("type", f"{text!r} is no ICMP TYPE or TYPE/CODE")
+        return cls(int(match[1]), None if match[2] is None else int(match[2]))
+
+    def __str__(self) -> str:
+        return str(self.type) if self.code is None else f"{self.type}/{self.code}"
+
+
+@dataclass(frozen=True, slots=True)
+class EgressRule:
+    """One step of a policy; every part that is given must match.
+
+    Attributes:
+        protocol: ALL, TCP, UDP or ICMP.
+        networks: destination addresses, any of them; empty means every address.
+        ports: destination ports, any of them; empty means every port. TCP and UDP only.
+        icmp: one kind of ICMP message; None means every kind. ICMP only.
+        log: also report each new connection that matches as an event.
+        action: what happens on a match.
+
+    Raises:
+        InvalidField: ports without TCP or UDP, or icmp without ICMP.
+    """
+
+    protocol: Protocol
+    networks: tuple[AddressRange, ...] = ()
+    ports: tuple[PortRange, ...] = ()
+    icmp: IcmpMatch | None = None
+    log: bool = False
+    action: RuleAction = RuleAction.ALLOW
+
+    def __post_init__(self) -> None:
+        if self.ports and self.protocol not in (Protocol.TCP, Protocol.UDP):
+            raise InvalidField("ports", f"protocol {self.protocol.value} has no ports; use tcp or udp")
+        if self.icmp is not None and self.protocol is not Protocol.ICMP:
+            raise InvalidField("icmp", f"protocol is {self.protocol.value}; use icmp")
+
+    def __str__(self) -> str:
+        return format_egress_rule(self)
+
+
+@dataclass(frozen=True, slots=True)
+class EgressPolicy:
+    """Everything that decides about a container's outgoing connections.
+
+    Attributes:
+        default_action: for what no rule matches.
+        rules: in the caller's order; the first match decides.
+        log_denied: also report each connection that the default denies.
+
+    Raises:
+        InvalidField: more than MAX_RULES rules (field `rules`).
+    """
+
+    default_action: DefaultAction = DefaultAction.ALLOW
+    rules: tuple[EgressRule, ...] = ()
+    log_denied: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.rules) > MAX_RULES:
+            raise InvalidField("rules", f"{len(self.rules)} rules; at most {MAX_RULES} are accepted")
+
+
+def parse_egress_rule(text: str) -> EgressRule:
+    """Read the text form of the module docstring; `format_egress_rule` is its inverse.
+
+    Raises:
+        InvalidField: with the part as field: protocol, networks[i]..., ports[i]... or icmp...
+    """
+    words = text.split()
+    action = RuleAction.ALLOW
+    if words and words[0] == "deny":
+        action = RuleAction.DENY
+        words = words[1:]
+    log = len(words) == 2 and words[1] == "log"
+    if len(words) != (2 if log else 1):
+        raise InvalidField("protocol", f"{text!r} is not of the form [deny ]PROTO[:NETWORKS[:PORTS]][ log]")
+    protocol_text, networks_text, last_text = _split_parts(words[0])
+    try:
+        protocol = Protocol(protocol_text)
+    except ValueError as error:
+        known = ", ".join(p.value for p in Protocol)
+        raise InvalidField("protocol", f"{protocol_text!r} is none of {known}") from error
+    is_icmp = protocol is Protocol.ICMP
+    return EgressRule(
+        protocol=protocol,
+        networks=_parse_networks(networks_text),
+        ports=() if is_icmp else _parse_ports(last_text),
+        icmp=_parse_icmp(last_text) if is_icmp else None,
+        log=log,
+        action=action,
+    )
+
+
+def format_egress_rule(rule: EgressRule) -> str:
+    """The shortest text that `parse_egress_rule` turns into an equal rule."""
+    networks = ",".join(f"[{n}]" if n.start.version == 6 else str(n) for n in rule.networks)
+    last = ",".join(map(str, rule.ports)) if rule.icmp is None else str(rule.icmp)
+    parts = [rule.protocol.value]
+    if networks or last:
+        parts.append(networks or "*")
+    if last:
+        parts.append(last)
+    deny = "deny " if rule.action is RuleAction.DENY else ""
+    return deny + ":".join(parts) + (" log" if rule.log else "")
+
+
+def _split_parts(text: str) -> tuple[str, str, str]:
+    """Split at the colons outside brackets into three parts, missing ones empty."""
+    parts = re.split(r":(?![^\[]*\])", text)
+    if len(parts) > 3:
+        raise InvalidField("protocol", f"{text!r} has more than PROTO:NETWORKS:PORTS; write IPv6 in brackets")
+    protocol, networks, last = (*parts, "", "")[:3]
+    return protocol, networks, last
+
+
+def _parse_networks(text: str) -> tuple[AddressRange, ...]:
+    if text in ("", "*"):
+        return ()
+    found = []
+    for i, item in enumerate(text.split(",")):
+        bare = item[1:-1] if item.startswith("[") and item.endswith("]") else item
+        with at_field(f"networks[{i}]"):
+            found.append(AddressRange.parse(bare))
+    return tuple(found)
+
+
+def _parse_ports(text: str) -> tuple[PortRange, ...]:
+    if not text:
+        return ()
+    found = []
+    for i, item in enumerate(text.split(",")):
+        with at_field(f"ports[{i}]"):
+            found.append(PortRange.parse(item))
+    return tuple(found)
+
+
+def _parse_icmp(text: str) -> IcmpMatch | None:
+    if not text:
+        return None
+    with at_field("icmp"):
+        return IcmpMatch.parse(text)
