@@ -39,29 +39,25 @@ Starting a process::
       |  request release              |   (kept until then, so a restarted server learns of it by hello)
       |------------------------------>|
 
-Requests and what their reply holds. `id` names a process and is chosen by the server.
+Requests (`->` what the reply holds). `id` names a process and is chosen by the server::
 
-=============  ==========================================================  ====================================
-op             fields                                                      reply
-=============  ==========================================================  ====================================
-hello          server: str, wire: [lowest, highest] version                agent: str, wire: int, processes: [record]
-list           --                                                          processes: [record]
-spawn          id: str, argv: [bytes], env: [bytes "K=V"], dir: bytes,     pid, fds: [name] + these descriptors;
-               user: str, tty: None | {rows, columns},                     without tty stdin (write end), stdout,
-               rlimits: {name: value | [soft, hard]},                      stderr (read ends); with tty stdin (the
-               bounding: int | None (mask of capabilities kept),           pty master, non-blocking) and stdout
-               no_new_privs: bool, program: None | "tar-in" | "tar-out",   (read end of a pipe)
-               program_args: {path: bytes}; descriptors: open
-               cgroup.procs files to join
-attach         id                                                          record + fds: [name] + descriptors that
-                                                                           have not been dropped
-close_stdin    id                                                          closed: bool (False: tty, or done before)
-drop_output    id, stream: "stdout" | "stderr"                             dropped: bool
-signal         id, signal: int, group: bool                                delivered: bool
-signal_all     signal: int                                                 delivered: bool
-resize         id, rows, columns (0 = default)                             {}
-release        id                                                          {}
-=============  ==========================================================  ====================================
+    hello        server: str, wire: [lowest, highest] version
+                 -> agent: str (version), wire: int, processes: [record]
+    list         -> processes: [record]
+    spawn        id: str, argv: [bytes], env: [bytes "K=V"], dir: bytes, user: str,
+                 tty: None | {rows: int, columns: int}, rlimits: {name: value | [soft, hard]},
+                 bounding: int | None (mask of the capabilities kept), no_new_privs: bool,
+                 program: None | "tar-in" | "tar-out", program_args: {path: bytes}
+                 + descriptors: open cgroup.procs files, which the child joins
+                 -> pid: int, fds: [name] + these descriptors. Without tty: stdin (write end), stdout and
+                 stderr (read ends). With tty: stdin (the pty master, non-blocking), stdout (a read end)
+    attach       id -> record, fds: [name] + those of the descriptors above that are still held
+    close_stdin  id -> closed: bool (False with a tty, or if done before)
+    drop_output  id, stream: "stdout" | "stderr" -> dropped: bool
+    signal       id, signal: int, group: bool -> delivered: bool
+    signal_all   signal: int -> delivered: bool
+    resize       id, rows: int, columns: int (0 = the default) -> nothing
+    release      id -> nothing
 
 A record is {id, pid, started_ns, starting, exited, status, ended_ns, tty}: times are ns of CLOCK_REALTIME,
 `status` is the raw wait status of waitpid(2), None while the process lives, `starting` is True before exec.
@@ -78,9 +74,10 @@ out_of_memory, too_many_processes, spawn_failed, internal.
 Event, sent to every connection: {event: "exited", process: id, status, ended_ns}. It follows the reply of
 the process's spawn, never precedes it.
 
-Values: None, bool, int (64 bit signed), bytes, str (UTF-8 without surrogates), list, dict with str keys, nested
-at most MAX_DEPTH deep. One tag byte each, then, little endian: `i` 8 byte int; `y` bytes and `s` str: u32
-length, content; `l`: u32 count, values; `d`: u32 count, then per entry u32 length, key, value.
+Values: None, bool, int (64 bit signed), bytes, str (UTF-8 without surrogates), list, dict with str keys,
+nested at most MAX_DEPTH deep. One tag byte each (`N`, `T`, `F` stand alone), then, little endian: `i` 8 byte
+int; `y` bytes and `s` str: u32 length, content; `l`: u32 count, values; `d`: u32 count, then per entry u32
+length, key, value.
 """
 
 from __future__ import annotations
@@ -90,7 +87,7 @@ if TYPE_CHECKING:  # `typing` costs the agent 3 ms at start-up and is never need
     from collections.abc import Iterator
     from typing import TypeAlias
 
-    Value: TypeAlias = "None | bool | int | bytes | str | list[Value] | dict[str, Value]"
+    Value: TypeAlias = "bool | int | bytes | str | list[Value] | dict[str, Value] | None"
 
 VERSION = 1
 HEADER_SIZE = 16
@@ -178,7 +175,7 @@ class Decoder:
         The bytes are taken at once, the frames are decoded as the iterator advances.
 
         Raises:
-            WireError: while iterating, at the first byte that breaks the protocol, after all frames before it.
+            WireError: while iterating, where the stream breaks the protocol, after all frames before that.
         """
         self._buffer += data
         return self._frames()

@@ -1,0 +1,173 @@
+"""The few system calls that Python 3.11 does not offer, through `_ctypes` alone.
+
+`ctypes`, the Python package over `_ctypes`, costs 5 ms at start-up and pulls in `struct`; the C module is
+enough to call functions of libc with integers and byte buffers. All functions raise `OSError`.
+"""
+
+from __future__ import annotations
+
+import _ctypes
+import posix
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ctypes import c_char, c_int, c_long, c_ulong
+else:
+
+    class c_char(_ctypes._SimpleCData):  # noqa: D101
+        _type_ = "c"
+
+    class c_int(_ctypes._SimpleCData):  # noqa: D101
+        _type_ = "i"
+
+    class c_long(_ctypes._SimpleCData):  # noqa: D101
+        _type_ = "l"
+
+    class c_ulong(_ctypes._SimpleCData):  # noqa: D101
+        _type_ = "L"
+
+
+# linux/prctl.h, prctl(2)
+_PR_SET_DUMPABLE = 4
+_PR_SET_NAME = 15
+_PR_CAPBSET_READ = 23
+_PR_CAPBSET_DROP = 24
+_PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_NO_NEW_PRIVS = 38
+_PR_CAP_AMBIENT = 47
+_PR_CAP_AMBIENT_CLEAR_ALL = 4
+
+_LINUX_CAPABILITY_VERSION_3 = 0x20080522  # linux/capability.h, capget(2): 64 bit sets
+_SYS_OPENAT2 = 437  # one number on all architectures since Linux 5.6
+
+
+class _LongFunction(_ctypes.CFuncPtr):
+    _flags_ = _ctypes.FUNCFLAG_CDECL | _ctypes.FUNCFLAG_USE_ERRNO
+    _restype_ = c_long
+
+
+class _IntFunction(_ctypes.CFuncPtr):
+    _flags_ = _ctypes.FUNCFLAG_CDECL | _ctypes.FUNCFLAG_USE_ERRNO
+    _restype_ = c_int
+
+
+_LIBC = _ctypes.dlopen(None, 0)  # type: ignore[arg-type]  # dlopen(NULL): what is loaded already
+_prctl = _IntFunction(_ctypes.dlsym(_LIBC, "prctl"))
+_capget = _IntFunction(_ctypes.dlsym(_LIBC, "capget"))
+_capset = _IntFunction(_ctypes.dlsym(_LIBC, "capset"))
+_prlimit = _IntFunction(_ctypes.dlsym(_LIBC, "prlimit"))
+_setfsuid = _IntFunction(_ctypes.dlsym(_LIBC, "setfsuid"))
+_setfsgid = _IntFunction(_ctypes.dlsym(_LIBC, "setfsgid"))
+_syscall = _LongFunction(_ctypes.dlsym(_LIBC, "syscall"))
+
+
+def _check(result: int) -> int:
+    if result < 0:
+        number = _ctypes.get_errno()
+        raise OSError(number, posix.strerror(number))
+    return result
+
+
+def _call_prctl(option: int, argument: int | bytes = 0, second: int = 0) -> int:
+    # prctl(2) is variadic with unsigned long arguments; a bare int would leave the upper half undefined.
+    first = argument if isinstance(argument, bytes) else c_ulong(argument)
+    return _check(_prctl(option, first, c_ulong(second), c_ulong(0), c_ulong(0)))
+
+
+def set_process_name(name: bytes) -> None:
+    """Set comm, what `ps` shows; at most 15 bytes. PR_SET_NAME."""
+    _call_prctl(_PR_SET_NAME, name)
+
+
+def forbid_tracing() -> None:
+    """Nobody without CAP_SYS_PTRACE may trace this process or read its /proc entries. PR_SET_DUMPABLE.
+
+    Inherited by fork, undone by exec: a child is covered exactly until it is the user's own program.
+    """
+    _call_prctl(_PR_SET_DUMPABLE, 0)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of orphaned descendants, for an agent that is not PID 1. PR_SET_CHILD_SUBREAPER."""
+    _call_prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def forbid_new_privileges() -> None:
+    """From now on exec grants nothing (setuid bits, file capabilities). PR_SET_NO_NEW_PRIVS."""
+    _call_prctl(_PR_SET_NO_NEW_PRIVS, 1)
+
+
+def limit_bounding_set(keep_mask: int) -> None:
+    """Drop every capability from the bounding set whose bit is not in `keep_mask`. PR_CAPBSET_DROP."""
+    for capability in range(64):
+        if keep_mask >> capability & 1:
+            continue
+        try:
+            is_bounded_in = _call_prctl(_PR_CAPBSET_READ, capability)
+        except OSError:  # EINVAL: beyond the last capability this kernel knows
+            return
+        if is_bounded_in:
+            _call_prctl(_PR_CAPBSET_DROP, capability)
+
+
+def _capability_header() -> bytes:
+    return _LINUX_CAPABILITY_VERSION_3.to_bytes(4, "little") + bytes(4)
+
+
+def _read_capabilities() -> list[bytes]:
+    """Six 32 bit words: effective, permitted, inheritable of the low half, then of the high half."""
+    buffer = (c_char * 24)()
+    _check(_capget(_capability_header(), buffer))
+    data = buffer.raw
+    return [data[at : at + 4] for at in range(0, 24, 4)]
+
+
+def drop_inheritable_capabilities() -> None:
+    """Empty the inheritable and ambient sets: exec can only give what the file and bounding set allow.
+
+    Source: capabilities(7); non-empty inheritable sets were CVE-2022-29162.
+    """
+    words = _read_capabilities()
+    words[2] = words[5] = bytes(4)
+    _check(_capset(_capability_header(), b"".join(words)))
+    _call_prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
+
+
+def act_on_files_as(uid: int, gid: int) -> None:
+    """What is created from now on belongs to uid and gid; file permissions stay root's (setfsuid(2)).
+
+    Creating a file under its final owner leaves no moment at which a rename could make a later chown hit
+    something else. setfsuid(2) never reports failure, so the change is read back.
+
+    Raises:
+        OSError: EPERM if the ids could not be taken on.
+    """
+    for change, wanted in ((_setfsgid, gid), (_setfsuid, uid)):
+        change(c_ulong(wanted))
+        if change(c_ulong(0xFFFFFFFF)) & 0xFFFFFFFF != wanted:
+            raise OSError(1, posix.strerror(1))  # EPERM
+    # Leaving fsuid 0 clears the file capabilities from the effective set (capabilities(7)); they are still
+    # permitted, so take them back.
+    words = _read_capabilities()
+    words[0], words[3] = words[1], words[4]
+    _check(_capset(_capability_header(), b"".join(words)))
+
+
+def set_resource_limit(resource: int, soft: int, hard: int) -> None:
+    """prlimit(2) on the calling process; values are unsigned, 2**64-1 is "unlimited"."""
+    new = soft.to_bytes(8, "little") + hard.to_bytes(8, "little")
+    _check(_prlimit(0, resource, new, None))
+
+
+def read_resource_limit(resource: int) -> tuple[int, int]:
+    """(soft, hard) of the calling process; 2**64-1 is "unlimited". prlimit(2)."""
+    buffer = (c_char * 16)()
+    _check(_prlimit(0, resource, None, buffer))
+    old = buffer.raw
+    return int.from_bytes(old[:8], "little"), int.from_bytes(old[8:], "little")
+
+
+def open_beneath(directory_fd: int, path: bytes, flags: int, resolve: int) -> int:
+    """openat2(2): open `path` under the directory; `resolve` are RESOLVE_* flags. Close-on-exec is added."""
+    how = (flags | posix.O_CLOEXEC).to_bytes(8, "little") + bytes(8) + resolve.to_bytes(8, "little")
+    return _check(_syscall(c_long(_SYS_OPENAT2), directory_fd, path, how, c_ulong(len(how))))
