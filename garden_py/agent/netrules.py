@@ -1,11 +1,11 @@
 """Act inside a container's network namespace, from a child that is gone a few milliseconds later.
 
     host helper (single-threaded)              child
-        fork ────────────────────────────────►  setns(user namespace), setns(network namespace)
+        fork ────────────────────────────────►  setns(network namespace), setns(user namespace)
                                                 IPv6 off, lo up, eth0: address, up, neighbour, routes
                                                 nft transaction, counters
-        read the pipe until it ends  ◄────────  {"ok": ...} or {"step", "errno", "message"}
-        waitpid                      ◄────────  _exit
+        read the pipe  ◄──────────────────────  length, {"ok": ...} or {"step", "errno", "message"}
+        waitpid, later ◄──────────────────────  _exit
 
 Joining the user namespace takes from the child every privilege on the host: it is root of the container's
 network and of nothing else. Nothing in the container ever holds CAP_NET_ADMIN, so what is set here stays.
@@ -22,17 +22,20 @@ import json
 import os
 import select
 import signal
+import struct
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from ipaddress import IPv4Address, IPv4Network
-from typing import Any
+from typing import Any, NoReturn
 
 from garden_py.agent.nft import Nft, NftError, load_library, read_counters
 from garden_py.agent.rtnetlink import Rtnetlink, RtnetlinkError
 
 CLONE_NEWUSER = 0x10000000  # linux/sched.h
 CLONE_NEWNET = 0x40000000
+_LENGTH = struct.Struct("=I")
 DEFAULT_DEADLINE_S = 20.0
 """Far above the tenths of a second that the largest policy takes; beyond it the kernel is stuck."""
 
@@ -55,10 +58,17 @@ class NetrulesError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Tools:
-    """What is loaded before the fork, so that a child neither imports nor opens a library."""
+    """What is loaded before the fork, so that a child neither imports nor opens a library.
+
+    Attributes:
+        libc: for setns(2), which Python has since 3.12 only.
+        libnftables: from nft.load_library.
+        finishing: pids of children that have reported and not been waited for.
+    """
 
     libc: ctypes.CDLL
     libnftables: ctypes.CDLL
+    finishing: list[int] = field(default_factory=list)
 
 
 def load_tools() -> Tools:
@@ -97,49 +107,67 @@ def inject(
         NetrulesError: a step failed, or the deadline passed (errno ETIMEDOUT).
     """
     tools = tools or load_tools()
+    reap_finished(tools)
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
-        _run_child(lambda: _act(tools, userns_fd, netns_fd, request), writer)
+        _run_child(partial(_act, tools, userns_fd, netns_fd, request), writer)
     os.close(writer)
+    tools.finishing.append(pid)
     try:
-        # The pipe is drained before waitpid(2): a child blocked in write(2) would never exit.
-        report = _read_all(reader, time.monotonic() + deadline_s)
+        report = _read_report(reader, time.monotonic() + deadline_s)
+    except TimeoutError as error:
+        os.kill(pid, signal.SIGKILL)
+        raise NetrulesError("deadline", errno.ETIMEDOUT, f"no answer within {deadline_s} s") from error
     finally:
         os.close(reader)
-        os.kill(pid, signal.SIGKILL)  # it has reported and is only exiting, or must not go on
-        os.waitpid(pid, 0)
-    if report is None:
-        raise NetrulesError("deadline", errno.ETIMEDOUT, f"no answer within {deadline_s} s")
-    return _parse_report(report)
-
-
-def _parse_report(report: bytes) -> dict[str, Any]:
-    if not report:
-        raise NetrulesError("child", 0, "the child ended without a report")
-    value: dict[str, Any] = json.loads(report)
-    if "ok" in value:
-        result: dict[str, Any] = value["ok"]
+    if "ok" in report:
+        result: dict[str, Any] = report["ok"]
         return result
-    raise NetrulesError(value["step"], value["errno"], value["message"])
+    raise NetrulesError(report["step"], report["errno"], report["message"])
 
 
-def _read_all(reader: int, deadline: float) -> bytes | None:
-    """Everything up to the end of the pipe, or None if the deadline (monotonic seconds) passes first."""
+def reap_finished(tools: Tools, *, wait: bool = False) -> None:
+    """Collect children that have ended; `wait` for those that are still ending.
+
+    Called by each `inject` for the ones before it. A child has done its work when it reports; its end takes
+    some 15 ms more, because closing an nfnetlink socket waits until the kernel has freed the replaced rules
+    (a grace period of RCU, see nft_rcv_nl_event in net/netfilter/nf_tables_api.c). Nobody needs to wait for
+    that, nor for a child that is stuck in the kernel.
+    """
+    still_ending = []
+    for pid in tools.finishing:
+        try:
+            if os.waitpid(pid, 0 if wait else os.WNOHANG)[0] == 0:
+                still_ending.append(pid)
+        except ChildProcessError:
+            continue  # somebody who waits for any child of this process was faster
+    tools.finishing[:] = still_ending
+
+
+def _read_report(reader: int, deadline: float) -> dict[str, Any]:
+    """The child's report; TimeoutError if the deadline (monotonic seconds) passes first."""
+    (length,) = _LENGTH.unpack(_read_exactly(reader, _LENGTH.size, deadline))
+    report: dict[str, Any] = json.loads(_read_exactly(reader, length, deadline))
+    return report
+
+
+def _read_exactly(reader: int, length: int, deadline: float) -> bytes:
     poller = select.poll()
     poller.register(reader, select.POLLIN)
-    chunks: list[bytes] = []
-    while True:
+    data = b""
+    while len(data) < length:
         left_ms = int((deadline - time.monotonic()) * 1000)
         if left_ms <= 0 or not poller.poll(left_ms):
-            return None
-        chunk = os.read(reader, 1 << 16)
+            raise TimeoutError
+        chunk = os.read(reader, length - len(data))
         if not chunk:
-            return b"".join(chunks)
-        chunks.append(chunk)
+            raise NetrulesError("child", 0, "the child ended without a report")
+        data += chunk
+    return data
 
 
-def _run_child(act: Callable[[], dict[str, Any]], writer: int) -> None:
+def _run_child(act: Callable[[], dict[str, Any]], writer: int) -> NoReturn:
     """Report what `act` gives or raises, and end without running the parent's exit handlers."""
     report: dict[str, Any] = {"step": "child", "errno": 0, "message": "died of an unexpected exception"}
     try:
@@ -149,27 +177,27 @@ def _run_child(act: Callable[[], dict[str, Any]], writer: int) -> None:
     finally:
         # `finally` and _exit, so that not even a bug lets two copies of the parent's program run on.
         data = json.dumps(report).encode()
+        data = _LENGTH.pack(len(data)) + data
         while data:
             data = data[os.write(writer, data) :]
         os._exit(0)
 
 
 def _act(tools: Tools, userns_fd: int | None, netns_fd: int, request: dict[str, Any]) -> dict[str, Any]:
-    # The user namespace first: being root of the network namespace's owner is what lets us join that.
+    _setns(tools, netns_fd, CLONE_NEWNET)
+    # Between the two setns: the socket must belong to this network namespace, and only root of the host may
+    # give it a send buffer for a whole policy. It is closed by _exit, after the report (see reap_finished).
+    nft = Nft(tools.libnftables)
     if userns_fd is not None:
         _setns(tools, userns_fd, CLONE_NEWUSER)
-    _setns(tools, netns_fd, CLONE_NEWNET)
     if "interface" in request:
         _configure_interface(request["interface"])
-    result: dict[str, Any] = {}
-    if "nft" in request or request.get("counters"):
-        with Nft(tools.libnftables) as nft:  # made after setns: its socket belongs to this namespace
-            if "nft" in request:
-                _try_nft("nft", lambda: nft.run(request["nft"]))
-            if request.get("counters"):
-                listed = _try_nft("counters", lambda: nft.run_json("list table inet garden"))
-                result["counters"] = read_counters(listed)
-    return result
+    if "nft" in request:
+        _try_nft("nft", lambda: nft.run(request["nft"]))
+    if not request.get("counters"):
+        return {}
+    listed = _try_nft("counters", lambda: nft.run_json("list table inet garden"))
+    return {"counters": read_counters(listed)}
 
 
 def _try_nft(step: str, act: Callable[[], Any]) -> Any:

@@ -10,13 +10,19 @@ Source: libnftables(3), nft(8).
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
+import os
 import re
+import socket
 from types import TracebackType
 from typing import Any
 
 SONAME = "libnftables.so.1"
 _OUTPUT_JSON = 1 << 4  # NFT_CTX_OUTPUT_JSON, libnftables(3)
+_NETLINK_NETFILTER = 12  # linux/netlink.h
+_SO_SNDBUFFORCE = 32  # asm-generic/socket.h
+_SEND_BUFFER_BYTES = 64 << 20  # a cap, not an allocation; 10,000 rules need about 5 MiB
 
 
 class NftError(Exception):
@@ -56,14 +62,17 @@ def load_library() -> ctypes.CDLL:
 class Nft:
     """A libnftables context, bound to the network namespace in which it was made (its netlink socket is).
 
-    After a setns(2) make a new one. Not for use by two threads at once.
+    After a setns(2) into a network namespace make a new one; before one into a user namespace, since only
+    root of the host may raise the send buffer. Not for use by two threads at once.
     """
 
     def __init__(self, library: ctypes.CDLL | None = None) -> None:
         self._library = library or load_library()
+        socket_fd = _next_fd()
         self._context = self._library.nft_ctx_new(0)
         if not self._context:
             raise MemoryError("nft_ctx_new")
+        _raise_send_buffer(socket_fd)
         for prepare in (self._library.nft_ctx_buffer_output, self._library.nft_ctx_buffer_error):
             if prepare(self._context) != 0:
                 self.close()
@@ -106,6 +115,29 @@ class Nft:
             text = errors.decode(errors="replace").strip()
             raise NftError(text.splitlines()[0] if text else f"status {status}", commands)
         return output.decode(errors="replace")
+
+
+def _next_fd() -> int:
+    """The descriptor that open(2) or socket(2) will return next: the lowest that is free."""
+    fd = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+    os.close(fd)
+    return fd
+
+
+def _raise_send_buffer(socket_fd: int) -> None:
+    """Let the context's socket send a transaction of any size in the one message that makes it atomic.
+
+    libnftables tries this itself when it sends, but SO_SNDBUFFORCE (socket(7)) needs CAP_NET_ADMIN in the
+    initial user namespace, and without it a policy of some 1,000 rules fails with EMSGSIZE. The library does
+    not tell its descriptor; we know it, and make sure of it.
+    """
+    with socket.socket(fileno=os.dup(socket_fd)) as netlink:
+        if (netlink.family, netlink.proto) != (socket.AF_NETLINK, _NETLINK_NETFILTER):
+            raise OSError(errno.ENOTSOCK, "libnftables did not open its netlink socket first")
+        try:
+            netlink.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _SEND_BUFFER_BYTES)
+        except PermissionError:
+            return  # a development run without root: small transactions work
 
 
 def is_missing(error: NftError) -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from garden_py.agent.netrules import NetrulesError, inject, load_tools
+from garden_py.agent.netrules import NetrulesError, inject, load_tools, reap_finished
 from garden_py.agent.nft import Nft, NftError, is_missing, read_counters
 from garden_py.agent.rtnetlink import RTN_UNREACHABLE, Link, Rtnetlink, RtnetlinkError, VethEnd
 from garden_py.backend.net import host_firewall
@@ -52,9 +52,10 @@ class HostNetwork:
         self.close()
 
     def close(self) -> None:
-        """Close the sockets; safe to call twice."""
+        """Close the sockets and collect the last children; safe to call twice."""
         self._netlink.close()
         self._nft.close()
+        reap_finished(self._tools, wait=True)
 
     # --- the host ---
 
@@ -114,9 +115,9 @@ class HostNetwork:
     def attach_container(self, attachment: Attachment, netns_fd: int, userns_fd: int | None) -> None:
         """Give a network namespace its link, addresses, routes and rules.
 
-        The container's rules are in force before a packet of it gets anywhere: the host accepts its address in
-        the last step. A half-made attachment is undone. A link of the same name, left by a container that is
-        gone, is replaced.
+        The container's rules are in force before a packet of it gets anywhere: the host accepts its address
+        in the last step. A half-made attachment is undone. A link of the same name, left by a container that
+        is gone, is replaced.
 
         Args:
             attachment: what to do.

@@ -44,18 +44,22 @@ class AddressPool:
         Raises:
             PoolExhausted: none is free.
         """
-        while self._released:
-            address = heapq.heappop(self._released)
-            if address not in self._taken:
-                self._taken.add(address)
-                return address
-        while self._next_offset < self.network.num_addresses - 1:
-            address = self.network[self._next_offset]
-            self._next_offset += 1
+        while (address := self._lowest_candidate()) is not None:
             if address not in self._taken:
                 self._taken.add(address)
                 return address
         raise PoolExhausted("addresses", self.size, "--network-pool")
+
+    def _lowest_candidate(self) -> IPv4Address | None:
+        """Remove and return the lowest address that may be free; None if there is none left."""
+        has_fresh = self._next_offset < self.network.num_addresses - 1
+        fresh = self.network[self._next_offset]
+        if self._released and (not has_fresh or self._released[0] < fresh):
+            return heapq.heappop(self._released)
+        if not has_fresh:
+            return None
+        self._next_offset += 1
+        return fresh
 
     def reserve(self, address: IPv4Address) -> None:
         """Take this very address: asked for by a caller, or held by a container found after a restart.

@@ -1,0 +1,225 @@
+"""The server's part of the host's network: made, repaired, removed, and nothing of it left behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
+from statistics import median
+
+import pytest
+from net_lab import HOST_IP, OUTSIDE_IP, TAG, Container, Lab, Probe, nft, open_lab, private_netns
+
+from garden_py.agent.netrules import NetrulesError, inject
+from garden_py.agent.rtnetlink import Rtnetlink, RtnetlinkError
+from garden_py.backend.net.apply import HostNetwork
+from garden_py.backend.net.host_firewall import HostPolicy
+from garden_py.backend.net.messages import Leftovers
+from garden_py.backend.net.plan import HostPlan
+from garden_py.model.errors import HostFault, InvalidField
+from garden_py.model.netrule import DefaultAction, EgressPolicy, parse_egress_rule
+
+pytestmark = pytest.mark.root
+
+OPEN = EgressPolicy(DefaultAction.ALLOW)
+GOLDEN = Path(__file__).parent.parent / "golden" / "firewall"
+
+
+@pytest.fixture
+def lab() -> Iterator[Lab]:
+    with open_lab() as lab:
+        yield lab
+
+
+def routes() -> list[str]:
+    """Routes of the main table, as `ip route` prints them."""
+    printed = subprocess.run(["ip", "route"], capture_output=True, text=True, check=True).stdout
+    return [line.strip() for line in printed.splitlines()]
+
+
+def test_forwarding_is_turned_on_and_reported_once(lab: Lab) -> None:
+    """The operator must learn that the server changed a setting of the whole host."""
+    assert lab.report.ip_forward_turned_on
+    assert not lab.network.ensure_host(HostPolicy()).ip_forward_turned_on
+
+
+def test_ensuring_the_host_again_repairs_it_and_keeps_the_containers(lab: Lab) -> None:
+    """After a restart the table is written anew; running containers must not notice."""
+    container = lab.container(2, OPEN)
+    container.order("listen", "0.0.0.0", 8000)
+    lab.map_tcp(61001, container, 8000)
+    nft("flush", "chain", "inet", lab.plan.table, "source_nat")
+    nft("flush", "chain", "inet", lab.plan.table, "map_ports")
+    assert container.try_connect(OUTSIDE_IP, 80) == "timeout"
+    lab.network.ensure_host(HostPolicy())
+    assert container.try_connect(OUTSIDE_IP, 80) == HOST_IP
+    assert lab.outside.try_connect(HOST_IP, 61001) == OUTSIDE_IP
+
+
+def test_detaching_twice_leaves_nothing(lab: Lab) -> None:
+    """Destroy may be interrupted and repeated at any step."""
+    plain, privileged = lab.container(2, OPEN), lab.container(3, OPEN, privileged=True)
+    empty = Leftovers({}, (lab.plan.table,), True)
+    assert lab.network.list_leftovers().links == {f"gdn{TAG}-2": "container-2", f"gdn{TAG}-3": "container-3"}
+    mapping = lab.map_tcp(61001, plain, 8000)
+    for _ in range(2):
+        lab.detach(plain, (mapping,))
+        lab.detach(privileged)
+        assert lab.network.list_leftovers() == empty
+    table = json.loads(nft("-j", "list", "table", "inet", lab.plan.table))["nftables"]
+    sets = {o[k]["name"]: o[k].get("elem", []) for o in table for k in ("set", "map") if k in o}
+    assert sets == {"members": [], "portmap": [], "egress": []}
+    assert not [o for o in table if o.get("chain", {}).get("name", "").startswith("egress_")]
+    assert not [r for r in routes() if TAG in r]
+
+
+def test_removing_the_host_removes_everything_even_attached_containers() -> None:
+    """A server that stops for good leaves the host as it found it; doing so twice is fine."""
+    with open_lab() as lab:
+        links_before = {"lo", "uplink"}
+        lab.container(2, OPEN)
+        lab.network.remove_host()
+        lab.network.remove_host()
+        assert not lab.network.list_leftovers()
+        with Rtnetlink() as netlink:
+            assert {link.name for link in netlink.links()} == links_before
+        assert nft("list", "tables") == ""
+        assert [route.split()[0] for route in routes()] == ["default", "192.0.2.0/24"]
+
+
+def test_detaching_after_the_host_was_removed_is_no_error(lab: Lab) -> None:
+    """Destroy always ends, in whatever order things went away."""
+    container = lab.container(2, OPEN)
+    lab.network.remove_host()
+    lab.detach(container)
+
+
+@pytest.mark.parametrize("step", ["container_rules", "host_rules"])
+def test_failed_attachment_is_undone(lab: Lab, step: str) -> None:
+    """No half-attached container: the link goes again, whichever transaction was refused."""
+    container = lab.container(2, OPEN)
+    lab.detach(container)
+    broken = dataclasses.replace(
+        lab.attachment(container, OPEN), **{step: "add rule inet nowhere x accept\n"}
+    )
+    with pytest.raises(HostFault):
+        lab.network.attach_container(broken, container.netns_fd, container.userns_fd)
+    assert lab.network.list_leftovers().links == {}
+    lab.network.attach_container(lab.attachment(container, OPEN), container.netns_fd, container.userns_fd)
+    assert container.try_connect(OUTSIDE_IP, 80) == HOST_IP
+
+
+@pytest.mark.parametrize("pool", ["192.0.2.0/24", "192.0.0.0/16", "192.0.2.128/29"])
+def test_pool_that_overlaps_a_network_of_the_host_is_refused(lab: Lab, pool: str) -> None:
+    """Routing part of the operator's own network into containers would cut the host off."""
+    network = IPv4Network(pool)
+    with HostNetwork(HostPlan("0bad", network, network[1])) as second:
+        with pytest.raises(InvalidField, match="--network-pool"):
+            second.ensure_host(HostPolicy())
+        assert not second.list_leftovers()
+
+
+def test_two_servers_share_a_host(lab: Lab) -> None:
+    """Each has its own tag and pool; removing one leaves the other's containers connected."""
+    container = lab.container(2, OPEN)
+    network = IPv4Network("10.253.0.0/24")
+    with HostNetwork(HostPlan("5ec0", network, network[1])) as second:
+        second.ensure_host(HostPolicy())
+        assert second.list_leftovers() == Leftovers({}, ("garden_5ec0",), True)
+        second.remove_host()
+    assert container.try_connect(OUTSIDE_IP, 80) == HOST_IP
+
+
+def test_injection_names_the_step_that_failed() -> None:
+    """A descriptor that is no namespace, a link that is not there, a bad rule: three different reports."""
+    with private_netns():
+        probe = Probe()
+        try:
+            with open("/dev/null") as null, pytest.raises(NetrulesError) as caught:
+                inject(None, null.fileno(), {})
+            assert (caught.value.step, caught.value.errno) == ("setns", errno.EINVAL)
+            interface = {
+                "name": "eth0",
+                "address": "10.0.0.2",
+                "gateway": "10.0.0.1",
+                "gateway_mac": "0" * 12,
+            }
+            with pytest.raises(NetrulesError) as caught:
+                inject(probe.userns_fd, probe.netns_fd, {"interface": interface})
+            assert (caught.value.step, caught.value.errno) == ("link", errno.ENODEV)
+            with pytest.raises(NetrulesError, match="syntax error") as caught:
+                inject(probe.userns_fd, probe.netns_fd, {"nft": "nonsense\n"})
+            assert caught.value.step == "nft"
+        finally:
+            probe.close()
+
+
+def test_injection_past_its_deadline_is_killed_and_reported() -> None:
+    """A child that is stuck must not hold up the helper."""
+    with private_netns():
+        probe = Probe()
+        try:
+            with pytest.raises(NetrulesError) as caught:
+                inject(probe.userns_fd, probe.netns_fd, {}, deadline_s=0)
+            assert (caught.value.step, caught.value.errno) == ("deadline", errno.ETIMEDOUT)
+        finally:
+            probe.close()
+
+
+def test_netlink_errors_carry_errno_and_request() -> None:
+    """The message must say what was asked for, not only that an argument was invalid."""
+    with private_netns(), Rtnetlink() as netlink:
+        netlink.add_bridge("gdn-test", b"\x0a\0\0\0\0\1")
+        with pytest.raises(RtnetlinkError, match="link add gdn-test type bridge") as caught:
+            netlink.add_bridge("gdn-test", b"\x0a\0\0\0\0\1")
+        assert caught.value.errno == errno.EEXIST
+        assert netlink.find_link("gdn-none") is None
+
+
+@pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.nft")), ids=lambda path: path.stem)
+def test_real_nft_accepts_every_golden_text(path: Path) -> None:
+    """A golden file that the kernel's own tool refuses would be golden nonsense."""
+    with private_netns():
+        if path.stem.startswith("element"):
+            nft("-f", "-", text=(GOLDEN / "host_default.nft").read_text())
+        nft("-c", "-f", "-", text=path.read_text())
+
+
+def test_times_are_printed(lab: Lab) -> None:
+    """Figures for the record, not asserted: attach, replace, detach, and the largest usual policy."""
+    container = lab.container(2, OPEN)
+
+    def attach() -> None:
+        lab.network.attach_container(lab.attachment(container, OPEN), container.netns_fd, container.userns_fd)
+
+    figures = {
+        "replace 100 rules": p50_ms(20, lambda: lab.replace(container, policy_of(100))),
+        "replace 3000 rules": p50_ms(3, lambda: lab.replace(container, policy_of(3000))),
+        "empty injection": p50_ms(20, lambda: inject_nothing(container)),
+        "detach + attach": p50_ms(20, lambda: (lab.detach(container), attach())),
+        "detach": p50_ms(1, lambda: lab.detach(container)),
+    }
+    print("".join(f"\n{name}: {ms:.2f} ms" for name, ms in figures.items()))
+
+
+def inject_nothing(container: Container) -> None:
+    inject(container.userns_fd, container.netns_fd, {})
+
+
+def policy_of(count: int) -> EgressPolicy:
+    rules = (f"tcp:{IPv4Address(0x0A000000 + (i << 8))}/24:{i + 1}-{i + 100}" for i in range(count))
+    return EgressPolicy(DefaultAction.DENY, tuple(parse_egress_rule(rule) for rule in rules))
+
+
+def p50_ms(times: int, act: Callable[[], object]) -> float:
+    taken = []
+    for _ in range(times):
+        start = time.perf_counter()
+        act()
+        taken.append((time.perf_counter() - start) * 1000)
+    return median(taken)

@@ -1,0 +1,138 @@
+"""Egress rules as values: what is refused, with which field, and the text form's round trip."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from ipaddress import IPv4Address, IPv6Address
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from garden_py.model.errors import InvalidField
+from garden_py.model.netrule import (
+    MAX_RULES,
+    AddressRange,
+    EgressPolicy,
+    EgressRule,
+    IcmpMatch,
+    PortRange,
+    Protocol,
+    RuleAction,
+    at_field,
+    format_egress_rule,
+    parse_egress_rule,
+)
+
+
+def address_ranges() -> st.SearchStrategy[AddressRange]:
+    def pairs(kind: type[IPv4Address] | type[IPv6Address], bits: int) -> st.SearchStrategy[AddressRange]:
+        number = st.integers(0, 2**bits - 1)
+        return st.tuples(number, number).map(lambda p: AddressRange(kind(min(p)), kind(max(p))))
+
+    return pairs(IPv4Address, 32) | pairs(IPv6Address, 128)
+
+
+def port_ranges() -> st.SearchStrategy[PortRange]:
+    number = st.integers(1, 65535)
+    return st.tuples(number, number).map(lambda p: PortRange(min(p), max(p)))
+
+
+@st.composite
+def egress_rules(draw: st.DrawFn) -> EgressRule:
+    protocol = draw(st.sampled_from(Protocol))
+    has_ports = protocol in (Protocol.TCP, Protocol.UDP)
+    icmp = st.none() | st.builds(IcmpMatch, st.integers(0, 255), st.none() | st.integers(0, 255))
+    return EgressRule(
+        protocol=protocol,
+        networks=tuple(draw(st.lists(address_ranges(), max_size=3))),
+        ports=tuple(draw(st.lists(port_ranges(), max_size=3))) if has_ports else (),
+        icmp=draw(icmp) if protocol is Protocol.ICMP else None,
+        log=draw(st.booleans()),
+        action=draw(st.sampled_from(RuleAction)),
+    )
+
+
+@given(egress_rules())
+def test_text_form_is_read_back_as_the_same_rule(rule: EgressRule) -> None:
+    """The command line shows rules in the form in which it takes them."""
+    assert parse_egress_rule(format_egress_rule(rule)) == rule
+
+
+@given(st.text(alphabet="tcpudmialeny log:0123456789./-,*[]", max_size=40))
+def test_any_text_is_a_rule_or_an_invalid_field(text: str) -> None:
+    """A typing error is the caller's and must be told as such."""
+    with contextlib.suppress(InvalidField):
+        assert parse_egress_rule(format_egress_rule(parse_egress_rule(text)))
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical"),
+    [
+        ("tcp:10.0.0.0/8:80,443-445", "tcp:10.0.0.0/8:80,443-445"),
+        ("icmp:1.2.3.4:8/0", "icmp:1.2.3.4:8/0"),
+        ("deny  all:169.254.169.254  log", "deny all:169.254.169.254 log"),
+        ("udp:*:53", "udp:*:53"),
+        ("udp::53", "udp:*:53"),
+        ("all:*", "all"),
+        ("tcp:10.0.0.0-10.255.255.255", "tcp:10.0.0.0/8"),
+        ("tcp:[2001:db8::/32],10.0.0.1:443", "tcp:[2001:db8::/32],10.0.0.1:443"),
+    ],
+)
+def test_rules_have_one_shortest_form(text: str, canonical: str) -> None:
+    """Two spellings of a rule are shown alike."""
+    assert format_egress_rule(parse_egress_rule(text)) == canonical
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        ("", "protocol"),
+        ("sctp", "protocol"),
+        ("tcp 10.0.0.0/8", "protocol"),
+        ("tcp:1.2.3.4:80:90", "protocol"),
+        ("tcp:2001:db8::1:80", "protocol"),
+        ("tcp:10.0.0.1/8", "networks[0].start"),
+        ("tcp:10.0.0.0/8,nonsense", "networks[1].start"),
+        ("tcp:10.0.0.9-10.0.0.1", "networks[0].end"),
+        ("tcp:[10.0.0.1-::1]", "networks[0].end"),
+        ("tcp:*:0", "ports[0].start"),
+        ("tcp:*:80,70000", "ports[1].start"),
+        ("tcp:*:90-80", "ports[0].end"),
+        ("tcp:*:https", "ports[0].start"),
+        ("all:*:80", "ports"),
+        ("icmp:*:256", "icmp.type"),
+        ("icmp:*:8/999", "icmp.code"),
+        ("icmp:*:echo", "icmp.type"),
+    ],
+)
+def test_bad_rules_name_the_field(text: str, field: str) -> None:
+    """Promise 7: a clear typed error that names the field."""
+    with pytest.raises(InvalidField) as caught:
+        parse_egress_rule(text)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("build", "field"),
+    [
+        (lambda: EgressRule(Protocol.ALL, ports=(PortRange(1, 2),)), "ports"),
+        (lambda: EgressRule(Protocol.ICMP, ports=(PortRange(1, 2),)), "ports"),
+        (lambda: EgressRule(Protocol.TCP, icmp=IcmpMatch(8)), "icmp"),
+        (lambda: EgressPolicy(rules=(EgressRule(Protocol.ALL),) * (MAX_RULES + 1)), "rules"),
+    ],
+)
+def test_combinations_without_meaning_are_refused(build: Callable[[], object], field: str) -> None:
+    """A rule that says two things at once would be read differently by its author and by the kernel."""
+    with pytest.raises(InvalidField) as caught:
+        build()
+    assert caught.value.field == field
+
+
+def test_fields_are_paths_from_the_request() -> None:
+    """A caller with 3,000 rules must find the bad one."""
+    with pytest.raises(InvalidField) as caught, at_field("rules[3]"), at_field("ports[0]"):
+        PortRange(80, 70000)
+    assert caught.value.field == "rules[3].ports[0].end"
+    assert "70000" in caught.value.problem
