@@ -1,0 +1,1 @@
+"""The asyncio face of the client: link (performs calls), process, container, client."""

@@ -1,0 +1,1 @@
+"""The blocking face of the client: link (performs calls), process, container, client."""
