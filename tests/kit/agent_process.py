@@ -41,7 +41,7 @@ def running_agent(bundle: RuntimeBundle, directory: Path, *prefix: str) -> Itera
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env={"PATH": os.defpath},
+            env={"PATH": os.defpath, **dict(item.split("=", 1) for item in bundle.env)},
         )
     try:
         yield path, process.pid

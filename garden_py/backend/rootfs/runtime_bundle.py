@@ -13,6 +13,7 @@ Layout of `<parent>/<version>/`::
     lib/python3.11/*.pyc          modules of the standard library, compiled, without source
     lib/python3.11/lib-dynload/   extension modules that are not built into the interpreter
     lib/python3.11/garden_py/     the agent
+    lib/python311.zip             empty, see `_fill`
 """
 
 from __future__ import annotations
@@ -29,12 +30,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-_FORMAT = 1  # to be raised whenever this module would build something else from the same sources
 _COMMAND_TIMEOUT_S = 60.0
-_PACKAGE = Path(__file__).parents[2]
+_PACKAGE = Path(__file__).resolve().parents[2]
 _HOST_ONLY = frozenset({"netrules.py", "rtnetlink.py", "nft.py"})  # run on the host's side of the launcher
 _ENTRY = "from garden_py.agent.main import main; main()"
 
@@ -67,6 +67,12 @@ print(found)
 """
 
 
+# Keeps the C library away from the image's files. LC_ALL stops Python from trying C.UTF-8, whose files may
+# name a character set and so have a gconv module loaded; `:` is the one TZ for which glibc opens nothing: unset,
+# it reads /etc/localtime, which may be a FIFO (glibc time/tzset.c).
+_ENVIRONMENT = ("LC_ALL=C", "TZ=:")
+
+
 class RuntimeBundleError(Exception):
     """No runtime bundle can be built on this host."""
 
@@ -79,13 +85,13 @@ class RuntimeBundle:
         directory: absolute path on the host; its parent is what containers mount.
         version: name of the directory, a hash of what it was built from.
         loader: file name of the dynamic loader in `lib/`.
-        env: environment of PID 1, `NAME=value`; nothing is needed.
+        env: complete environment of PID 1, `NAME=value`; its children never see it.
     """
 
     directory: Path
     version: str
     loader: str
-    env: tuple[str, ...] = field(default=())
+    env: tuple[str, ...] = _ENVIRONMENT
 
     def argv(self, mounted_at: str) -> list[str]:
         """PID 1's command line when the bundle's *parent* directory is mounted at `mounted_at`."""
@@ -161,14 +167,17 @@ def _read_elf_interpreter(executable: Path) -> Path:
 
 
 def _version(interpreter: Path, loader: Path) -> str:
-    """A cheap key for all that goes in: the interpreter, the C library (by its loader), our own sources."""
+    """A cheap key for all that goes in: the interpreter, the C library (by its loader), our own sources.
+
+    This module is one of them: it decides what is built.
+    """
     digest = hashlib.sha256()
-    facts: list[object] = [_FORMAT, sys.version, platform.machine()]
+    facts: list[object] = [sys.version, platform.machine()]
     for path in (interpreter, loader.resolve(strict=True)):
         status = path.stat()
         facts += [str(path), status.st_mtime_ns, status.st_size]
     digest.update(json.dumps(facts).encode())
-    for source in _agent_sources():
+    for source in (Path(__file__).resolve(), *_agent_sources()):
         digest.update(f"\0{source.relative_to(_PACKAGE)}\0".encode() + source.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -199,6 +208,9 @@ def _fill(building: Path, interpreter: Path, loader: Path) -> None:
     extensions = modules / "lib-dynload"
     extensions.mkdir(parents=True)
     shutil.copyfile(interpreter, building / "python3")
+    # getpath looks for this file from the executable's directory upwards before anything else, and would find
+    # the image's /lib/python3xx.zip, and run it. Empty, it ends the search and holds no module.
+    (libraries / f"python{sys.version_info[0]}{sys.version_info[1]}.zip").touch()
     _copy_loader(loader, libraries / loader.name)
     binaries = [interpreter]
     for name, origin in _needed_modules(interpreter).items():
