@@ -1,15 +1,21 @@
-"""Act inside a container's network namespace, from a child that is gone a few milliseconds later.
+"""Act inside a container's network namespace, from a short-lived child process.
 
     host helper (single-threaded)              child
-        fork ────────────────────────────────►  setns(network namespace), setns(user namespace)
+        fork ────────────────────────────────►  closes every other descriptor
+        length, request ─────────────────────►  setns(network namespace), setns(user namespace)
                                                 IPv6 off, lo up, eth0: address, up, neighbour, routes
                                                 nft transaction, counters
-        read the pipe  ◄──────────────────────  length, {"ok": ...} or {"step", "errno", "message"}
-        waitpid, later ◄──────────────────────  _exit
+                        ◄─────────────────────  length, {"ok": ...} or {"step", "errno", "message"}
+        length, request ─────────────────────►  (again, if it comes within a second)
+        waitpid, later  ◄─────────────────────  _exit
 
 Joining the user namespace takes from the child every privilege on the host: it is root of the container's
 network and of nothing else. Nothing in the container ever holds CAP_NET_ADMIN, so what is set here stays.
 setns(2) wants a single-threaded process to join a user namespace, hence the fork and not a thread.
+
+Why the child rests for a moment instead of ending at once: closing an nfnetlink socket waits, with the
+namespace's nftables locked, until the kernel has freed the rules just replaced (a grace period of RCU, 10 to
+20 ms; nft_rcv_nl_event in net/netfilter/nf_tables_api.c). A second replacement would have to wait for that.
 
 Source: setns(2), user_namespaces(7), network_namespaces(7).
 """
@@ -20,13 +26,12 @@ import ctypes
 import errno
 import json
 import os
-import select
 import signal
+import socket
 import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any, NoReturn
 
@@ -38,6 +43,9 @@ CLONE_NEWNET = 0x40000000
 _LENGTH = struct.Struct("=I")
 DEFAULT_DEADLINE_S = 20.0
 """Far above the tenths of a second that the largest policy takes; beyond it the kernel is stuck."""
+REST_S = 1.0
+"""How long a child waits for another request; so long it may keep the namespace of a dead container alive."""
+MAX_RESTING = 32
 
 
 class NetrulesError(Exception):
@@ -57,18 +65,28 @@ class NetrulesError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class _Child:
+    """A forked child and our end of its socket pair."""
+
+    pid: int
+    channel: socket.socket
+
+
+@dataclass(frozen=True, slots=True)
 class Tools:
-    """What is loaded before the fork, so that a child neither imports nor opens a library.
+    """What is loaded before the fork, so that a child neither imports nor opens a library, and the children.
 
     Attributes:
         libc: for setns(2), which Python has since 3.12 only.
         libnftables: from nft.load_library.
-        finishing: pids of children that have reported and not been waited for.
+        resting: children that wait for another request, by the identity of their network namespace.
+        unreaped: pids of all children that have not been waited for.
     """
 
     libc: ctypes.CDLL
     libnftables: ctypes.CDLL
-    finishing: list[int] = field(default_factory=list)
+    resting: dict[tuple[int, int], _Child] = field(default_factory=dict)
+    unreaped: list[int] = field(default_factory=list)
 
 
 def load_tools() -> Tools:
@@ -80,24 +98,24 @@ def load_tools() -> Tools:
 
 
 def inject(
+    tools: Tools,
     userns_fd: int | None,
     netns_fd: int,
     request: dict[str, Any],
     *,
-    tools: Tools | None = None,
     deadline_s: float = DEFAULT_DEADLINE_S,
 ) -> dict[str, Any]:
     """Carry out `request` inside the namespaces and return what it found.
 
     Args:
+        tools: from load_tools; whoever made it calls `end_children` in the end.
         userns_fd: the container's user namespace; None for a privileged container, which has none.
         netns_fd: its network namespace.
         request: any of these keys, done in this order:
-            "interface": {"name", "mac"?, "address", "gateway", "gateway_mac"}: IPv6 off, lo up, the link up
-            with its address, and the routes; safe to repeat.
+            "interface": {"name", "address", "gateway", "gateway_mac"}: IPv6 off, lo up, the link up with its
+            address, and the routes; safe to repeat.
             "nft": text of one transaction.
             "counters": True: read the rule counters of table `inet garden`.
-        tools: from load_tools; loaded on the spot if None.
         deadline_s: the child is killed after that many seconds.
 
     Returns:
@@ -106,90 +124,171 @@ def inject(
     Raises:
         NetrulesError: a step failed, or the deadline passed (errno ETIMEDOUT).
     """
-    tools = tools or load_tools()
-    reap_finished(tools)
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        _run_child(partial(_act, tools, userns_fd, netns_fd, request), writer)
-    os.close(writer)
-    tools.finishing.append(pid)
-    try:
-        report = _read_report(reader, time.monotonic() + deadline_s)
-    except TimeoutError as error:
-        os.kill(pid, signal.SIGKILL)
-        raise NetrulesError("deadline", errno.ETIMEDOUT, f"no answer within {deadline_s} s") from error
-    finally:
-        os.close(reader)
+    reap_children(tools)
+    deadline = time.monotonic() + deadline_s
+    status = os.fstat(netns_fd)
+    namespace = (status.st_dev, status.st_ino)
+    report = None
+    child = tools.resting.pop(namespace, None)
+    if child is not None:
+        report = _ask_resting(child, request, deadline)
+    if child is None or report is None:
+        child = _fork_child(tools, userns_fd, netns_fd)
+        report = _ask(child, request, deadline)
+    # A container whose link is being made needs no second visit soon; one whose rules change may.
+    if "interface" in request or "ok" not in report:
+        child.channel.close()
+    else:
+        _let_rest(tools, namespace, child)
     if "ok" in report:
         result: dict[str, Any] = report["ok"]
         return result
     raise NetrulesError(report["step"], report["errno"], report["message"])
 
 
-def reap_finished(tools: Tools, *, wait: bool = False) -> None:
-    """Collect children that have ended; `wait` for those that are still ending.
-
-    Called by each `inject` for the ones before it. A child has done its work when it reports; its end takes
-    some 15 ms more, because closing an nfnetlink socket waits until the kernel has freed the replaced rules
-    (a grace period of RCU, see nft_rcv_nl_event in net/netfilter/nf_tables_api.c). Nobody needs to wait for
-    that, nor for a child that is stuck in the kernel.
-    """
-    still_ending = []
-    for pid in tools.finishing:
+def reap_children(tools: Tools, *, wait: bool = False) -> None:
+    """Collect children that have ended; with `wait`, also those that are about to."""
+    left = []
+    for pid in tools.unreaped:
         try:
             if os.waitpid(pid, 0 if wait else os.WNOHANG)[0] == 0:
-                still_ending.append(pid)
+                left.append(pid)
         except ChildProcessError:
             continue  # somebody who waits for any child of this process was faster
-    tools.finishing[:] = still_ending
+    tools.unreaped[:] = left
 
 
-def _read_report(reader: int, deadline: float) -> dict[str, Any]:
-    """The child's report; TimeoutError if the deadline (monotonic seconds) passes first."""
-    (length,) = _LENGTH.unpack(_read_exactly(reader, _LENGTH.size, deadline))
-    report: dict[str, Any] = json.loads(_read_exactly(reader, length, deadline))
-    return report
+def end_children(tools: Tools) -> None:
+    """Dismiss resting children and wait for their end; safe to call twice."""
+    for child in tools.resting.values():
+        child.channel.close()
+    tools.resting.clear()
+    reap_children(tools, wait=True)
 
 
-def _read_exactly(reader: int, length: int, deadline: float) -> bytes:
-    poller = select.poll()
-    poller.register(reader, select.POLLIN)
-    data = b""
-    while len(data) < length:
-        left_ms = int((deadline - time.monotonic()) * 1000)
-        if left_ms <= 0 or not poller.poll(left_ms):
-            raise TimeoutError
-        chunk = os.read(reader, length - len(data))
-        if not chunk:
-            raise NetrulesError("child", 0, "the child ended without a report")
-        data += chunk
-    return data
+# --- the helper's side ---
 
 
-def _run_child(act: Callable[[], dict[str, Any]], writer: int) -> NoReturn:
-    """Report what `act` gives or raises, and end without running the parent's exit handlers."""
-    report: dict[str, Any] = {"step": "child", "errno": 0, "message": "died of an unexpected exception"}
+def _fork_child(tools: Tools, userns_fd: int | None, netns_fd: int) -> _Child:
+    ours, theirs = socket.socketpair()
+    pid = os.fork()
+    if pid == 0:
+        _run_child(tools, userns_fd, netns_fd, theirs)
+    theirs.close()
+    tools.unreaped.append(pid)
+    return _Child(pid, ours)
+
+
+def _let_rest(tools: Tools, namespace: tuple[int, int], child: _Child) -> None:
+    tools.resting[namespace] = child
+    if len(tools.resting) > MAX_RESTING:
+        oldest = next(iter(tools.resting))
+        tools.resting.pop(oldest).channel.close()  # it reads the end of the stream, and ends
+
+
+def _ask_resting(child: _Child, request: dict[str, Any], deadline: float) -> dict[str, Any] | None:
+    """Ask a child that may have ended meanwhile: None then, and asking another one is safe."""
     try:
-        report = {"ok": act()}
+        return _ask(child, request, deadline)
     except NetrulesError as error:
-        report = {"step": error.step, "errno": error.errno, "message": error.message}
+        if error.step != "child":
+            raise
+        return None
+
+
+def _ask(child: _Child, request: dict[str, Any], deadline: float) -> dict[str, Any]:
+    """Send a request and read the report; on any failure the channel is closed and the child ends."""
+    try:
+        _send(child.channel, request, deadline)
+        return _receive(child.channel, deadline)
+    except TimeoutError as error:
+        child.channel.close()
+        os.kill(child.pid, signal.SIGKILL)  # not reaped yet: its channel is open, so it has not ended
+        raise NetrulesError("deadline", errno.ETIMEDOUT, "no answer in time") from error
+    except (EOFError, ConnectionError) as error:
+        child.channel.close()
+        raise NetrulesError("child", 0, "the child ended without a report") from error
+
+
+# --- both sides ---
+
+
+def _send(channel: socket.socket, value: dict[str, Any], deadline: float) -> None:
+    data = json.dumps(value).encode()
+    _set_timeout(channel, deadline)
+    channel.sendall(_LENGTH.pack(len(data)) + data)
+
+
+def _receive(channel: socket.socket, deadline: float) -> dict[str, Any]:
+    (length,) = _LENGTH.unpack(_receive_exactly(channel, _LENGTH.size, deadline))
+    value: dict[str, Any] = json.loads(_receive_exactly(channel, length, deadline))
+    return value
+
+
+def _receive_exactly(channel: socket.socket, length: int, deadline: float) -> bytes:
+    data = bytearray()
+    while len(data) < length:
+        _set_timeout(channel, deadline)
+        chunk = channel.recv(length - len(data))
+        if not chunk:
+            raise EOFError
+        data += chunk
+    return bytes(data)
+
+
+def _set_timeout(channel: socket.socket, deadline: float) -> None:
+    """Let the next call end at the deadline (monotonic seconds); TimeoutError if that is past."""
+    left_s = deadline - time.monotonic()
+    if left_s <= 0:
+        raise TimeoutError
+    channel.settimeout(left_s)
+
+
+# --- the child's side ---
+
+
+def _run_child(tools: Tools, userns_fd: int | None, netns_fd: int, channel: socket.socket) -> NoReturn:
+    """Serve requests until none comes for REST_S, and end without running the parent's exit handlers."""
+    try:
+        _close_all_but({channel.fileno(), netns_fd} | ({userns_fd} if userns_fd is not None else set()))
+        nft: Nft | None = None
+        while True:
+            request = _receive(channel, time.monotonic() + REST_S)
+            try:
+                nft = nft or _join(tools, userns_fd, netns_fd)
+                report: dict[str, Any] = {"ok": _act(nft, request)}
+            except NetrulesError as error:
+                report = {"step": error.step, "errno": error.errno, "message": error.message}
+            _send(channel, report, time.monotonic() + REST_S)
+    except (TimeoutError, EOFError, ConnectionError):
+        os._exit(0)  # dismissed
     finally:
-        # `finally` and _exit, so that not even a bug lets two copies of the parent's program run on.
-        data = json.dumps(report).encode()
-        data = _LENGTH.pack(len(data)) + data
-        while data:
-            data = data[os.write(writer, data) :]
-        os._exit(0)
+        # Not even a bug may let two copies of the parent's program run on. The parent reads the end of the
+        # stream and says so.
+        os._exit(1)
 
 
-def _act(tools: Tools, userns_fd: int | None, netns_fd: int, request: dict[str, Any]) -> dict[str, Any]:
+def _close_all_but(kept: set[int]) -> None:
+    """Close what the parent had open, other children's channels among it; 0 to 2 stay."""
+    low = 3
+    for fd in sorted(kept):
+        os.closerange(low, fd)
+        low = fd + 1
+    os.closerange(low, os.sysconf("SC_OPEN_MAX"))
+
+
+def _join(tools: Tools, userns_fd: int | None, netns_fd: int) -> Nft:
+    """Enter the namespaces and open nftables there."""
     _setns(tools, netns_fd, CLONE_NEWNET)
-    # Between the two setns: the socket must belong to this network namespace, and only root of the host may
-    # give it a send buffer for a whole policy. It is closed by _exit, after the report (see reap_finished).
+    # Between the two steps: the socket must belong to this network namespace, and only root of the host may
+    # give it a send buffer for a whole policy.
     nft = Nft(tools.libnftables)
     if userns_fd is not None:
         _setns(tools, userns_fd, CLONE_NEWUSER)
+    return nft
+
+
+def _act(nft: Nft, request: dict[str, Any]) -> dict[str, Any]:
     if "interface" in request:
         _configure_interface(request["interface"])
     if "nft" in request:

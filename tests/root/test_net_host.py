@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -13,9 +15,10 @@ from pathlib import Path
 from statistics import median
 
 import pytest
-from net_lab import HOST_IP, OUTSIDE_IP, TAG, Container, Lab, Probe, nft, open_lab, private_netns
+from net_lab import HOST_IP, OUTSIDE_IP, TAG, Lab, Probe, nft, open_lab, private_netns
 
-from garden_py.agent.netrules import NetrulesError, inject
+from garden_py.agent import netrules
+from garden_py.agent.netrules import REST_S, NetrulesError, Tools, end_children, inject, load_tools
 from garden_py.agent.rtnetlink import Rtnetlink, RtnetlinkError
 from garden_py.backend.net.apply import HostNetwork
 from garden_py.backend.net.host_firewall import HostPolicy
@@ -104,9 +107,11 @@ def test_failed_attachment_is_undone(lab: Lab, step: str) -> None:
     """No half-attached container: the link goes again, whichever transaction was refused."""
     container = lab.container(2, OPEN)
     lab.detach(container)
-    broken = dataclasses.replace(
-        lab.attachment(container, OPEN), **{step: "add rule inet nowhere x accept\n"}
-    )
+    refused, good = "add rule inet nowhere x accept\n", lab.attachment(container, OPEN)
+    broken = {
+        "host_rules": dataclasses.replace(good, host_rules=refused),
+        "container_rules": dataclasses.replace(good, container_rules=refused),
+    }[step]
     with pytest.raises(HostFault):
         lab.network.attach_container(broken, container.netns_fd, container.userns_fd)
     assert lab.network.list_leftovers().links == {}
@@ -135,40 +140,72 @@ def test_two_servers_share_a_host(lab: Lab) -> None:
     assert container.try_connect(OUTSIDE_IP, 80) == HOST_IP
 
 
-def test_injection_names_the_step_that_failed() -> None:
+@pytest.fixture
+def tools() -> Iterator[Tools]:
+    tools = load_tools()
+    yield tools
+    end_children(tools)
+    assert not tools.unreaped
+
+
+@pytest.fixture
+def probe() -> Iterator[Probe]:
+    with private_netns():
+        probe = Probe()
+        yield probe
+        probe.close()
+
+
+def test_injection_names_the_step_that_failed(tools: Tools, probe: Probe) -> None:
     """A descriptor that is no namespace, a link that is not there, a bad rule: three different reports."""
-    with private_netns():
-        probe = Probe()
-        try:
-            with open("/dev/null") as null, pytest.raises(NetrulesError) as caught:
-                inject(None, null.fileno(), {})
-            assert (caught.value.step, caught.value.errno) == ("setns", errno.EINVAL)
-            interface = {
-                "name": "eth0",
-                "address": "10.0.0.2",
-                "gateway": "10.0.0.1",
-                "gateway_mac": "0" * 12,
-            }
-            with pytest.raises(NetrulesError) as caught:
-                inject(probe.userns_fd, probe.netns_fd, {"interface": interface})
-            assert (caught.value.step, caught.value.errno) == ("link", errno.ENODEV)
-            with pytest.raises(NetrulesError, match="syntax error") as caught:
-                inject(probe.userns_fd, probe.netns_fd, {"nft": "nonsense\n"})
-            assert caught.value.step == "nft"
-        finally:
-            probe.close()
+    with open("/dev/null") as null, pytest.raises(NetrulesError) as caught:
+        inject(tools, None, null.fileno(), {})
+    assert (caught.value.step, caught.value.errno) == ("setns", errno.EINVAL)
+    interface = {"name": "eth0", "address": "10.0.0.2", "gateway": "10.0.0.1", "gateway_mac": "0" * 12}
+    with pytest.raises(NetrulesError) as caught:
+        inject(tools, probe.userns_fd, probe.netns_fd, {"interface": interface})
+    assert (caught.value.step, caught.value.errno) == ("link", errno.ENODEV)
+    with pytest.raises(NetrulesError, match="syntax error") as caught:
+        inject(tools, probe.userns_fd, probe.netns_fd, {"nft": "nonsense\n"})
+    assert caught.value.step == "nft"
 
 
-def test_injection_past_its_deadline_is_killed_and_reported() -> None:
+def test_injection_past_its_deadline_is_killed_and_reported(tools: Tools, probe: Probe) -> None:
     """A child that is stuck must not hold up the helper."""
-    with private_netns():
-        probe = Probe()
-        try:
-            with pytest.raises(NetrulesError) as caught:
-                inject(probe.userns_fd, probe.netns_fd, {}, deadline_s=0)
-            assert (caught.value.step, caught.value.errno) == ("deadline", errno.ETIMEDOUT)
-        finally:
-            probe.close()
+    with pytest.raises(NetrulesError) as caught:
+        inject(tools, probe.userns_fd, probe.netns_fd, {}, deadline_s=0)
+    assert (caught.value.step, caught.value.errno) == ("deadline", errno.ETIMEDOUT)
+    assert not tools.resting
+
+
+def test_a_child_that_died_while_resting_is_replaced(tools: Tools, probe: Probe) -> None:
+    """It may end at any moment, also between our look and our request."""
+    inject(tools, probe.userns_fd, probe.netns_fd, {})
+    (first,) = tools.resting.values()
+    os.kill(first.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, first.pid, os.WEXITED | os.WNOWAIT)
+    inject(tools, probe.userns_fd, probe.netns_fd, {"nft": "add table inet garden\n"})
+    (second,) = tools.resting.values()
+    assert second.pid != first.pid
+    assert inject(tools, probe.userns_fd, probe.netns_fd, {"counters": True}) == {"counters": []}
+
+
+def test_a_resting_child_ends_by_itself(tools: Tools, probe: Probe) -> None:
+    """It keeps the container's namespace alive, so it must not rest for long."""
+    inject(tools, probe.userns_fd, probe.netns_fd, {})
+    (child,) = tools.resting.values()
+    child.channel.settimeout(10 * REST_S)
+    assert child.channel.recv(1) == b""
+
+
+def test_resting_children_are_few(tools: Tools, probe: Probe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand containers that change at once must not mean a thousand processes."""
+    monkeypatch.setattr(netrules, "MAX_RESTING", 1)
+    others = [Probe() for _ in range(2)]
+    for each in others:
+        inject(tools, each.userns_fd, each.netns_fd, {})
+        assert len(tools.resting) == 1
+        each.close()
 
 
 def test_netlink_errors_carry_errno_and_request() -> None:
@@ -190,25 +227,29 @@ def test_real_nft_accepts_every_golden_text(path: Path) -> None:
         nft("-c", "-f", "-", text=path.read_text())
 
 
-def test_times_are_printed(lab: Lab) -> None:
+def test_times_are_printed(lab: Lab, tools: Tools) -> None:
     """Figures for the record, not asserted: attach, replace, detach, and the largest usual policy."""
     container = lab.container(2, OPEN)
 
     def attach() -> None:
         lab.network.attach_container(lab.attachment(container, OPEN), container.netns_fd, container.userns_fd)
 
+    def visit_afresh() -> None:
+        inject(tools, container.userns_fd, container.netns_fd, {})
+        end_children(tools)
+
+    def cycle() -> None:
+        lab.detach(container)
+        attach()
+
     figures = {
         "replace 100 rules": p50_ms(20, lambda: lab.replace(container, policy_of(100))),
         "replace 3000 rules": p50_ms(3, lambda: lab.replace(container, policy_of(3000))),
-        "empty injection": p50_ms(20, lambda: inject_nothing(container)),
-        "detach + attach": p50_ms(20, lambda: (lab.detach(container), attach())),
+        "empty injection": p50_ms(20, visit_afresh),
+        "detach + attach": p50_ms(20, cycle),
         "detach": p50_ms(1, lambda: lab.detach(container)),
     }
     print("".join(f"\n{name}: {ms:.2f} ms" for name, ms in figures.items()))
-
-
-def inject_nothing(container: Container) -> None:
-    inject(container.userns_fd, container.netns_fd, {})
 
 
 def policy_of(count: int) -> EgressPolicy:

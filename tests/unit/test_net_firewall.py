@@ -45,7 +45,7 @@ def test_rules_keep_the_callers_order() -> None:
 
 
 def test_compiling_3000_rules_takes_a_small_part_of_the_300_ms_for_all() -> None:
-    """The whole replacement of 3,000 rules has a budget of 300 ms; best of three, as the machine is shared."""
+    """The whole replacement of 3,000 rules has a budget of 300 ms; best of three on a shared machine."""
     rules = tuple(parse_egress_rule(f"tcp:10.{i >> 8}.{i & 255}.0/24:{i + 1}") for i in range(3000))
     taken = []
     for _ in range(3):

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from garden_py.agent.netrules import NetrulesError, inject, load_tools, reap_finished
+from garden_py.agent.netrules import NetrulesError, end_children, inject, load_tools
 from garden_py.agent.nft import Nft, NftError, is_missing, read_counters
 from garden_py.agent.rtnetlink import RTN_UNREACHABLE, Link, Rtnetlink, RtnetlinkError, VethEnd
 from garden_py.backend.net import host_firewall
@@ -55,7 +55,7 @@ class HostNetwork:
         """Close the sockets and collect the last children; safe to call twice."""
         self._netlink.close()
         self._nft.close()
-        reap_finished(self._tools, wait=True)
+        end_children(self._tools)
 
     # --- the host ---
 
@@ -276,7 +276,7 @@ class HostNetwork:
         self, step: str, userns_fd: int | None, netns_fd: int, request: dict[str, Any]
     ) -> dict[str, Any]:
         try:
-            return inject(userns_fd, netns_fd, request, tools=self._tools)
+            return inject(self._tools, userns_fd, netns_fd, request)
         except NetrulesError as error:
             raise HostFault(f"{step}.{error.step}", error.message) from error
 
