@@ -30,6 +30,7 @@ from garden_py.agent.loop import describe_failure
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import NoReturn
 
     from garden_py.agent.users import Identity
@@ -131,6 +132,7 @@ class _Child:
         self._identity = users.Identity(0, 0, [], b"/")
         self._environment: dict[bytes, bytes] = {}
         self._candidates: list[bytes] = []
+        self._run_files: Callable[[str, bytes], int]
         self.step = "start"
 
     def failure(self, code: str, message: str, error: OSError | None = None) -> dict[str, Value]:
@@ -151,6 +153,12 @@ class _Child:
     def prepare(self) -> None:
         plan = self._plan
         self._join_cgroups()
+        if plan.program is not None:
+            # Only a child that needs them pays for these 30 modules; read as root, who can enter the bundle.
+            self.step = "import"
+            from garden_py.agent import files
+
+            self._run_files = files.run
         self.step = "new session"
         posix.setsid()
         slave = self._take_streams()
@@ -290,13 +298,10 @@ class _Child:
 
     def run_program(self, program: str) -> int:
         """Run a built-in program in this process; the exit code."""
-        # Only a child that needs it pays for the import.
-        from garden_py.agent import files
-
         posix.close(self._status_fd)  # as exec would: from here on it counts as started
         self._status_fd = -1
         syscalls.set_process_name(program.encode("ascii"))
-        return files.run(program, self._plan.program_path)
+        return self._run_files(program, self._plan.program_path)
 
 
 def _read_database(path: bytes) -> bytes:

@@ -18,15 +18,18 @@ PROCESS_NAME = b"garden-init"
 
 
 def main() -> None:
-    """Run the agent; returns never."""
+    """Run the agent; returns never.
+
+    Raises:
+        SystemExit: descriptor 3 is not what the server hands over.
+    """
     syscalls.set_process_name(PROCESS_NAME)
     syscalls.forbid_tracing()
     wakeup_fd = signals.take_over()
     posix.umask(0o022)
     if posix.getpid() != 1:
         syscalls.adopt_orphans()  # a sidecar's agent, which shares the pid namespace of the container
-    posix.set_inheritable(LISTENER_FD, False)
-    listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, LISTENER_FD)
+    listener = _take_listener()
     nofile = rlimit.raise_own_open_files()
     # The only look at the container's files by PID 1 itself: what is mounted there now is the runtime's work,
     # later it may be anybody's, and might hang.
@@ -48,6 +51,18 @@ def main() -> None:
     # Held by the loop, which calls it; the name only says so.
     _reaper = Reaper(loop, table, wakeup_fd, on_exit)
     loop.run()
+
+
+def _take_listener() -> _socket.socket:
+    try:
+        posix.set_inheritable(LISTENER_FD, False)
+        listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, LISTENER_FD)
+        is_listening = listener.getsockopt(_socket.SOL_SOCKET, _socket.SO_ACCEPTCONN)
+    except OSError:
+        is_listening = 0
+    if not is_listening:
+        raise SystemExit(f"{PROCESS_NAME.decode()}: descriptor {LISTENER_FD} is no listening socket")
+    return listener
 
 
 def _open_directory(path: bytes) -> int:

@@ -69,8 +69,8 @@ class AgentClient:
 
     def __init__(self, path: Path) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.connect(str(path))  # blocking: with a timeout, a full backlog would be an error at once
         self.socket.settimeout(DEADLINE_S)
-        self.socket.connect(str(path))
         self._decoder = wire.Decoder()
         self._frames: deque[tuple[wire.Frame, list[int]]] = deque()
         self._fds: list[int] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,14 @@ _SETUP = (
     "mount --make-rprivate / && mount -t proc proc /proc && "
     'mount -t devpts -o newinstance,ptmxmode=0666,mode=0620,gid=5 devpts /dev/pts && exec "$@"'
 )
+
+
+@contextmanager
+def directory_for_all_users() -> Iterator[Path]:
+    """A temporary directory that users other than root can enter, unlike pytest's."""
+    with tempfile.TemporaryDirectory(prefix="garden-agent-", dir="/var/tmp") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
 
 
 @contextmanager
@@ -32,7 +41,7 @@ def running_agent(bundle: RuntimeBundle, directory: Path, *prefix: str) -> Itera
         listener.listen(8)
         command = [
             "unshare", "--pid", "--mount", "--fork", "--kill-child=KILL",
-            "sh", "-c", f"exec 3<&{listener.fileno()}; {_SETUP}", "sh",
+            "bash", "-c", f"exec 3<&{listener.fileno()}; {_SETUP}", "bash",
             *prefix, *bundle.argv(str(bundle.directory.parent)),
         ]  # fmt: skip
         process = subprocess.Popen(

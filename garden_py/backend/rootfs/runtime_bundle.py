@@ -68,8 +68,8 @@ print(found)
 
 
 # Keeps the C library away from the image's files. LC_ALL stops Python from trying C.UTF-8, whose files may
-# name a character set and so have a gconv module loaded; `:` is the one TZ for which glibc opens nothing: unset,
-# it reads /etc/localtime, which may be a FIFO (glibc time/tzset.c).
+# name a character set and so have a gconv module loaded; `:` is the one TZ for which glibc opens nothing: if
+# unset, it reads /etc/localtime, which may be a FIFO (glibc time/tzset.c).
 _ENVIRONMENT = ("LC_ALL=C", "TZ=:")
 
 
