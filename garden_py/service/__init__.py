@@ -1,0 +1,1 @@
+"""The verbs: the one core that every door speaks to. Start reading at containers.py."""

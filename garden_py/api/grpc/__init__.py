@@ -1,0 +1,1 @@
+"""The native door: package garden.v1 over gRPC."""

@@ -1,0 +1,1 @@
+"""OCI configurations: a fold of small rules over the data in vendor/runc-config."""

@@ -1,0 +1,366 @@
+"""Between messages of garden.v1 and the model's values. Field names in errors are those of the messages."""
+
+from __future__ import annotations
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from garden_py.api._pb import garden_pb2 as pb
+from garden_py.model import netrule
+from garden_py.model.errors import InvalidField
+from garden_py.model.lifecycle import State
+from garden_py.model.limits import Limits
+from garden_py.model.process import ExitStatus, OutputStream, ProcessSpec, WindowSize, parse_signal
+from garden_py.model.spec import BindMount, ContainerSpec, MountMode, PortMapping, Transport
+from garden_py.service.containers import egress_etag
+from garden_py.service.events import Event
+from garden_py.service.ports import EgressCounts, NetworkFacts, RunningProcess, Usage
+from garden_py.service.registry import Container
+
+_NS = 1_000_000_000
+
+# --- times
+
+
+def timestamp(ns: int) -> Timestamp:
+    """CLOCK_REALTIME in ns as a message."""
+    return Timestamp(seconds=ns // _NS, nanos=ns % _NS)
+
+
+def seconds(duration: Duration) -> float:
+    """A duration message in seconds."""
+    return duration.seconds + duration.nanos / _NS
+
+
+def duration(value_s: float) -> Duration:
+    """Seconds as a message."""
+    whole = int(value_s)
+    return Duration(seconds=whole, nanos=int((value_s - whole) * _NS))
+
+
+# --- limits
+
+
+def limits_from(message: pb.Limits) -> Limits:
+    """Limits; unset fields are None."""
+    return Limits(
+        memory_bytes=message.memory_bytes if message.HasField("memory_bytes") else None,
+        cpu_weight=message.cpu_weight if message.HasField("cpu_weight") else None,
+        cpu_quota_us=message.cpu_quota_us if message.HasField("cpu_quota_us") else None,
+        cpu_period_us=message.cpu_period_us if message.HasField("cpu_period_us") else None,
+        pids=message.pids if message.HasField("pids") else None,
+    )
+
+
+def limits_to(limits: Limits) -> pb.Limits:
+    """Limits as a message; None is unset."""
+    return pb.Limits(
+        memory_bytes=limits.memory_bytes,
+        cpu_weight=limits.cpu_weight,
+        cpu_quota_us=limits.cpu_quota_us,
+        cpu_period_us=limits.cpu_period_us,
+        pids=limits.pids,
+    )
+
+
+# --- network
+
+_PROTOCOLS = {
+    pb.EgressRule.ALL: netrule.Protocol.ALL,
+    pb.EgressRule.TCP: netrule.Protocol.TCP,
+    pb.EgressRule.UDP: netrule.Protocol.UDP,
+    pb.EgressRule.ICMP: netrule.Protocol.ICMP,
+}
+_PROTOCOLS_OUT = {value: key for key, value in _PROTOCOLS.items()}
+_TRANSPORTS = {pb.PortMapping.TCP: Transport.TCP, pb.PortMapping.UDP: Transport.UDP}
+_TRANSPORTS_OUT = {value: key for key, value in _TRANSPORTS.items()}
+
+
+def mapping_from(message: pb.PortMapping, field: str) -> PortMapping:
+    """A port mapping."""
+    if message.protocol not in _TRANSPORTS:
+        raise InvalidField(f"{field}.protocol", f"unknown value {message.protocol}")
+    return PortMapping(message.host_port, message.container_port, _TRANSPORTS[message.protocol])
+
+
+def mapping_to(mapping: PortMapping) -> pb.PortMapping:
+    """A port mapping as a message."""
+    return pb.PortMapping(
+        host_port=mapping.host_port,
+        container_port=mapping.container_port,
+        protocol=_TRANSPORTS_OUT[mapping.transport],
+    )
+
+
+def policy_from(message: pb.EgressPolicy, default: netrule.DefaultAction, field: str) -> netrule.EgressPolicy:
+    """An egress policy; an unspecified default action is the server's.
+
+    Raises:
+        InvalidField: naming the rule and its field below `field`.
+    """
+    match message.default_action:
+        case pb.EgressPolicy.ACTION_UNSPECIFIED:
+            action = default
+        case pb.EgressPolicy.ALLOW:
+            action = netrule.DefaultAction.ALLOW
+        case pb.EgressPolicy.DENY:
+            action = netrule.DefaultAction.DENY
+        case unknown:
+            raise InvalidField(f"{field}.default_action", f"unknown value {unknown}")
+    with netrule.at_field(field):
+        rules = tuple(_rule_from(rule, f"rules[{i}]") for i, rule in enumerate(message.rules))
+        return netrule.EgressPolicy(action, rules)
+
+
+def _rule_from(message: pb.EgressRule, field: str) -> netrule.EgressRule:
+    if message.protocol not in _PROTOCOLS:
+        raise InvalidField(f"{field}.protocol", f"unknown value {message.protocol}")
+    if message.action not in (0, pb.EgressPolicy.ALLOW, pb.EgressPolicy.DENY):
+        raise InvalidField(f"{field}.action", f"unknown value {message.action}")
+    deny = message.action == pb.EgressPolicy.DENY
+    networks, ports = [], []
+    for i, text in enumerate(message.networks):
+        with netrule.at_field(f"{field}.networks[{i}]"):
+            networks.append(netrule.AddressRange.parse(text))
+    for i, port in enumerate(message.ports):
+        with netrule.at_field(f"{field}.ports[{i}]"):
+            ports.append(netrule.PortRange(port.start, port.end or port.start))
+    with netrule.at_field(field):
+        icmp = None
+        if message.HasField("icmp"):
+            code = message.icmp.code if message.icmp.HasField("code") else None
+            icmp = netrule.IcmpMatch(message.icmp.type, code)
+        return netrule.EgressRule(
+            protocol=_PROTOCOLS[message.protocol],
+            networks=tuple(networks),
+            ports=tuple(ports),
+            icmp=icmp,
+            log=message.log,
+            action=netrule.RuleAction.DENY if deny else netrule.RuleAction.ALLOW,
+        )
+
+
+def policy_to(policy: netrule.EgressPolicy, counts: EgressCounts | None = None) -> pb.EgressPolicy:
+    """An egress policy as a message, with counts where there are any."""
+    default_allow = policy.default_action is netrule.DefaultAction.ALLOW
+    message = pb.EgressPolicy(
+        default_action=pb.EgressPolicy.ALLOW if default_allow else pb.EgressPolicy.DENY,
+        rules=[_rule_to(rule) for rule in policy.rules],
+        etag=egress_etag(policy),
+    )
+    if counts is not None:
+        message.default_packets, message.default_bytes = counts.default.packets, counts.default.bytes
+        for rule, count in zip(message.rules, counts.rules, strict=True):
+            rule.packets, rule.bytes = count.packets, count.bytes
+    return message
+
+
+def _rule_to(rule: netrule.EgressRule) -> pb.EgressRule:
+    deny = rule.action is netrule.RuleAction.DENY
+    message = pb.EgressRule(
+        action=pb.EgressPolicy.DENY if deny else pb.EgressPolicy.ALLOW,
+        protocol=_PROTOCOLS_OUT[rule.protocol],
+        networks=[str(network) for network in rule.networks],
+        ports=[pb.PortRange(start=port.start, end=port.end) for port in rule.ports],
+        log=rule.log,
+    )
+    if rule.icmp is not None:
+        message.icmp.CopyFrom(pb.IcmpMatch(type=rule.icmp.type, code=rule.icmp.code))
+    return message
+
+
+# --- containers
+
+_STATES = {
+    State.CREATING: pb.CREATING,
+    State.ACTIVE: pb.ACTIVE,
+    State.STOPPED: pb.STOPPED,
+    State.BROKEN: pb.BROKEN,
+    State.DESTROYING: pb.DESTROYING,
+    State.UNKILLABLE: pb.UNKILLABLE,
+}
+_MODES = {pb.BindMount.READ_ONLY: MountMode.READ_ONLY, pb.BindMount.READ_WRITE: MountMode.READ_WRITE}
+_MODES_OUT = {value: key for key, value in _MODES.items()}
+
+
+def container_spec_from(message: pb.ContainerSpec, default_egress: netrule.DefaultAction) -> ContainerSpec:
+    """A container spec."""
+    mounts = []
+    for i, mount in enumerate(message.bind_mounts):
+        if mount.mode not in _MODES:
+            raise InvalidField(f"spec.bind_mounts[{i}].mode", f"unknown value {mount.mode}")
+        mounts.append(BindMount(mount.source, mount.destination, _MODES[mount.mode]))
+    egress = (
+        policy_from(message.egress, default_egress, "spec.egress") if message.HasField("egress") else None
+    )
+    return ContainerSpec(
+        handle=message.handle,
+        image=message.image,
+        privileged=message.privileged,
+        env=tuple(message.env),
+        properties=tuple(sorted(message.properties.items())),
+        bind_mounts=tuple(mounts),
+        limits=limits_from(message.limits),
+        grace_time_s=seconds(message.grace_time) if message.HasField("grace_time") else None,
+        port_mappings=tuple(
+            mapping_from(m, f"spec.port_mappings[{i}]") for i, m in enumerate(message.port_mappings)
+        ),
+        egress=egress,
+        hostname=message.hostname,
+    )
+
+
+def container_to(container: Container, network: NetworkFacts, pid: int) -> pb.Container:
+    """A container as a message."""
+    return pb.Container(
+        handle=container.handle,
+        state=_STATES[container.state],
+        state_reason=container.state_reason,
+        created_at=timestamp(container.created_ns),
+        spec=_container_spec_to(container.spec),
+        container_ip=network.container_ip,
+        host_ip=network.host_ip,
+        external_ip=network.external_ip,
+        mapped_ports=[mapping_to(mapping) for mapping in network.mapped_ports],
+        properties=dict(container.spec.properties),
+        process_ids=list(container.processes),
+        events=container.notable,
+        pid=pid,
+    )
+
+
+def _container_spec_to(spec: ContainerSpec) -> pb.ContainerSpec:
+    message = pb.ContainerSpec(
+        handle=spec.handle,
+        image=spec.image,
+        privileged=spec.privileged,
+        env=[f"{entry.partition('=')[0]}=" for entry in spec.env],
+        properties=dict(spec.properties),
+        bind_mounts=[
+            pb.BindMount(source=m.source, destination=m.destination, mode=_MODES_OUT[m.mode])
+            for m in spec.bind_mounts
+        ],
+        limits=limits_to(spec.limits),
+        port_mappings=[mapping_to(mapping) for mapping in spec.port_mappings],
+        hostname=spec.hostname,
+    )
+    if spec.grace_time_s is not None:
+        message.grace_time.CopyFrom(duration(spec.grace_time_s))
+    if spec.egress is not None:
+        message.egress.CopyFrom(policy_to(spec.egress))
+    return message
+
+
+def metrics_to(handle: str, usage: Usage, age_s: float) -> pb.ContainerMetrics:
+    """A container's usage as a message."""
+    values = {name: getattr(usage, name) for name in Usage.__dataclass_fields__}
+    return pb.ContainerMetrics(handle=handle, age=duration(age_s), **values)
+
+
+# --- processes
+
+_STREAMS = {pb.STDOUT: OutputStream.STDOUT, pb.STDERR: OutputStream.STDERR}
+STREAMS_OUT = {value: key for key, value in _STREAMS.items()}
+
+
+def stream_from(value: int) -> OutputStream:
+    """Which output stream."""
+    if value not in (pb.STDOUT, pb.STDERR):
+        raise InvalidField("stream", f"unknown value {value}")
+    return OutputStream.STDERR if value == pb.STDERR else OutputStream.STDOUT
+
+
+def window_from(message: pb.Tty) -> WindowSize:
+    """A terminal's size."""
+    if message.rows > 0xFFFF or message.columns > 0xFFFF:
+        raise InvalidField("window", "rows and columns must be 0 to 65535")
+    return WindowSize(message.rows, message.columns)
+
+
+def process_spec_from(message: pb.ProcessSpec) -> ProcessSpec:
+    """A process spec."""
+    return ProcessSpec(
+        id=message.id,
+        path=message.path,
+        args=tuple(message.args),
+        env=tuple(message.env),
+        dir=message.dir,
+        user=message.user,
+        tty=window_from(message.tty) if message.HasField("tty") else None,
+        rlimits=tuple(sorted(message.rlimits.items())),
+        limits=limits_from(message.limits),
+        output_retention_bytes=message.output_retention_bytes,
+    )
+
+
+def process_to(handle: str, process: RunningProcess) -> pb.Process:
+    """A process as a message."""
+    spec = process.spec
+    stdout, stderr = process.output(OutputStream.STDOUT), process.output(OutputStream.STDERR)
+    message = pb.Process(
+        id=process.id,
+        handle=handle,
+        spec=pb.ProcessSpec(
+            id=spec.id,
+            path=spec.path,
+            args=spec.args,
+            env=[f"{entry.partition('=')[0]}=" for entry in spec.env],
+            dir=spec.dir,
+            user=spec.user,
+            rlimits=dict(spec.rlimits),
+            limits=limits_to(spec.limits),
+            output_retention_bytes=spec.output_retention_bytes,
+        ),
+        started_at=timestamp(process.started_ns),
+        pid=process.pid,
+        stdout_bytes=stdout.end_offset,
+        stderr_bytes=stderr.end_offset,
+        stdout_closed=stdout.closed,
+        stderr_closed=stderr.closed,
+    )
+    if spec.tty is not None:
+        message.spec.tty.CopyFrom(pb.Tty(rows=spec.tty.rows, columns=spec.tty.columns))
+    if process.exit is not None:
+        message.exit.CopyFrom(exit_to(process.exit))
+    return message
+
+
+def exit_to(status: ExitStatus) -> pb.ExitStatus:
+    """An exit status as a message."""
+    message = pb.ExitStatus(
+        out_of_memory=status.out_of_memory, exited_at=timestamp(status.exited_ns), reason=status.reason
+    )
+    if status.code is not None:
+        message.code = status.code
+    else:
+        message.signal = status.signal or 0
+    return message
+
+
+def signal_from(message: pb.Signal) -> tuple[int, bool]:
+    """(number, whole group).
+
+    Raises:
+        InvalidField: neither or both of number and name, or no such signal.
+    """
+    if bool(message.number) == bool(message.name):
+        raise InvalidField("signal", "needs a number or a name")
+    try:
+        return parse_signal(message.name or str(message.number)), message.group
+    except ValueError as error:
+        raise InvalidField("signal.name" if message.name else "signal.number", str(error)) from error
+
+
+def event_to(event: Event) -> pb.Event:
+    """An event as a message."""
+    message = pb.Event(
+        cursor=event.cursor,
+        at=timestamp(event.at_ns),
+        kind=pb.Event.Kind.Value(event.kind.value),
+        handle=event.handle,
+        process_id=event.process_id,
+        details=event.details,
+    )
+    if event.exit is not None:
+        message.exit.CopyFrom(exit_to(event.exit))
+    return message

@@ -1,0 +1,91 @@
+"""The one place where errors become statuses and where a finished call is logged."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeAlias
+
+import grpc
+import structlog
+
+from garden_py.api.grpc.status import status_of
+from garden_py.model.errors import GardenError, HostFault
+
+log = structlog.get_logger()
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
+    """Wraps every method: a GardenError becomes its status, anything else is our bug and becomes INTERNAL."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler:
+        """See grpc.aio.ServerInterceptor."""
+        handler = await continuation(handler_call_details)
+        if handler is None:  # an unknown method; grpc answers UNIMPLEMENTED
+            return handler  # type: ignore[unreachable]
+        method = str(handler_call_details.method)
+        wrap, make = _WRAPPERS[handler.request_streaming, handler.response_streaming]
+        inner = getattr(handler, make.removesuffix("_rpc_method_handler"))
+        factory: Callable[..., Handler] = getattr(grpc, make)
+        return factory(wrap(inner, method), handler.request_deserializer, handler.response_serializer)
+
+
+def _guard_single(
+    inner: Callable[[Any, Context], Any], method: str
+) -> Callable[[Any, Context], Awaitable[Any]]:
+    async def call(request: Any, context: Context) -> Any:
+        started = time.monotonic()
+        try:
+            answer = await inner(request, context)
+        except Exception as error:  # noqa: BLE001 - turned into a status below
+            await _abort(error, context, method, started)
+            raise AssertionError("abort raises") from error
+        log.debug("rpc.done", method=method, took_ms=_ms_since(started))
+        return answer
+
+    return call
+
+
+def _guard_stream(
+    inner: Callable[[Any, Context], AsyncIterator[Any]], method: str
+) -> Callable[[Any, Context], AsyncIterator[Any]]:
+    async def call(request: Any, context: Context) -> AsyncIterator[Any]:
+        started = time.monotonic()
+        try:
+            async for answer in inner(request, context):
+                yield answer
+        except Exception as error:  # noqa: BLE001 - turned into a status below
+            await _abort(error, context, method, started)
+        log.debug("rpc.done", method=method, took_ms=_ms_since(started))
+
+    return call
+
+
+async def _abort(error: Exception, context: Context, method: str, started: float) -> None:
+    if isinstance(error, grpc.aio.AbortError | grpc.aio.BaseError):
+        raise error
+    if isinstance(error, GardenError):
+        report = log.warning if isinstance(error, HostFault) else log.debug
+        report("rpc.refused", method=method, code=error.code, error=str(error), took_ms=_ms_since(started))
+        status = status_of(error)
+        await context.abort(status.code, status.details, status.trailing_metadata)
+    log.error("rpc.failed", method=method, took_ms=_ms_since(started), exc_info=error)
+    await context.abort(grpc.StatusCode.INTERNAL, f"internal error of the server: {type(error).__name__}")
+
+
+def _ms_since(started: float) -> float:
+    return round((time.monotonic() - started) * 1000, 2)
+
+
+_WRAPPERS: dict[tuple[bool, bool], tuple[Callable[..., Any], str]] = {
+    (False, False): (_guard_single, "unary_unary_rpc_method_handler"),
+    (True, False): (_guard_single, "stream_unary_rpc_method_handler"),
+    (False, True): (_guard_stream, "unary_stream_rpc_method_handler"),
+    (True, True): (_guard_stream, "stream_stream_rpc_method_handler"),
+}

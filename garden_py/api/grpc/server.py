@@ -1,0 +1,143 @@
+"""The gRPC server: its address, its credentials, its services."""
+
+from __future__ import annotations
+
+import grp
+import ipaddress
+import os
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from garden_py.api._pb import garden_pb2, garden_pb2_grpc
+from garden_py.api.grpc.interceptor import ErrorInterceptor
+from garden_py.api.grpc.servicer import GardenServicer
+from garden_py.config import Config
+from garden_py.model.errors import HostFault, InvalidField
+from garden_py.service.core import Core
+
+_STOP_GRACE_S = 2.0
+
+
+class GrpcDoor:
+    """One listening gRPC server over a Core."""
+
+    def __init__(self, core: Core, config: Config) -> None:
+        self._config = config
+        most = config.max_message_bytes
+        self._server = grpc.aio.server(
+            interceptors=[ErrorInterceptor()],
+            options=[
+                ("grpc.max_receive_message_length", most),
+                ("grpc.max_send_message_length", most),
+                ("grpc.so_reuseport", 0),
+                # Clients keep quiet streams alive through proxies; core's default answers "too many pings".
+                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+                ("grpc.keepalive_permit_without_calls", 1),
+            ],
+        )
+        garden_pb2_grpc.add_GardenServicer_to_server(GardenServicer(core), self._server)  # type: ignore[no-untyped-call]
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        name = garden_pb2.DESCRIPTOR.services_by_name["Garden"].full_name
+        names = (name, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+        self._names = ("", name)
+
+    async def start(self) -> str:
+        """Bind and serve; the address.
+
+        Raises:
+            InvalidField: the address or its credentials are not acceptable.
+            HostFault: it cannot be bound.
+        """
+        address = self._config.listen_address
+        if address.startswith("unix:"):
+            self._bind_unix(Path(address.removeprefix("unix:")))
+        else:
+            self._bind_tcp(address)
+        await self._server.start()
+        for name in self._names:
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        return address
+
+    def _bind_unix(self, path: Path) -> None:
+        """Bind with the final mode from the first moment: the umask decides it before anyone can connect."""
+        mode = int(self._config.socket_mode, 8)
+        path.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
+        before = os.umask(0o777 & ~mode)
+        try:
+            self._server.add_insecure_port(f"unix:{path}")
+        except RuntimeError as error:
+            raise HostFault("listen", f"cannot bind {path}") from error
+        finally:
+            os.umask(before)
+        if self._config.socket_group:
+            try:
+                group = grp.getgrnam(self._config.socket_group).gr_gid
+            except KeyError as error:
+                raise InvalidField("socket_group", f"no group {self._config.socket_group!r}") from error
+            os.chown(path, -1, group)
+        path.chmod(mode)
+
+    def _bind_tcp(self, address: str) -> None:
+        config = self._config
+        given = [config.tls_cert, config.tls_key, config.tls_client_ca]
+        try:
+            if all(given):
+                bound = self._server.add_secure_port(address, _credentials(config))
+            elif any(given):
+                raise InvalidField(
+                    "tls_client_ca", "a TCP door needs all of tls_cert, tls_key and tls_client_ca"
+                )
+            elif config.insecure_loopback and _is_loopback(address):
+                bound = self._server.add_insecure_port(address)
+            else:
+                raise InvalidField(
+                    "listen",
+                    f"{address}: a TCP door needs mutual TLS (--tls-cert, --tls-key, --tls-client-ca), "
+                    "or a loopback address with --insecure-loopback",
+                )
+        except RuntimeError as error:
+            raise HostFault("listen", f"cannot bind {address}") from error
+        if not bound:
+            raise HostFault("listen", f"cannot bind {address}")
+
+    async def stop(self) -> None:
+        """Answer no new calls, give running ones a moment, end them."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(_STOP_GRACE_S)
+        if self._config.listen_address.startswith("unix:"):
+            Path(self._config.listen_address.removeprefix("unix:")).unlink(missing_ok=True)
+
+
+def _credentials(config: Config) -> grpc.ServerCredentials:
+    assert config.tls_cert is not None
+    assert config.tls_key is not None
+    assert config.tls_client_ca is not None
+    contents: dict[str, bytes] = {}
+    for field in ("tls_cert", "tls_key", "tls_client_ca"):
+        path: Path = getattr(config, field)
+        try:
+            contents[field] = path.read_bytes()
+        except OSError as error:
+            raise InvalidField(field, f"{path}: {error.strerror}") from error
+    return grpc.ssl_server_credentials(
+        [(contents["tls_key"], contents["tls_cert"])],
+        root_certificates=contents["tls_client_ca"],
+        require_client_auth=True,
+    )
+
+
+def _is_loopback(address: str) -> bool:
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit():
+        raise InvalidField("listen", f"{address!r} must be unix:PATH or HOST:PORT")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,128 @@
+"""The streaming half of Run and Attach: output of both streams, exit and closes as one series of events."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+
+from garden_py.api._pb import garden_pb2 as pb
+from garden_py.api.grpc import convert
+from garden_py.model.errors import InvalidField, ProcessExited
+from garden_py.model.process import OutputStream
+from garden_py.service.ports import OutputReader, RunningProcess
+
+# Throughput of python gRPC streams rises up to about this size and memory with it (benchmarks/streams).
+CHUNK_BYTES = 256 << 10
+
+
+class ProcessFeed:
+    """What a caller of Run or Attach is told about a process, as one series of events.
+
+    Args:
+        offsets: where to begin in each stream; None: at its end.
+    """
+
+    def __init__(self, process: RunningProcess, offsets: dict[OutputStream, int | None]) -> None:
+        self._process = process
+        self._wake = asyncio.Event()
+        self._readers: dict[OutputStream, OutputReader] = {}
+        try:
+            for stream, offset in offsets.items():
+                log = process.output(stream)
+                self._readers[stream] = log.open_reader(
+                    log.end_offset if offset is None else offset, self._wake
+                )
+        except BaseException:
+            self.close()
+            raise
+
+    async def events(self) -> AsyncGenerator[pb.ProcessEvent, None]:
+        """Output from each offset, `exited` once, `closed` per stream; ends when all have been said.
+
+        Output that was written before the exit is sent before it. Nothing is buffered for a slow consumer: the rest
+        stays in the process's logs.
+        """
+        exit_sent = False
+        unclosed = dict(self._readers)
+        ends: dict[OutputStream, int] | None = None
+        while unclosed or not exit_sent:
+            self._wake.clear()
+            idle = True
+            for stream, reader in list(unclosed.items()):
+                closed = self._process.output(stream).closed
+                if data := reader.read_nowait(CHUNK_BYTES):
+                    idle = False
+                    yield _output(stream, reader.offset - len(data), data)
+                elif closed:
+                    idle = False
+                    del unclosed[stream]
+                    length = self._process.output(stream).end_offset
+                    yield pb.ProcessEvent(
+                        closed=pb.StreamClosed(stream=convert.STREAMS_OUT[stream], length=length)
+                    )
+            if not exit_sent and (status := self._process.exit) is not None:
+                ends = ends or {stream: self._process.output(stream).end_offset for stream in self._readers}
+                if all(reader.offset >= ends[stream] for stream, reader in self._readers.items()):
+                    exit_sent, idle = True, False
+                    yield pb.ProcessEvent(exited=convert.exit_to(status))
+            if idle:
+                await self._wake.wait()
+
+    def close(self) -> None:
+        """Stop holding the streams back; twice is fine."""
+        for reader in self._readers.values():
+            reader.close()
+
+
+def _output(stream: OutputStream, offset: int, data: bytes) -> pb.ProcessEvent:
+    return pb.ProcessEvent(
+        output=pb.OutputChunk(stream=convert.STREAMS_OUT[stream], offset=offset, data=data)
+    )
+
+
+async def feed_input(
+    process: RunningProcess,
+    inputs: AsyncIterator[pb.ProcessInput | None],
+    on_error: Callable[[Exception], None],
+) -> None:
+    """Apply a client's input to a process until the client sends no more.
+
+    Args:
+        process: to feed.
+        inputs: None stands for a message that is no input.
+        on_error: told of the first error; nothing is applied after it.
+    """
+    try:
+        async for message in inputs:
+            if message is None:
+                raise InvalidField("start", "only the first message of the stream may be this one")
+            await _apply(process, message)
+    except Exception as error:  # noqa: BLE001 - handed to the caller's status, see servicer
+        on_error(error)
+
+
+async def _apply(process: RunningProcess, message: pb.ProcessInput) -> None:
+    actions: dict[str, Callable[[], Awaitable[object]]] = {
+        "stdin": lambda: _feed_stdin(process, message.stdin),
+        "window": lambda: process.resize(convert.window_from(message.window)),
+        "signal": lambda: _signal(process, message.signal),
+    }
+    kind = message.WhichOneof("input")
+    if kind is None:
+        raise InvalidField("input", "must be stdin, window or signal")
+    try:
+        await actions[kind]()
+    except ProcessExited:
+        return  # the client could not know; it will see the exit
+
+
+async def _feed_stdin(process: RunningProcess, message: pb.Stdin) -> None:
+    if message.data:
+        await process.write_stdin(message.data, message.offset if message.HasField("offset") else None)
+    if message.close:
+        await process.close_stdin()
+
+
+async def _signal(process: RunningProcess, message: pb.Signal) -> None:
+    number, group = convert.signal_from(message)
+    await process.signal(number, group=group)

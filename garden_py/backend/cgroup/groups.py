@@ -1,0 +1,151 @@
+"""Make, fill, empty and remove the cgroups of a container."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from pathlib import Path
+
+from garden_py.backend.cgroup.layout import (
+    INIT,
+    MAIN,
+    V2_CONTROLLERS,
+    WORK,
+    ContainerCgroup,
+    Hierarchies,
+    remove_tree,
+)
+from garden_py.backend.cgroup.limits import write_limits
+from garden_py.model.limits import Limits
+
+_ENABLE_V2 = " ".join(f"+{name}" for name in V2_CONTROLLERS)
+
+
+def ensure_parent(hierarchies: Hierarchies, tag: str) -> None:
+    """Make the cgroup that all containers of one server live in."""
+    for mount_point in hierarchies.distinct():
+        parent = mount_point / f"garden-{tag}"
+        parent.mkdir(exist_ok=True)
+        if hierarchies.version == 2:
+            (mount_point / "cgroup.subtree_control").write_text(_ENABLE_V2)
+            (parent / "cgroup.subtree_control").write_text(_ENABLE_V2)
+
+
+def remove_parent(hierarchies: Hierarchies, tag: str) -> None:
+    """Remove it again, if it holds no container.
+
+    Raises:
+        OSError: EBUSY while it does.
+    """
+    points = [*hierarchies.distinct(), *_runtime_hierarchies()]
+    for mount_point in dict.fromkeys(points):
+        try:
+            (mount_point / f"garden-{tag}").rmdir()
+        except FileNotFoundError:
+            continue
+
+
+def _runtime_hierarchies() -> list[Path]:
+    """Every hierarchy below /sys/fs/cgroup: the runtime makes the container's path in all of them."""
+    root = Path("/sys/fs/cgroup")
+    return [Path(entry.path) for entry in os.scandir(root) if entry.is_dir(follow_symlinks=False)]
+
+
+def furnish(cgroup: ContainerCgroup, agent_pid: int, limits: Limits) -> None:
+    """Make the groups below a container that the runtime has just started, and put its limits in force."""
+    if cgroup.hierarchies.version == 2:
+        init = cgroup.directory("memory", INIT)
+        init.mkdir(exist_ok=True)
+        (init / "cgroup.procs").write_text(str(agent_pid))
+        cgroup.directory("memory", "cgroup.subtree_control").write_text(_ENABLE_V2)
+    for directory in cgroup.all_directories(WORK):
+        directory.mkdir(exist_ok=True)
+    if cgroup.hierarchies.version == 2:
+        cgroup.directory("memory", WORK, "cgroup.subtree_control").write_text(_ENABLE_V2)
+        cgroup.directory("memory", WORK, MAIN).mkdir(exist_ok=True)
+    write_limits(cgroup, limits)
+
+
+def add_process_group(cgroup: ContainerCgroup, process_id: str, limits: Limits) -> None:
+    """Make the group of one process that has limits of its own."""
+    leaf = cgroup.leaf(process_id)
+    for directory in cgroup.all_directories(*leaf):
+        directory.mkdir(exist_ok=True)
+    write_limits(cgroup, limits, leaf=leaf)
+
+
+def remove_process_group(cgroup: ContainerCgroup, process_id: str) -> bool:
+    """Remove that group if nothing is in it any more; False while a child of the process lives on."""
+    try:
+        for directory in cgroup.all_directories(*cgroup.leaf(process_id)):
+            remove_tree(directory)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            return False
+        raise
+    return True
+
+
+def open_procs(cgroup: ContainerCgroup, leaf: tuple[str, ...]) -> list[int]:
+    """Descriptors of the leaf's cgroup.procs in every hierarchy; a process joins by writing "0". Caller closes."""
+    opened: list[int] = []
+    try:
+        for directory in cgroup.all_directories(*leaf):
+            opened.append(os.open(directory / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC))
+    except OSError:
+        for fd in opened:
+            os.close(fd)
+        raise
+    return opened
+
+
+def pids_in(cgroup: ContainerCgroup) -> list[int]:
+    """Every process in the container's groups, PID 1 included, as the host numbers them; empty if it is gone."""
+    found: list[int] = []
+    top = cgroup.directory("pids")
+    for parent, _, _ in os.walk(top):
+        try:
+            found += [int(line) for line in Path(parent, "cgroup.procs").read_text().split()]
+        except (FileNotFoundError, OSError) as error:
+            if error.errno not in (errno.ENOENT, errno.ENODEV):  # removed while we looked
+                raise
+    return found
+
+
+def workload_count(cgroup: ContainerCgroup) -> int:
+    """Tasks (threads included) of the workload, the agent not counted."""
+    return int(cgroup.directory("pids", WORK, "pids.current").read_text())
+
+
+def kill_all(cgroup: ContainerCgroup) -> None:
+    """SIGKILL everything in the container's groups; repeat until `pids_in` is empty.
+
+    v2 does it in one atomic step (cgroup-v2.rst, cgroup.kill); v1 races with forks, which the caller's loop ends.
+    """
+    if cgroup.hierarchies.version == 2:
+        try:
+            cgroup.directory("pids", "cgroup.kill").write_text("1")
+            return
+        except FileNotFoundError:
+            return
+    for pid in pids_in(cgroup):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def remove(cgroup: ContainerCgroup) -> None:
+    """Remove the container's groups in every hierarchy, also those that only the runtime made.
+
+    Raises:
+        OSError: EBUSY while a task is still in one of them.
+    """
+    points = cgroup.hierarchies.distinct()
+    if cgroup.hierarchies.version == 1:
+        points = [*points, *_runtime_hierarchies()]
+    for mount_point in dict.fromkeys(points):
+        directory = mount_point / cgroup.path
+        if directory.exists():
+            remove_tree(directory)

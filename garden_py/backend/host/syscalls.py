@@ -1,0 +1,89 @@
+"""System calls that Python 3.11 does not wrap: declare, call, raise OSError with errno and path."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+from pathlib import Path
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
+_libc.umount2.argtypes = [ctypes.c_char_p, ctypes.c_int]
+_libc.unshare.argtypes = [ctypes.c_int]
+_libc.setns.argtypes = [ctypes.c_int, ctypes.c_int]
+_libc.prctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong]
+_libc.syscall.restype = ctypes.c_long
+
+# asm/unistd.h: the new mount calls have the same numbers on every architecture.
+_OPEN_TREE, _MOVE_MOUNT, _MOUNT_SETATTR = 428, 429, 442
+_AT_FDCWD, _AT_EMPTY_PATH = -100, 0x1000
+_OPEN_TREE_CLONE, _MOVE_MOUNT_F_EMPTY_PATH = 1, 0x4
+
+MS_REC, MS_SLAVE, MS_NOSUID, MS_NODEV, MS_NOEXEC = 0x4000, 0x80000, 2, 4, 8  # sys/mount.h
+MNT_DETACH = 2
+CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET = 0x00020000, 0x10000000, 0x40000000  # sched.h
+MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV, MOUNT_ATTR_IDMAP = 0x1, 0x2, 0x4, 0x0010_0000
+PR_SET_PDEATHSIG = 1
+
+
+def _fail(path: str | Path | None = None) -> OSError:
+    code = ctypes.get_errno()
+    return OSError(code, os.strerror(code), None if path is None else str(path))
+
+
+def mount(source: str, target: Path, fstype: str, flags: int = 0, data: str = "") -> None:
+    """Attach a file system at target. mount(2)."""
+    if _libc.mount(os.fsencode(source), os.fsencode(target), fstype.encode(), flags, data.encode()) != 0:
+        raise _fail(target)
+
+
+def umount(target: Path, *, lazy: bool = False) -> None:
+    """Detach the mount at target; lazy: even if it is busy. umount2(2)."""
+    if _libc.umount2(os.fsencode(target), MNT_DETACH if lazy else 0) != 0:
+        raise _fail(target)
+
+
+def unshare(flags: int) -> None:
+    """Leave the namespaces named by CLONE_* flags for new ones. unshare(2)."""
+    if _libc.unshare(flags) != 0:
+        raise _fail()
+
+
+def die_with_parent(signal: int) -> None:
+    """Have the kernel send this process a signal when its parent thread ends. PR_SET_PDEATHSIG, prctl(2)."""
+    if _libc.prctl(PR_SET_PDEATHSIG, signal, 0, 0, 0) != 0:
+        raise _fail()
+
+
+def clone_mount(source: Path) -> int:
+    """A detached, non-recursive copy of the mount at source, as a descriptor.
+
+    Source: open_tree(2), OPEN_TREE_CLONE.
+    """
+    fd = _libc.syscall(_OPEN_TREE, _AT_FDCWD, os.fsencode(source), _OPEN_TREE_CLONE | os.O_CLOEXEC)
+    if fd < 0:
+        raise _fail(source)
+    return int(fd)
+
+
+def set_mount_attributes(mount_fd: int, attributes: int, *, userns_fd: int | None = None) -> None:
+    """Set MOUNT_ATTR_* on a detached mount; with userns_fd also map its owners through that user namespace.
+
+    Source: mount_setattr(2); struct mount_attr is four u64: attr_set, attr_clr, propagation, userns_fd.
+    """
+    if userns_fd is not None:
+        attributes |= MOUNT_ATTR_IDMAP
+    packed = struct.pack("=QQQQ", attributes, 0, 0, userns_fd or 0)
+    argument = ctypes.create_string_buffer(packed, len(packed))
+    if _libc.syscall(_MOUNT_SETATTR, mount_fd, b"", _AT_EMPTY_PATH, argument, len(packed)) != 0:
+        raise _fail()
+
+
+def attach_mount(mount_fd: int, target: Path) -> None:
+    """Attach a detached mount at target. move_mount(2)."""
+    if (
+        _libc.syscall(_MOVE_MOUNT, mount_fd, b"", _AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH)
+        != 0
+    ):
+        raise _fail(target)

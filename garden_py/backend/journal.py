@@ -1,0 +1,149 @@
+"""The record of what exists, what is half done and what is allocated: SQLite, one transaction per step.
+
+Written before a step is taken, so that after a SIGKILL the next server knows what may exist. It need not survive a
+power cut (after another boot nothing runs any more), so no write waits for the disk.
+
+Source: sqlite.org/pragma.html: journal_mode WAL with synchronous OFF survives an application crash.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from garden_py.model.lifecycle import State
+from garden_py.service.ports import ContainerRow, ProcessRow
+
+SCHEMA_VERSION = 1
+_SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+CREATE TABLE containers (
+    handle TEXT PRIMARY KEY, state TEXT NOT NULL, state_reason TEXT NOT NULL, request_id TEXT NOT NULL,
+    created_ns INTEGER NOT NULL, spec TEXT NOT NULL, facts TEXT NOT NULL
+) STRICT;
+CREATE TABLE processes (
+    handle TEXT NOT NULL REFERENCES containers ON DELETE CASCADE, id TEXT NOT NULL, request_id TEXT NOT NULL,
+    started_ns INTEGER NOT NULL, pid INTEGER NOT NULL, spec TEXT NOT NULL, exit TEXT,
+    PRIMARY KEY (handle, id)
+) STRICT;
+"""
+
+
+class JournalTooNew(RuntimeError):
+    """The journal was written by a newer version of the server."""
+
+
+class Journal:
+    """Rows of containers and processes; see service/ports.py for their meaning.
+
+    Values are JSON made by `model`'s codecs (service/codec.py); this module does not look into them.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self._db = sqlite3.connect(path, isolation_level=None)
+        self._db.row_factory = sqlite3.Row
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = OFF")
+        self._db.execute("PRAGMA foreign_keys = ON")
+        self._migrate()
+
+    def close(self) -> None:
+        """Close the database; the object is of no use afterwards."""
+        self._db.close()
+
+    def _migrate(self) -> None:
+        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if version > SCHEMA_VERSION:
+            raise JournalTooNew(f"the journal has schema {version}; this server knows up to {SCHEMA_VERSION}")
+        if version == 0:
+            with self._transaction():
+                for statement in filter(None, (part.strip() for part in _SCHEMA.split(";"))):
+                    self._db.execute(statement)
+                self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+    def read_meta(self, key: str) -> str | None:
+        """A value that belongs to the whole server."""
+        row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return None if row is None else str(row["value"])
+
+    def write_meta(self, key: str, value: str) -> None:
+        """Set such a value."""
+        self._db.execute(
+            "INSERT INTO meta VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value",
+            (key, value),
+        )
+
+    def save_container(self, row: ContainerRow) -> None:
+        """Insert or replace a container's row."""
+        self._db.execute(
+            "INSERT INTO containers VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (handle) DO UPDATE SET "
+            "state = excluded.state, state_reason = excluded.state_reason, spec = excluded.spec, facts = excluded.facts",
+            (
+                row.handle, row.state.value, row.state_reason, row.request_id, row.created_ns,
+                json.dumps(row.spec), json.dumps(row.facts),
+            ),
+        )  # fmt: skip
+
+    def forget_container(self, handle: str) -> None:
+        """Remove a container's row and those of its processes; absent is fine."""
+        self._db.execute("DELETE FROM containers WHERE handle = ?", (handle,))
+
+    def containers(self) -> list[ContainerRow]:
+        """All containers, oldest first."""
+        rows = self._db.execute("SELECT * FROM containers ORDER BY created_ns, handle")
+        return [
+            ContainerRow(
+                handle=row["handle"],
+                state=State(row["state"]),
+                state_reason=row["state_reason"],
+                request_id=row["request_id"],
+                created_ns=row["created_ns"],
+                spec=json.loads(row["spec"]),
+                facts=json.loads(row["facts"]),
+            )
+            for row in rows
+        ]
+
+    def save_process(self, row: ProcessRow) -> None:
+        """Insert or replace a process's row."""
+        self._db.execute(
+            "INSERT INTO processes VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (handle, id) DO UPDATE SET "
+            "pid = excluded.pid, exit = excluded.exit",
+            (
+                row.handle, row.id, row.request_id, row.started_ns, row.pid,
+                json.dumps(row.spec), None if row.exit is None else json.dumps(row.exit),
+            ),
+        )  # fmt: skip
+
+    def forget_process(self, handle: str, process_id: str) -> None:
+        """Remove a process's row; absent is fine."""
+        self._db.execute("DELETE FROM processes WHERE handle = ? AND id = ?", (handle, process_id))
+
+    def processes(self, handle: str) -> list[ProcessRow]:
+        """A container's processes, oldest first."""
+        rows = self._db.execute("SELECT * FROM processes WHERE handle = ? ORDER BY started_ns, id", (handle,))
+        return [
+            ProcessRow(
+                handle=row["handle"],
+                id=row["id"],
+                request_id=row["request_id"],
+                started_ns=row["started_ns"],
+                pid=row["pid"],
+                spec=json.loads(row["spec"]),
+                exit=None if row["exit"] is None else json.loads(row["exit"]),
+            )
+            for row in rows
+        ]

@@ -1,0 +1,156 @@
+"""The server's side of the launcher: starts it, keeps its workers, hands out jobs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from garden_py.backend.host.framed import FramedLink, LinkClosed, Reply, RequestRefused
+from garden_py.model.errors import GardenError, HostFault, InvalidField, NotSupported, PortInUse
+
+log = structlog.get_logger()
+START_TIMEOUT_S = 20.0
+
+
+class Launcher:
+    """A launcher process and `workers` workers. A worker or launcher that dies is replaced at the next job.
+
+    Args:
+        mount_dir: where it puts its private tmpfs.
+        workers: jobs done at the same time; further ones wait their turn.
+        without_hybrid_cgroup: see launcher/main.py.
+    """
+
+    def __init__(self, mount_dir: Path, *, workers: int, without_hybrid_cgroup: bool = False) -> None:
+        self._mount_dir = mount_dir
+        self._without_hybrid = without_hybrid_cgroup
+        self._process: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        self._idle: list[FramedLink] = []
+        self._slots = asyncio.Semaphore(workers)
+        self._starting = asyncio.Lock()
+
+    async def start(self) -> None:
+        """Start the process and one worker, so that the first job finds it warm.
+
+        Raises:
+            HostFault: it did not come up.
+        """
+        async with self._starting:
+            await asyncio.to_thread(self._spawn)
+        self._idle.append(await self._new_worker())
+
+    def _spawn(self) -> None:
+        """Start the launcher process. subprocess uses vfork, which is safe beside grpc's threads."""
+        self._shut_down()
+        ours, theirs = socket.socketpair()
+        argv = [
+            sys.executable,
+            "-m",
+            "garden_py.backend.launcher.main",
+            str(theirs.fileno()),
+            str(self._mount_dir),
+        ]
+        if self._without_hybrid:
+            argv.append("--without-hybrid-cgroup")
+        with theirs:
+            self._process = subprocess.Popen(
+                argv, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+            )
+        ours.settimeout(START_TIMEOUT_S)
+        self._control = ours
+        if not ours.recv(16):
+            raise HostFault("start launcher", f"it exited with status {self._process.wait()}")
+
+    async def _new_worker(self) -> FramedLink:
+        async with self._starting:
+            try:
+                fd = await asyncio.to_thread(self._ask_for_worker)
+            except OSError:
+                log.warning("launcher.restarted", pid=self._process.pid if self._process else None)
+                await asyncio.to_thread(self._spawn)
+                fd = await asyncio.to_thread(self._ask_for_worker)
+        return FramedLink(socket.socket(fileno=fd))
+
+    def _ask_for_worker(self) -> int:
+        if self._control is None:
+            raise ConnectionError("no launcher")
+        self._control.send(b"worker")
+        data, fds, _, _ = socket.recv_fds(self._control, 16, 1)
+        if not data or not fds:
+            raise ConnectionError("the launcher closed its control socket")
+        os.set_inheritable(fds[0], False)
+        return fds[0]
+
+    async def run(
+        self, op: str, params: dict[str, Any], fds: list[int] | None = None, *, timeout_s: float = 60.0
+    ) -> dict[str, Any]:
+        """Do one job in a worker.
+
+        Raises:
+            GardenError: as the job raised it; HostFault also when its worker died.
+        """
+        async with self._slots:
+            link = self._take_idle() or await self._new_worker()
+            try:
+                reply: Reply = await link.request({"op": op, **params}, fds, timeout_s=timeout_s)
+            except RequestRefused as error:
+                self._idle.append(link)
+                raise _rebuild(op, error) from error
+            except LinkClosed as error:
+                raise HostFault(op, f"the launcher's worker died: {error}") from error
+            except BaseException:
+                link.close()  # an answer may still come; nobody may take it for the next job's
+                raise
+            self._idle.append(link)
+            return reply.value
+
+    def _take_idle(self) -> FramedLink | None:
+        while self._idle:
+            link = self._idle.pop()
+            if link.is_open:
+                return link
+        return None
+
+    async def close(self) -> None:
+        """End the launcher and its workers."""
+        for link in self._idle:
+            link.close()
+        self._idle.clear()
+        await asyncio.to_thread(self._shut_down)
+
+    def _shut_down(self) -> None:
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        if self._process is not None:
+            try:
+                self._process.wait(timeout=5)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process = None
+
+
+def _rebuild(op: str, refused: RequestRefused) -> GardenError:
+    """The error that a job raised in the worker."""
+    facts = refused.data.get("facts", {})
+    match refused.code:
+        case InvalidField.code if "field" in facts:
+            return InvalidField(facts["field"], facts["problem"])
+        case PortInUse.code:
+            return PortInUse(facts["port"])
+        case NotSupported.code:
+            return NotSupported(str(refused))
+        case HostFault.code:
+            step = facts.get("step", op)
+            return HostFault(step, str(refused).removeprefix(f"{step}: "))
+        case _:
+            return HostFault(op, str(refused))

@@ -1,0 +1,120 @@
+"""The jobs a worker can do. Parameters and results are wire values; descriptors come beside them.
+
+Errors are those of `model.errors`; they cross to the server by their code (launcher/client.py).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import sh
+
+from garden_py.backend.net import jobs as net_jobs
+from garden_py.backend.rootfs import mounts
+from garden_py.backend.runtime.command import AGENT_LISTENER_FD, Runtime, cause_of_failure
+from garden_py.model.errors import HostFault, NotSupported
+
+RUNTIME_TIMEOUT_S = 60
+
+
+@dataclass
+class Bench:
+    """What a worker keeps between jobs."""
+
+    net: net_jobs.NetBench = field(default_factory=net_jobs.NetBench)
+
+
+def launch(bench: Bench, params: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+    """Mount a container's root file system and start it.
+
+    Args:
+        bench: unused.
+        params: `plan` (MountPlan as a dict), `id`, `bundle`, `runtime`, `root`, `log`, `agent_log`.
+        fds: the agent's listening socket.
+
+    Returns:
+        `pid` of PID 1, in the host's numbering.
+    """
+    plan = _parse_plan(params["plan"])
+    bundle = Path(params["bundle"])
+    pid_file = bundle / "pid"
+    mounts.apply(plan)
+    try:
+        os.dup2(fds[0], AGENT_LISTENER_FD, inheritable=True)
+        runtime = Runtime(params["runtime"], Path(params["root"]))
+        argv = runtime.run_argv(params["id"], bundle=bundle, pid_file=pid_file, log=Path(params["log"]))
+        _call_runtime(runtime, argv, log=Path(params["log"]), stderr=Path(params["agent_log"]))
+        return {"pid": int(pid_file.read_text())}
+    finally:
+        with open(os.devnull, "rb") as null:
+            os.dup2(null.fileno(), AGENT_LISTENER_FD, inheritable=False)
+        mounts.release(plan.directory)
+
+
+def delete(bench: Bench, params: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+    """Have the runtime forget a container; one it does not know is fine."""
+    runtime = Runtime(params["runtime"], Path(params["root"]))
+    if not (runtime.root / params["id"]).exists():
+        return {}
+    log = Path(params["log"])
+    _call_runtime(
+        runtime, runtime.delete_argv(params["id"], log=log), log=log, stderr=log.with_suffix(".stderr")
+    )
+    return {}
+
+
+def release_mounts(bench: Bench, params: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+    """Let go of a launch's mounts, should its worker have been killed in the middle."""
+    mounts.release(Path(params["directory"]))
+    return {}
+
+
+def _parse_plan(value: dict[str, Any]) -> mounts.MountPlan:
+    binds = tuple(mounts.BindSource(**bind) for bind in value["binds"])
+    return mounts.MountPlan(**{**value, "directory": Path(value["directory"]), "binds": binds})
+
+
+def _call_runtime(runtime: Runtime, argv: list[str], *, log: Path, stderr: Path) -> None:
+    """Run the runtime to its end.
+
+    Its standard streams are files, not pipes: PID 1 inherits them, and a pipe would never see its end.
+    """
+    step = f"{Path(runtime.program).name} {argv[6]}"
+    with open(os.devnull, "r+b") as null, stderr.open("ab") as errors:
+        try:
+            sh.Command(runtime.program)(
+                *argv,
+                _in=null,
+                _out=null,
+                _err=errors,
+                _pass_fds={AGENT_LISTENER_FD},
+                _timeout=RUNTIME_TIMEOUT_S,
+                _tty_in=False,
+                _tty_out=False,
+            )
+        except sh.CommandNotFound as error:
+            raise NotSupported(f"the runtime {runtime.program!r} is not installed on the server") from error
+        except sh.TimeoutException as error:
+            raise HostFault(step, f"no end after {RUNTIME_TIMEOUT_S} s") from error
+        except sh.ErrorReturnCode as error:
+            log_text = log.read_text(errors="replace") if log.exists() else ""
+            cause = cause_of_failure(log_text, stderr.read_text(errors="replace")[-4096:])
+            raise HostFault(step, cause) from error
+
+
+def _net_job(job: net_jobs.NetJob) -> Job:
+    return lambda bench, params, fds: job(bench.net.network(params), params, fds)
+
+
+Job = Callable[[Bench, dict[str, Any], list[int]], dict[str, Any]]
+
+JOBS: dict[str, Job] = {
+    "container.launch": launch,
+    "container.delete": delete,
+    "container.release_mounts": release_mounts,
+    **{name: _net_job(job) for name, job in net_jobs.JOBS.items()},
+}

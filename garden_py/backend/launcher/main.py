@@ -1,0 +1,69 @@
+"""The launcher process: takes a private mount namespace, forks workers on request.
+
+Run as `python -m garden_py.backend.launcher.main CONTROL_FD MOUNT_DIR [--without-hybrid-cgroup]`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+from garden_py.backend.host import syscalls
+from garden_py.backend.launcher import worker
+from garden_py.backend.runtime.command import AGENT_LISTENER_FD
+
+_FIRST_FREE_FD = 10
+
+
+def main() -> None:
+    """Serve the control socket until the server closes it."""
+    control_fd, mount_dir = int(sys.argv[1]), Path(sys.argv[2])
+    control = socket.socket(fileno=_move_up(control_fd))
+    null = _move_up(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC))
+    os.dup2(null, AGENT_LISTENER_FD, inheritable=False)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # workers leave no zombies; they set it back for themselves
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C on the terminal is the server's to handle
+    enter_private_mounts(mount_dir, without_hybrid="--without-hybrid-cgroup" in sys.argv[3:])
+    control.send(b"ready")
+    while control.recv(16):
+        ours, theirs = socket.socketpair()
+        if os.fork() == 0:
+            control.close()
+            theirs.close()
+            worker.serve(ours)
+            os._exit(0)
+        ours.close()
+        socket.send_fds(control, [b"worker"], [theirs.fileno()])
+        theirs.close()
+
+
+def _move_up(fd: int) -> int:
+    moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_FREE_FD)
+    os.close(fd)
+    return moved
+
+
+def enter_private_mounts(mount_dir: Path, *, without_hybrid: bool) -> None:
+    """Give this process a mount namespace that sees the host's mounts come, and shows the host none of its own.
+
+    Args:
+        mount_dir: becomes a private tmpfs for mount points.
+        without_hybrid: hide a hybrid host's v2 hierarchy, which crun refuses when it holds a controller
+            ("cgroups in hybrid mode not supported").
+    """
+    syscalls.unshare(syscalls.CLONE_NEWNS)
+    syscalls.mount("none", Path("/"), "", syscalls.MS_REC | syscalls.MS_SLAVE)
+    mount_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
+    # 0711: PID 1 of a user namespace walks here by path while the runtime sets up its root, as a foreign uid.
+    syscalls.mount("garden", mount_dir, "tmpfs", syscalls.MS_NOSUID | syscalls.MS_NODEV, "mode=0711,size=16m")
+    hybrid = Path("/sys/fs/cgroup/unified")
+    if without_hybrid and hybrid.is_mount():
+        syscalls.umount(hybrid, lazy=True)
+
+
+if __name__ == "__main__":
+    main()

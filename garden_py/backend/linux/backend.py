@@ -1,0 +1,402 @@
+"""The facade that the service sees; implements service.ports.Backend."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from garden_py.backend.cgroup import groups
+from garden_py.backend.cgroup.limits import read_limits, write_limits
+from garden_py.backend.cgroup.stats import read_usage
+from garden_py.backend.launcher.client import Launcher
+from garden_py.backend.linux import copying
+from garden_py.backend.linux.construction import Construction
+from garden_py.backend.linux.container import ContainerFacts, LinuxContainer
+from garden_py.backend.linux.demolition import Demolition
+from garden_py.backend.linux.network import LinuxNetwork, NetworkLease, check_dns_servers
+from garden_py.backend.linux.process import LinuxProcess
+from garden_py.backend.linux.site import Site, disk_of, open_site
+from garden_py.backend.oci.data import load_runc_config
+from garden_py.backend.rootfs.embedded import build_embedded_rootfs
+from garden_py.config import Config
+from garden_py.model.codec import load_exit
+from garden_py.model.errors import ContainerBroken, ContainerNotFound, GardenError, HostFault, InvalidField
+from garden_py.model.lifecycle import USABLE
+from garden_py.model.limits import Limits
+from garden_py.model.netrule import EgressPolicy
+from garden_py.model.process import ProcessSpec
+from garden_py.model.spec import ContainerSpec, PortMapping
+from garden_py.service.ports import (
+    BackendEvents,
+    ContainerRow,
+    EgressCounts,
+    HostCapacity,
+    NetworkFacts,
+    ProcessRow,
+    Usage,
+)
+
+log = structlog.get_logger()
+_REATTACH_TIMEOUT_S = 5.0
+
+
+def open_linux_backend(config: Config) -> LinuxBackend:
+    """The entry point `linux` of group garden_py.backends."""
+    return LinuxBackend(config)
+
+
+class LinuxBackend:
+    """Containers of one server on this host. `open` must be awaited before anything else."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._containers: dict[str, LinuxContainer] = {}
+        self._events: BackendEvents
+        self._site: Site
+        self._launcher: Launcher
+        self._network: LinuxNetwork
+        self._construction: Construction
+        self._demolition: Demolition
+
+    # --- start and stop
+
+    async def open(self, events: BackendEvents, rows: list[ContainerRow]) -> dict[str, str]:
+        """Get ready, and take over the containers of rows; see service.ports."""
+        check_dns_servers(self._config.dns_server)
+        self._events = events
+        self._site = await asyncio.to_thread(open_site, self._config)
+        self._launcher = Launcher(
+            self._site.mount_dir,
+            workers=self._config.launchers,
+            without_hybrid_cgroup=Path(self._config.runtime).name == "crun",
+        )
+        await self._launcher.start()
+        self._network = LinuxNetwork(self._config, self._launcher, self._site.facts.uplink_mtu)
+        image = await asyncio.to_thread(self._default_image)
+        self._construction = Construction(self._site, self._launcher, self._network, image)
+        self._demolition = Demolition(self._site, self._launcher, self._network)
+        await self._network.ensure_host()
+        groups.ensure_parent(self._site.hierarchies, self._config.tag)
+        self._site.depot.open()
+        self._discard_orphans({row.handle for row in rows})
+        return await self._take_over(rows)
+
+    def _default_image(self) -> Path:
+        if not self._config.default_rootfs:
+            return build_embedded_rootfs(self._config.state_dir / "rootfs")
+        image = Path(self._config.default_rootfs)
+        if not image.is_dir():
+            raise InvalidField("default_rootfs", f"{image} is not a directory")
+        return image
+
+    def _discard_orphans(self, known: set[str]) -> None:
+        """Directories without a journal row are from a server killed between two steps; nothing else exists yet."""
+        for handle in self._site.depot.handles():
+            if handle not in known:
+                log.info("depot.orphan_removed", handle=handle)
+                self._site.depot.discard(handle)
+
+    async def _take_over(self, rows: list[ContainerRow]) -> dict[str, str]:
+        lost: dict[str, str] = {}
+        for row in rows:
+            if not row.facts:
+                continue
+            facts = ContainerFacts.from_json(row.facts)
+            try:
+                self._network.adopt(facts.lease)
+            except GardenError as error:
+                lost[row.handle] = f"its address or ports are not in the server's pools any more: {error}"
+            self._site.uids.reserve(facts.uid_slot)
+        usable = [row for row in rows if row.state in USABLE and row.handle not in lost]
+        results = await asyncio.gather(*(self._reconnect(row) for row in usable))
+        lost.update({row.handle: reason for row, reason in zip(usable, results, strict=True) if reason})
+        return lost
+
+    async def _reconnect(self, row: ContainerRow) -> str:
+        """Connect to a running container's agent; the reason if that fails."""
+        facts = ContainerFacts.from_json(row.facts)
+        identity = facts.identity
+        pidfd = identity.open() if identity is not None else None
+        if pidfd is None:
+            return "its PID 1 is gone"
+        os.close(pidfd)
+        site = self._site
+        container = LinuxContainer(
+            row.handle, facts, site.cgroup(row.handle), site.depot.directory(row.handle), self._events
+        )
+        try:
+            container.connect(site.depot.socket(row.handle))
+            container.held = await container.greet(timeout_s=_REATTACH_TIMEOUT_S)
+            container.watch()
+        except (OSError, GardenError) as error:
+            container.let_go()
+            return f"its agent cannot be reached: {error}"
+        self._containers[row.handle] = container
+        return ""
+
+    async def close(self) -> None:
+        """Let go; with no container left, also give back what they shared."""
+        for container in self._containers.values():
+            container.let_go()
+        await self._site.depot.close()
+        if not self._containers and not self._site.depot.handles():
+            await self._network.remove_host()
+            groups.remove_parent(self._site.hierarchies, self._config.tag)
+        await self._launcher.close()
+
+    # --- containers
+
+    def capacity(self) -> HostCapacity:
+        """What host and pools offer."""
+        size, free = disk_of(self._config.state_dir)
+        addresses, uids = self._network.addresses.size, self._site.uids.size
+        return HostCapacity(
+            memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            disk_bytes=size,
+            disk_free_bytes=free,
+            containers=min(addresses, uids),
+            containers_limited_by="--network-pool" if addresses <= uids else "--uid-pool-size",
+            ports=self._config.port_pool_size,
+            ports_in_use=self._network.ports_in_use,
+            cpus=len(os.sched_getaffinity(0)),
+        )
+
+    async def create(self, spec: ContainerSpec, record: Callable[[dict[str, Any]], None]) -> None:
+        """Make a container; on failure nothing of it is left."""
+        facts = self._construction.lease(spec)
+        record(facts.to_json())
+        try:
+            async with asyncio.timeout(self._config.create_timeout_s):
+                container = await self._construction.build(spec, facts, record, self._events)
+        except BaseException as failure:
+            await self._undo(spec.handle, facts, failure)
+            raise _as_garden_error(failure) from failure
+        self._containers[spec.handle] = container
+
+    async def _undo(self, handle: str, facts: ContainerFacts, failure: BaseException) -> None:
+        try:
+            await asyncio.shield(self._demolition.demolish(handle, facts))
+        except* GardenError as group:
+            failure.add_note(f"undo failed too: {group.exceptions}")
+            log.error("create.undo_failed", handle=handle, error=str(group.exceptions))
+
+    async def destroy(self, handle: str, facts: dict[str, Any]) -> None:
+        """Remove whatever exists of a container."""
+        container = self._containers.pop(handle, None)
+        if container is not None:
+            container.broken_because = "it is being destroyed"
+            container.unwatch()
+        try:
+            if facts:
+                await self._demolition.demolish(handle, ContainerFacts.from_json(facts))
+            else:
+                self._site.depot.discard(handle)
+        except BaseExceptionGroup as group:
+            raise _as_garden_error(group) from group
+        finally:
+            if container is not None:
+                container.end_all("the container was destroyed")
+
+    def _get(self, handle: str) -> LinuxContainer:
+        container = self._containers.get(handle)
+        if container is None:
+            raise ContainerNotFound(handle)
+        return container
+
+    def facts_of_network(self, handle: str) -> NetworkFacts:
+        """A container's addresses."""
+        lease = self._get(handle).facts.lease
+        return NetworkFacts(
+            container_ip=str(lease.address),
+            host_ip=str(self._network.host.gateway),
+            external_ip=self._network.external_ip,
+            mapped_ports=lease.mappings,
+        )
+
+    def pid(self, handle: str) -> int:
+        """PID 1 as the host numbers it."""
+        return self._get(handle).facts.pid
+
+    async def signal_all(self, handle: str, number: int) -> None:
+        """Signal everything in the container but PID 1."""
+        await self._get(handle).link.signal_all(number)
+
+    def workload_count(self, handle: str) -> int:
+        """Tasks in the container, the agent not counted."""
+        return groups.workload_count(self._get(handle).cgroup)
+
+    async def usage(self, handle: str) -> Usage:
+        """What the container uses now."""
+        container = self._get(handle)
+        try:
+            found = read_usage(container.cgroup)
+            traffic = self._network.read_link_bytes(handle, container.facts.lease)
+        except FileNotFoundError as error:
+            raise ContainerBroken(handle, f"{error.filename} is gone") from error
+        return Usage(**{**asdict(found), **traffic})
+
+    async def limits(self, handle: str) -> Limits:
+        """The limits in force."""
+        return read_limits(self._get(handle).cgroup)
+
+    async def update_limits(self, handle: str, limits: Limits) -> Limits:
+        """Change limits; those in force afterwards."""
+        cgroup = self._get(handle).cgroup
+        write_limits(cgroup, limits.over(_period_of(limits, read_limits(cgroup))))
+        return read_limits(cgroup)
+
+    async def map_port(
+        self, handle: str, mapping: PortMapping, record: Callable[[dict[str, Any]], None]
+    ) -> PortMapping:
+        """Map one more port."""
+        container = self._get(handle)
+        leased = self._network.lease_port(mapping)
+        before = container.facts.lease
+        try:
+            container.facts.lease = NetworkLease(before.address, (*before.mappings, leased))
+            record(container.facts.to_json())
+            await self._network.map_port(container.facts.lease, leased)
+        except BaseException:
+            container.facts.lease = before
+            record(container.facts.to_json())
+            self._network.release_port(leased)
+            raise
+        return leased
+
+    async def set_egress(self, handle: str, policy: EgressPolicy) -> None:
+        """Replace the egress policy."""
+        facts = self._get(handle).facts
+        await self._network.set_egress(handle, facts.pid, facts.lease, policy, privileged=facts.privileged)
+
+    async def egress_counts(self, handle: str, rules: int) -> EgressCounts:
+        """What each of the policy's rules has decided."""
+        facts = self._get(handle).facts
+        return await self._network.egress_counts(
+            handle, facts.pid, facts.lease, rules, privileged=facts.privileged
+        )
+
+    # --- processes
+
+    async def start_process(self, handle: str, spec: ProcessSpec, env: tuple[str, ...]) -> LinuxProcess:
+        """Start a process; see service.ports."""
+        container = self._get(handle)
+        leaf = container.leaf_of(spec)
+        if not spec.limits.empty():
+            groups.add_process_group(container.cgroup, spec.id, spec.limits)
+        process = container.make_process(
+            spec,
+            pid=0,
+            started_ns=time.time_ns(),
+            directory=self._site.depot.streams(handle, spec.id),
+            retention_bytes=self._config.output_retention_bytes,
+            alive=True,
+        )
+        cgroup_fds = groups.open_procs(container.cgroup, leaf)
+        container.spawning.add(spec.id)
+        try:
+            spawned = await container.link.spawn(
+                spec, env, cgroup_fds, bounding=self._bounding(container, spec)
+            )
+            process.pid = spawned.pid
+            process.connect(
+                spawned, lambda reason: log.warning("stream.failed", handle=handle, reason=reason)
+            )
+            if process.own_group:
+                container.watch_oom(spec.id, leaf)
+            container.add_process(process)
+        except BaseException:
+            if not spec.limits.empty():
+                container.drop_process_group(spec.id)
+            raise
+        finally:
+            container.spawning.discard(spec.id)
+            for fd in cgroup_fds:
+                os.close(fd)
+        return process
+
+    def _bounding(self, container: LinuxContainer, spec: ProcessSpec) -> int | None:
+        """Non-root users of a privileged container get a smaller bounding set (Garden statement C2)."""
+        if not container.facts.privileged or spec.user.partition(":")[0] in ("", "0", "root"):
+            return None
+        return (
+            load_runc_config().capability_mask("privileged_non_root") & self._site.facts.bounding_capabilities
+        )
+
+    async def adopt_process(self, handle: str, row: ProcessRow, spec: ProcessSpec) -> LinuxProcess:
+        """The process of a row after a restart: connected again if its agent still holds it."""
+        container = self._get(handle)
+        held = spec.id in container.held
+        process = container.make_process(
+            spec,
+            pid=row.pid,
+            started_ns=row.started_ns,
+            directory=self._site.depot.streams(handle, spec.id),
+            retention_bytes=self._config.output_retention_bytes,
+            alive=held,
+        )
+        container.processes[spec.id] = process
+        if row.exit is not None:
+            process.finish(load_exit(row.exit))
+        if held:
+            spawned = await container.link.attach(spec.id, is_tty=spec.tty is not None)
+            process.connect(
+                spawned, lambda reason: log.warning("stream.failed", handle=handle, reason=reason)
+            )
+            ended = container.held[spec.id]
+            if ended is not None and process.exit is None:
+                process.ended(ended)
+                self._events.process_exited(handle, process)
+        else:
+            for log_ in process.logs.values():
+                log_.close()
+            if row.exit is None:
+                process.lost("its agent does not know it any more", time.time_ns())
+                self._events.process_exited(handle, process)
+        return process
+
+    async def forget_process(self, handle: str, process_id: str) -> None:
+        """Drop a finished process and its output."""
+        container = self._get(handle)
+        process = container.processes.pop(process_id, None)
+        if process is None:
+            return
+        process.let_go()
+        for output in process.logs.values():
+            output.delete()
+        if process.own_group:
+            container.drop_process_group(process_id)
+
+    # --- files
+
+    async def stream_in(self, handle: str, path: str, user: str, chunks: AsyncIterator[bytes]) -> None:
+        """Unpack a tar in the container."""
+        await copying.stream_in(self._get(handle), path, user, chunks)
+
+    def stream_out(self, handle: str, path: str, user: str) -> AsyncGenerator[bytes, None]:
+        """Pack a path of the container."""
+        return copying.stream_out(self._get(handle), path, user)
+
+
+def _period_of(asked: Limits, now: Limits) -> Limits:
+    """v2 writes quota and period in one file: a change of one keeps the other."""
+    if asked.cpu_quota_us is None and asked.cpu_period_us is None:
+        return Limits()
+    return Limits(cpu_quota_us=now.cpu_quota_us, cpu_period_us=now.cpu_period_us)
+
+
+def _as_garden_error(failure: BaseException) -> BaseException:
+    """The first error of a group of parallel steps; time-outs and system errors as faults of the host."""
+    while isinstance(failure, BaseExceptionGroup):
+        failure = failure.exceptions[0]
+    if isinstance(failure, TimeoutError):
+        return HostFault("create", "the create deadline has passed (server setting create_timeout_s)")
+    if isinstance(failure, OSError):
+        return HostFault("create", str(failure))
+    return failure

@@ -1,0 +1,241 @@
+"""A container that runs: its agent, its processes, its cgroups."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from garden_py.backend.cgroup import groups
+from garden_py.backend.cgroup.events import OomWatch
+from garden_py.backend.cgroup.layout import WORK, ContainerCgroup
+from garden_py.backend.cgroup.limits import read_limits
+from garden_py.backend.cgroup.stats import read_oom_kills
+from garden_py.backend.host.pids import ProcessIdentity
+from garden_py.backend.linux.network import NetworkLease
+from garden_py.backend.linux.process import LinuxProcess
+from garden_py.backend.streams.agent_link import AgentExit, AgentLink
+from garden_py.model.errors import ContainerBroken
+from garden_py.model.limits import Limits
+from garden_py.model.process import ProcessSpec
+from garden_py.service.ports import BackendEvents
+
+COPY_PREFIX = ".copy-"  # names of the agent's own helpers; no caller's process id begins with a dot
+
+
+@dataclass(slots=True)
+class ContainerFacts:
+    """Everything needed to find and remove what was made for a container, even by another server process.
+
+    Attributes:
+        uid_slot: its range in the uid pool; -1 for a privileged container.
+        pid: PID 1 as the host numbers it; 0 before it was started.
+        pid_start: its start time in clock ticks, which tells it from a later process of that number.
+    """
+
+    runtime_id: str
+    privileged: bool
+    lease: NetworkLease
+    uid_slot: int
+    pid: int = 0
+    pid_start: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """For the journal."""
+        return {**{k: v for k, v in asdict(self).items() if k != "lease"}, "lease": self.lease.to_json()}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> ContainerFacts:
+        """From the journal."""
+        return cls(**{**value, "lease": NetworkLease.from_json(value["lease"])})
+
+    @property
+    def identity(self) -> ProcessIdentity | None:
+        """PID 1, if it was ever started."""
+        return ProcessIdentity(self.pid, self.pid_start) if self.pid else None
+
+
+class LinuxContainer:
+    """One running container.
+
+    Args:
+        events: told of exits, out-of-memory and a lost agent.
+    """
+
+    def __init__(
+        self,
+        handle: str,
+        facts: ContainerFacts,
+        cgroup: ContainerCgroup,
+        directory: Path,
+        events: BackendEvents,
+    ) -> None:
+        self.handle = handle
+        self.facts = facts
+        self.cgroup = cgroup
+        self.directory = directory
+        self.processes: dict[str, LinuxProcess] = {}
+        self.helpers: dict[str, asyncio.Future[AgentExit]] = {}
+        self.held: dict[str, AgentExit | None] = {}
+        self.broken_because = ""
+        self._events = events
+        self._link: AgentLink | None = None
+        self.spawning: set[str] = set()
+        self._early_exits: dict[str, AgentExit] = {}
+        self._watches: dict[str, OomWatch] = {}
+        self._pidfd = -1
+
+    # --- the agent
+
+    def connect(self, socket_path: Path) -> None:
+        """Connect to the agent's socket. The answer to `greet` tells whether it lives."""
+        self._link = AgentLink.connect(self.handle, socket_path, on_exit=self._exited, on_lost=self._lost)
+
+    async def greet(self, *, timeout_s: float) -> dict[str, AgentExit | None]:
+        """Wait until the agent answers; the processes it holds."""
+        return await self.link.hello(server="garden-py", timeout_s=timeout_s)
+
+    @property
+    def link(self) -> AgentLink:
+        """The connection to the agent.
+
+        Raises:
+            ContainerBroken: there is none any more.
+        """
+        if self._link is None or self.broken_because:
+            raise ContainerBroken(self.handle, self.broken_because or "its agent is not connected")
+        return self._link
+
+    def watch(self) -> None:
+        """Be told when PID 1 ends, and when the workload runs out of memory."""
+        loop = asyncio.get_running_loop()
+        self._pidfd = os.pidfd_open(self.facts.pid)
+        loop.add_reader(self._pidfd, self._lost, "its PID 1 has ended")
+        self.watch_oom("", (WORK,))
+
+    def watch_oom(self, process_id: str, leaf: tuple[str, ...]) -> None:
+        """Watch one more cgroup."""
+        directory = self.cgroup.directory("memory", *leaf)
+        watch = OomWatch(
+            directory,
+            self.cgroup.hierarchies.version,
+            lambda: self._events.out_of_memory(self.handle, process_id),
+        )
+        self._watches[process_id] = watch
+        asyncio.get_running_loop().add_reader(watch.fileno(), watch.acknowledge)
+
+    def unwatch_oom(self, process_id: str) -> None:
+        """Stop watching it; absent is fine."""
+        watch = self._watches.pop(process_id, None)
+        if watch is not None:
+            asyncio.get_running_loop().remove_reader(watch.fileno())
+            watch.close()
+
+    def _lost(self, reason: str) -> None:
+        """The agent is gone: every process is, too, or cannot be reached any more."""
+        if self.broken_because:
+            return
+        self.broken_because = reason
+        self.end_all(f"container broken: {reason}")
+        self._events.broken(self.handle, reason)
+
+    def end_all(self, reason: str) -> None:
+        """Let go of the agent and report every running process as ended."""
+        self.unwatch()
+        if self._link is not None:
+            self._link.close()
+        now_ns = time.time_ns()
+        for future in self.helpers.values():
+            if not future.done():
+                future.set_exception(ContainerBroken(self.handle, reason))
+        for process in self.processes.values():
+            if process.exit is None:
+                process.lost(reason, now_ns)
+                self._events.process_exited(self.handle, process)
+
+    def unwatch(self) -> None:
+        """Take our descriptors out of the event loop; twice is fine."""
+        for process_id in list(self._watches):
+            self.unwatch_oom(process_id)
+        if self._pidfd >= 0:
+            asyncio.get_running_loop().remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+    def let_go(self) -> None:
+        """Close everything without touching the container; for a server that stops."""
+        self.unwatch()
+        if self._link is not None:
+            self._link.close()
+        for process in self.processes.values():
+            process.let_go()
+
+    # --- processes
+
+    def _exited(self, told: AgentExit) -> None:
+        helper = self.helpers.get(told.process_id)
+        process = self.processes.get(told.process_id)
+        if helper is not None and not helper.done():
+            helper.set_result(told)
+        elif process is None:
+            # It ended before the answer to its spawn was handled; only ids being spawned are waited for.
+            if told.process_id in self.spawning:
+                self._early_exits[told.process_id] = told
+        elif process.exit is None:
+            process.ended(told)
+            if process.own_group:
+                self.unwatch_oom(told.process_id)
+            self._events.process_exited(self.handle, process)
+
+    def add_process(self, process: LinuxProcess) -> None:
+        """Make a started process known; an exit that came early is delivered now."""
+        self.processes[process.id] = process
+        early = self._early_exits.pop(process.id, None)
+        if early is not None:
+            self._exited(early)
+
+    def make_process(
+        self,
+        spec: ProcessSpec,
+        *,
+        pid: int,
+        started_ns: int,
+        directory: Path,
+        retention_bytes: int,
+        alive: bool,
+    ) -> LinuxProcess:
+        """A LinuxProcess wired to this container's agent and cgroups."""
+        leaf = self.leaf_of(spec)
+        return LinuxProcess(
+            spec,
+            pid=pid,
+            started_ns=started_ns,
+            directory=directory,
+            retention_bytes=retention_bytes,
+            link=self._link if alive else None,
+            oom_kills=lambda: read_oom_kills(self.cgroup, leaf),
+            describe_oom=lambda: describe_memory_limit(read_limits(self.cgroup, leaf=limit_leaf(leaf))),
+        )
+
+    def leaf_of(self, spec: ProcessSpec) -> tuple[str, ...]:
+        """The cgroup that a process's tasks go to."""
+        return self.cgroup.leaf(None if spec.limits.empty() else spec.id)
+
+    def drop_process_group(self, process_id: str) -> None:
+        """Remove a finished process's own cgroup, if its last child has gone too."""
+        groups.remove_process_group(self.cgroup, process_id)
+
+
+def limit_leaf(leaf: tuple[str, ...]) -> tuple[str, ...]:
+    """Where the limits are that apply to processes in leaf: on `work` for those without limits of their own."""
+    return leaf if leaf[-1].startswith("p-") else (WORK,)
+
+
+def describe_memory_limit(limits: Limits) -> str:
+    """Which memory limit a process ran into."""
+    if limits.memory_bytes:
+        return f"limit {limits.memory_bytes} bytes"
+    return "the host has no memory left"

@@ -1,0 +1,135 @@
+"""Copying tar streams into and out of a container: packed and unpacked inside it, by a child of its agent."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+
+from garden_py.backend.cgroup import groups
+from garden_py.backend.linux.container import COPY_PREFIX, LinuxContainer
+from garden_py.backend.streams.agent_link import AgentExit, Spawned
+from garden_py.backend.streams.stdin import StdinFeed
+from garden_py.model.errors import CopyFailed
+from garden_py.model.process import ProcessSpec
+
+CHUNK_BYTES = 256 << 10
+_MESSAGE_MAX = 4096
+_REASONS = ("no_such_path", "permission_denied", "broken_archive", "no_space", "io_error")
+
+
+class _Helper:
+    """A running tar-in or tar-out: our ends of its streams, and its exit to come."""
+
+    def __init__(self, helper_id: str, spawned: Spawned, exited: asyncio.Future[AgentExit]) -> None:
+        self.id = helper_id
+        self.fds = spawned.fds
+        self.exited = exited
+
+    async def read(self, name: str, max_bytes: int) -> bytes:
+        """Some bytes of an output; b"" at its end."""
+        loop = asyncio.get_running_loop()
+        fd = self.fds[name]
+        while True:
+            try:
+                return os.read(fd, max_bytes)
+            except BlockingIOError:
+                ready = loop.create_future()
+                loop.add_reader(fd, ready.set_result, None)
+                try:
+                    await ready
+                finally:
+                    loop.remove_reader(fd)
+
+    async def finish(self) -> None:
+        """Wait for the end.
+
+        Raises:
+            CopyFailed: with the archiver's reason.
+        """
+        message = b""
+        while len(message) < _MESSAGE_MAX and (data := await self.read("stderr", _MESSAGE_MAX)):
+            message += data
+        told = await self.exited
+        if os.WIFEXITED(told.status) and os.WEXITSTATUS(told.status) == 0:
+            return
+        text = "".join(c if c.isprintable() else " " for c in message.decode(errors="replace")).strip()
+        reason, colon, rest = text.partition(": ")
+        if colon and reason in _REASONS:
+            raise CopyFailed(reason, rest)
+        raise CopyFailed("io_error", text or f"the archiver ended with wait status {told.status}")
+
+    def close(self) -> None:
+        """Close our descriptors."""
+        while self.fds:
+            os.close(self.fds.popitem()[1])
+
+
+@asynccontextmanager
+async def _helper(container: LinuxContainer, program: str, path: str, user: str) -> AsyncIterator[_Helper]:
+    """Start the agent's tar face as user; it is killed if we leave early, and always forgotten."""
+    helper_id = f"{COPY_PREFIX}{uuid.uuid4().hex}"
+    exited: asyncio.Future[AgentExit] = asyncio.get_running_loop().create_future()
+    container.helpers[helper_id] = exited
+    helper: _Helper | None = None
+    try:
+        cgroup_fds = groups.open_procs(container.cgroup, container.cgroup.leaf(None))
+        try:
+            spec = ProcessSpec(path=program, id=helper_id, user=user)
+            spawned = await container.link.spawn(
+                spec, (), cgroup_fds, bounding=None, program=program, program_path=path
+            )
+        finally:
+            for fd in cgroup_fds:
+                os.close(fd)
+        helper = _Helper(helper_id, spawned, exited)
+        for fd in spawned.fds.values():
+            os.set_blocking(fd, False)
+        yield helper
+    finally:
+        if helper is not None:
+            helper.close()
+            await asyncio.shield(_end(container, helper_id, exited))
+        container.helpers.pop(helper_id, None)
+        if exited.done() and not exited.cancelled():
+            exited.exception()  # seen, also when nobody waited for it
+
+
+async def _end(container: LinuxContainer, helper_id: str, exited: asyncio.Future[AgentExit]) -> None:
+    if container.broken_because:
+        return
+    if not exited.done():
+        await container.link.signal(helper_id, 9, group=True)
+        await asyncio.wait([exited], timeout=5)
+    if not container.broken_because:
+        await container.link.release(helper_id)
+
+
+async def stream_in(container: LinuxContainer, path: str, user: str, chunks: AsyncIterator[bytes]) -> None:
+    """Unpack chunks, a tar, at path; see service.ports.Backend.stream_in."""
+    async with _helper(container, "tar-in", path, user) as helper:
+        feed = StdinFeed("tar-in", helper.fds.pop("stdin"), is_tty=False)
+        finishing = asyncio.ensure_future(helper.finish())
+        try:
+            async for data in chunks:
+                if finishing.done():
+                    break  # it gave up; its reason is more telling than ours
+                await feed.write(data, None)
+            await feed.close()
+            await container.link.close_stdin(helper.id)
+            await finishing
+        finally:
+            feed.release()
+            if not finishing.done():
+                finishing.cancel()
+                await asyncio.wait([finishing])
+
+
+async def stream_out(container: LinuxContainer, path: str, user: str) -> AsyncGenerator[bytes, None]:
+    """The tar of path; see service.ports.Backend.stream_out."""
+    async with _helper(container, "tar-out", path, user) as helper:
+        while data := await helper.read("stdout", CHUNK_BYTES):
+            yield data
+        await helper.finish()

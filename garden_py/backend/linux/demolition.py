@@ -1,0 +1,87 @@
+"""Removing a container, from its facts alone: every step may find its work done already, half done, or not begun."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import shutil
+import time
+
+import structlog
+
+from garden_py.backend.cgroup import groups
+from garden_py.backend.cgroup.layout import ContainerCgroup
+from garden_py.backend.host.pids import kill_and_wait, read_wait_channel
+from garden_py.backend.launcher.client import Launcher
+from garden_py.backend.linux.container import ContainerFacts
+from garden_py.backend.linux.network import LinuxNetwork
+from garden_py.backend.linux.site import Site
+from garden_py.model.errors import Unkillable
+
+log = structlog.get_logger()
+_RETRY_S = 0.005
+
+
+class Demolition:
+    """How containers are removed at one site."""
+
+    def __init__(self, site: Site, launcher: Launcher, network: LinuxNetwork) -> None:
+        self._site = site
+        self._launcher = launcher
+        self._network = network
+
+    async def demolish(self, handle: str, facts: ContainerFacts) -> None:
+        """Remove everything and give the leases back.
+
+        Raises:
+            Unkillable: not done within the configured deadline; call again later. The leases are still held.
+        """
+        deadline = time.monotonic() + self._site.config.destroy_timeout_s
+        cgroup = self._site.cgroup(handle)
+        await self._kill(handle, facts, cgroup, deadline)
+        async with asyncio.TaskGroup() as steps:
+            steps.create_task(self._network.detach(handle, facts.lease, privileged=facts.privileged))
+            steps.create_task(self._remove_cgroup(handle, cgroup, deadline))
+        # The runtime's record of a container whose processes, cgroups and mounts are gone is this directory and
+        # nothing else; `runc delete` would do the same, 20 ms later (docs/decisions/0004-no-runc-delete.md).
+        shutil.rmtree(
+            self._site.runtime_root / facts.runtime_id, ignore_errors=False, onerror=_missing_is_fine
+        )
+        self._site.depot.discard(handle)
+        self._network.release(facts.lease)
+        self._site.uids.release(facts.uid_slot)
+
+    async def _kill(
+        self, handle: str, facts: ContainerFacts, cgroup: ContainerCgroup, deadline: float
+    ) -> None:
+        """End PID 1, and with it everything in its pid namespace (pid_namespaces(7)); then whatever is not in it."""
+        identity = facts.identity
+        if identity is not None and not await kill_and_wait(identity, timeout_s=deadline - time.monotonic()):
+            raise Unkillable(
+                handle, f"PID 1 ({identity.pid}) does not end: {read_wait_channel(identity.pid)}"
+            )
+        while pids := groups.pids_in(cgroup):
+            if time.monotonic() > deadline:
+                raise Unkillable(handle, f"process {pids[0]} does not end: {read_wait_channel(pids[0])}")
+            groups.kill_all(cgroup)
+            await asyncio.sleep(_RETRY_S)
+
+    async def _remove_cgroup(self, handle: str, cgroup: ContainerCgroup, deadline: float) -> None:
+        # rmdir answers EBUSY until the last task has really left (cgroups(7)).
+        while True:
+            try:
+                groups.remove(cgroup)
+                return
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+                if time.monotonic() > deadline:
+                    raise Unkillable(handle, f"its cgroup stays busy: {error.filename}") from error
+                await asyncio.sleep(_RETRY_S)
+
+
+def _missing_is_fine(
+    function: object, path: str, info: tuple[type[BaseException], BaseException, object]
+) -> None:
+    if not isinstance(info[1], FileNotFoundError):
+        raise info[1]

@@ -1,0 +1,245 @@
+"""The network of one server: pools of addresses and ports, and the jobs that carry changes out."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import Any
+
+from garden_py.backend.launcher.client import Launcher
+from garden_py.backend.net import firewall, host_firewall
+from garden_py.backend.net import host_firewall as hf
+from garden_py.backend.net.messages import Attachment
+from garden_py.backend.net.plan import HostPlan, LinkPlan, plan_link
+from garden_py.backend.net.pools import AddressPool, PortPool
+from garden_py.config import Config
+from garden_py.model.errors import InvalidField
+from garden_py.model.netrule import EgressPolicy
+from garden_py.model.spec import PortMapping, Transport
+from garden_py.service.ports import EgressCounts, RuleCount
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkLease:
+    """A container's part of the pools."""
+
+    address: IPv4Address
+    mappings: tuple[PortMapping, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """For the journal."""
+        ports = [[m.transport.value, m.host_port, m.container_port] for m in self.mappings]
+        return {"address": str(self.address), "ports": ports}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> NetworkLease:
+        """From the journal."""
+        mappings = tuple(PortMapping(host, inner, Transport(kind)) for kind, host, inner in value["ports"])
+        return cls(IPv4Address(value["address"]), mappings)
+
+
+class LinuxNetwork:
+    """Leases and rules of all containers of one server."""
+
+    def __init__(self, config: Config, launcher: Launcher, uplink_mtu: int) -> None:
+        self._config = config
+        self._launcher = launcher
+        self._mtu = config.mtu or uplink_mtu
+        self.addresses = AddressPool(config.network_pool)
+        self._ports = {
+            Transport.TCP: PortPool(config.port_pool_start, config.port_pool_size),
+            Transport.UDP: PortPool(config.port_pool_start, config.port_pool_size),
+        }
+        self.host = HostPlan(config.tag, config.network_pool, self.addresses.gateway)
+
+    @property
+    def ports_in_use(self) -> int:
+        """Mapped ports, both transports."""
+        return sum(pool.in_use for pool in self._ports.values())
+
+    @property
+    def external_ip(self) -> str:
+        """The address that mapped ports are reported under."""
+        return self._config.external_ip or _own_address() or str(self.host.gateway)
+
+    # --- leases
+
+    def lease(self, wanted: tuple[PortMapping, ...]) -> NetworkLease:
+        """Take an address and host ports.
+
+        Raises:
+            PoolExhausted, PortInUse, InvalidField: nothing was taken.
+        """
+        address = self.addresses.allocate()
+        taken: list[PortMapping] = []
+        try:
+            for mapping in wanted:
+                taken.append(self.lease_port(mapping))
+        except BaseException:
+            self.release(NetworkLease(address, tuple(taken)))
+            raise
+        return NetworkLease(address, tuple(taken))
+
+    def lease_port(self, wanted: PortMapping) -> PortMapping:
+        """Take one host port: the wanted one, or the next of the pool."""
+        pool = self._ports[wanted.transport]
+        if wanted.host_port:
+            pool.reserve(wanted.host_port)
+            host_port = wanted.host_port
+        else:
+            host_port = pool.allocate()
+        return PortMapping(host_port, wanted.container_port or host_port, wanted.transport)
+
+    def adopt(self, lease: NetworkLease) -> None:
+        """Mark a lease from the journal as taken.
+
+        Raises:
+            InvalidField, PortInUse: it is not ours to take, e.g. the pool was configured differently then.
+        """
+        self.addresses.reserve(lease.address)
+        for mapping in lease.mappings:
+            self._ports[mapping.transport].reserve(mapping.host_port)
+
+    def release(self, lease: NetworkLease) -> None:
+        """Give a lease back; the kernel has forgotten it."""
+        self.addresses.release(lease.address)
+        for mapping in lease.mappings:
+            self._ports[mapping.transport].release(mapping.host_port)
+
+    def release_port(self, mapping: PortMapping) -> None:
+        """Give one port back."""
+        self._ports[mapping.transport].release(mapping.host_port)
+
+    # --- acts
+
+    async def _job(self, op: str, params: dict[str, Any], fds: list[int] | None = None) -> dict[str, Any]:
+        return await self._launcher.run(f"net.{op}", {"host": self.host.to_json(), **params}, fds)
+
+    async def ensure_host(self) -> dict[str, Any]:
+        """Make or repair what all containers share."""
+        return await self._job("ensure_host", {"host_access": self._config.allow_host_access})
+
+    async def remove_host(self) -> None:
+        """Remove it, after the last container."""
+        await self._job("remove_host", {})
+
+    async def leftovers(self) -> dict[str, Any]:
+        """Links and tables of this server on the host."""
+        return await self._job("list_leftovers", {})
+
+    def _link(self, lease: NetworkLease, handle: str) -> LinkPlan:
+        return plan_link(self.host, lease.address, handle=handle, mtu_bytes=self._mtu)
+
+    def _mappings(self, lease: NetworkLease) -> list[hf.PortMapping]:
+        return [
+            hf.PortMapping(hf.PortProtocol(m.transport.value), m.host_port, lease.address, m.container_port)
+            for m in lease.mappings
+        ]
+
+    async def attach(
+        self, handle: str, pid: int, lease: NetworkLease, policy: EgressPolicy, *, privileged: bool
+    ) -> None:
+        """Connect a container, with its policy in force before its first packet."""
+        link = self._link(lease, handle)
+        host_rules = host_firewall.compile_attach(
+            self.host, link, host_side_policy=policy if privileged else None
+        )
+        container_rules = "" if privileged else firewall.compile_container_ruleset(policy)
+        params = {
+            "attachment": Attachment(link, host_rules, container_rules).to_json(),
+            "mappings": [mapping.to_json() for mapping in self._mappings(lease)],
+        }
+        with _Namespaces(pid, privileged=privileged) as fds:
+            await self._job("attach", params, fds)
+
+    async def detach(self, handle: str, lease: NetworkLease, *, privileged: bool) -> None:
+        """Disconnect a container and its ports; what is gone already is fine."""
+        link = self._link(lease, handle)
+        rules = host_firewall.compile_detach(
+            self.host, link, mappings=self._mappings(lease), has_host_side_policy=privileged
+        )
+        await self._job("detach", {"host_link": link.host_link, "rules": rules})
+
+    async def map_port(self, lease: NetworkLease, mapping: PortMapping) -> None:
+        """Put one more mapping in force."""
+        (element,) = self._mappings(NetworkLease(lease.address, (mapping,)))
+        await self._job("map_port", {"mapping": element.to_json()})
+
+    async def set_egress(
+        self, handle: str, pid: int, lease: NetworkLease, policy: EgressPolicy, *, privileged: bool
+    ) -> None:
+        """Replace a container's whole policy in one transaction."""
+        if privileged:
+            rules = host_firewall.compile_host_side_policy(self.host, self._link(lease, handle), policy)
+            await self._job("set_egress", {"host_side": True, "rules": rules})
+            return
+        with _Namespaces(pid, privileged=False) as fds:
+            rules = firewall.compile_container_ruleset(policy)
+            await self._job("set_egress", {"host_side": False, "rules": rules}, fds)
+
+    async def egress_counts(
+        self, handle: str, pid: int, lease: NetworkLease, rules: int, *, privileged: bool
+    ) -> EgressCounts:
+        """What each of a policy's rules has decided."""
+        params = {"host_side": privileged, "link": self._link(lease, handle).to_json()}
+        with _Namespaces(pid, privileged=privileged) as fds:
+            answer = await self._job("egress_counters", params, fds)
+        counts = {c["rule"]: RuleCount(c["packets"], c["bytes"]) for c in answer["counters"]}
+        per_rule = tuple(counts.get(index, RuleCount()) for index in range(rules))
+        return EgressCounts(per_rule, counts.get("default", RuleCount()))
+
+    def read_link_bytes(self, handle: str, lease: NetworkLease) -> dict[str, int]:
+        """Traffic as the container sees it: what its host end receives is what it sends."""
+        statistics = Path("/sys/class/net", self._link(lease, handle).host_link, "statistics")
+        pairs = {
+            "rx_bytes": "tx_bytes",
+            "tx_bytes": "rx_bytes",
+            "rx_packets": "tx_packets",
+            "tx_packets": "rx_packets",
+        }
+        return {
+            f"network_{inside}": int((statistics / outside).read_text()) for inside, outside in pairs.items()
+        }
+
+
+class _Namespaces:
+    """Descriptors of a container's network and user namespace, for the length of a job."""
+
+    def __init__(self, pid: int, *, privileged: bool) -> None:
+        self._paths = [f"/proc/{pid}/ns/net"] + ([] if privileged else [f"/proc/{pid}/ns/user"])
+        self._fds: list[int] = []
+
+    def __enter__(self) -> list[int]:
+        try:
+            for path in self._paths:
+                self._fds.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        except OSError:
+            self.__exit__()
+            raise
+        return self._fds
+
+    def __exit__(self, *_: object) -> None:
+        while self._fds:
+            os.close(self._fds.pop())
+
+
+def _own_address() -> str:
+    """The host's address towards the outside; no packet is sent. connect(2) on a datagram socket only routes."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # TEST-NET-1, RFC 5737
+        except OSError:
+            return ""
+        return str(probe.getsockname()[0])
+
+
+def check_dns_servers(servers: tuple[str, ...]) -> None:
+    """Refuse DNS servers that are no addresses."""
+    for text in servers:
+        try:
+            IPv4Address(text)
+        except ValueError as error:
+            raise InvalidField("dns_server", f"{text!r} is not an IPv4 address") from error

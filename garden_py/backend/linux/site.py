@@ -1,0 +1,117 @@
+"""What all of one server's containers share: places, facts, pools. Built once by `open_site`."""
+
+from __future__ import annotations
+
+import os
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+
+from garden_py.backend.cgroup.layout import ContainerCgroup, Hierarchies, probe_hierarchies
+from garden_py.backend.depot import Depot
+from garden_py.backend.oci.facts import HostFacts, probe_host_facts
+from garden_py.backend.rootfs.runtime_bundle import RuntimeBundle, build_runtime_bundle
+from garden_py.config import UIDS_PER_CONTAINER, Config
+from garden_py.model.errors import PoolExhausted
+
+AGENT_TARGET = "/dev/.garden"
+
+
+class UidPool:
+    """Ranges of 65536 host ids, the lowest free first."""
+
+    def __init__(self, start: int, size: int) -> None:
+        self._start = start
+        self.size = size
+        self._taken: set[int] = set()
+        self._next = 0
+
+    def allocate(self) -> int:
+        """Take a range; its slot number.
+
+        Raises:
+            PoolExhausted: none is free.
+        """
+        while self._next in self._taken:
+            self._next += 1
+        if self._next >= self.size:
+            raise PoolExhausted("uid ranges", self.size, "--uid-pool-size")
+        slot = self._next
+        self.reserve(slot)
+        return slot
+
+    def reserve(self, slot: int) -> None:
+        """Mark a slot from the journal as taken; -1 is no slot."""
+        if slot >= 0:
+            self._taken.add(slot)
+
+    def release(self, slot: int) -> None:
+        """Give a slot back; twice is fine."""
+        self._taken.discard(slot)
+        if 0 <= slot < self._next:
+            self._next = slot
+
+    def base(self, slot: int) -> int:
+        """First host id of a slot."""
+        return self._start + slot * UIDS_PER_CONTAINER
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """The places and facts that creating and destroying need.
+
+    Attributes:
+        mount_dir: where the launcher mounts; exists only in its mount namespace.
+        agent_dir: runtime bundles of the agent, by version.
+    """
+
+    config: Config
+    facts: HostFacts
+    hierarchies: Hierarchies
+    depot: Depot
+    uids: UidPool
+    bundle: RuntimeBundle
+    mount_dir: Path
+    agent_dir: Path
+
+    @property
+    def runtime_root(self) -> Path:
+        """The runtime's own state directory."""
+        return self.config.run_dir / Path(self.config.runtime).name
+
+    def cgroup(self, handle: str) -> ContainerCgroup:
+        """The cgroups of a container."""
+        return ContainerCgroup(self.hierarchies, f"garden-{self.config.tag}/{handle}")
+
+
+def open_site(config: Config) -> Site:
+    """Probe the host and make the server's directories."""
+    _allow_many_files()
+    facts = probe_host_facts()
+    for directory, mode in ((config.state_dir, 0o711), (config.run_dir, 0o711)):
+        directory.mkdir(mode=mode, parents=True, exist_ok=True)
+    mount_dir, agent_dir = config.run_dir / "mnt", config.state_dir / "agent"
+    mount_dir.mkdir(mode=0o711, exist_ok=True)
+    agent_dir.mkdir(mode=0o755, exist_ok=True)
+    return Site(
+        config=config,
+        facts=facts,
+        hierarchies=probe_hierarchies(facts.cgroup_version),
+        depot=Depot(config.state_dir, config.run_dir),
+        uids=UidPool(config.uid_pool_start, config.uid_pool_size),
+        bundle=build_runtime_bundle(agent_dir),
+        mount_dir=mount_dir,
+        agent_dir=agent_dir,
+    )
+
+
+def _allow_many_files() -> None:
+    """Raise the soft limit of open files to the hard one: each process takes up to three here."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def disk_of(path: Path) -> tuple[int, int]:
+    """(size, free) of the file system that holds path, in bytes. statvfs(3)."""
+    found = os.statvfs(path)
+    return found.f_frsize * found.f_blocks, found.f_frsize * found.f_bavail

@@ -1,0 +1,102 @@
+"""The network jobs a launcher worker can do: wire values in, `apply` called, wire values out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from garden_py.backend.net.apply import HostNetwork
+from garden_py.backend.net.host_firewall import Access, HostPolicy, PortMapping
+from garden_py.backend.net.messages import Attachment
+from garden_py.backend.net.plan import HostPlan, LinkPlan
+
+
+class NetBench:
+    """The HostNetwork of a worker: its sockets and library stay open between jobs."""
+
+    def __init__(self) -> None:
+        self._networks: dict[HostPlan, HostNetwork] = {}
+
+    def network(self, params: dict[str, Any]) -> HostNetwork:
+        """The network that the job's `host` plan describes."""
+        plan = HostPlan.from_json(params["host"])
+        if plan not in self._networks:
+            self._networks[plan] = HostNetwork(plan)
+        return self._networks[plan]
+
+
+def _namespaces(fds: list[int]) -> tuple[int, int | None]:
+    """Descriptors of a job: the network namespace, then the user namespace unless privileged."""
+    return fds[0], fds[1] if len(fds) > 1 else None
+
+
+def ensure_host(net: HostNetwork, params: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+    """Make or repair what all containers share."""
+    access = Access.ALLOW if params["host_access"] else Access.DENY
+    return net.ensure_host(HostPolicy(host_access=access)).to_json()
+
+
+def remove_host(net: HostNetwork, params: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+    """Remove it; nothing may be attached any more."""
+    net.remove_host()
+    return {}
+
+
+def list_leftovers(net: HostNetwork, params: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+    """What of this server's tag is on the host."""
+    return net.list_leftovers().to_json()
+
+
+def attach(net: HostNetwork, params: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+    """Connect a container, then map its ports."""
+    netns_fd, userns_fd = _namespaces(fds)
+    net.attach_container(Attachment.from_json(params["attachment"]), netns_fd, userns_fd)
+    for mapping in params["mappings"]:
+        net.map_port(PortMapping.from_json(mapping))
+    return {}
+
+
+def detach(net: HostNetwork, params: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+    """Disconnect a container, its mapped ports included."""
+    net.detach_container(params["host_link"], params["rules"])
+    return {}
+
+
+def set_egress(net: HostNetwork, params: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+    """Replace a container's policy: in its namespace, or on the host for a privileged one."""
+    if params["host_side"]:
+        net.replace_host_side_egress(params["rules"])
+    else:
+        netns_fd, userns_fd = _namespaces(fds)
+        net.replace_egress(params["rules"], netns_fd, userns_fd)
+    return {}
+
+
+def egress_counters(net: HostNetwork, params: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+    """What each rule of a container has decided."""
+    if params["host_side"]:
+        counters = net.read_host_side_counters(LinkPlan.from_json(params["link"]))
+    else:
+        netns_fd, userns_fd = _namespaces(fds)
+        counters = net.read_egress_counters(netns_fd, userns_fd)
+    return {"counters": [{"rule": c.rule, "packets": c.packets, "bytes": c.bytes} for c in counters]}
+
+
+def map_port(net: HostNetwork, params: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+    """Add one mapping."""
+    net.map_port(PortMapping.from_json(params["mapping"]))
+    return {}
+
+
+NetJob = Callable[[HostNetwork, dict[str, Any], list[int]], dict[str, Any]]
+
+JOBS: dict[str, NetJob] = {
+    "net.ensure_host": ensure_host,
+    "net.remove_host": remove_host,
+    "net.list_leftovers": list_leftovers,
+    "net.attach": attach,
+    "net.detach": detach,
+    "net.set_egress": set_egress,
+    "net.egress_counters": egress_counters,
+    "net.map_port": map_port,
+}

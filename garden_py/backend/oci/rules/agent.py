@@ -1,0 +1,17 @@
+"""PID 1 is our agent."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from garden_py.backend.oci.data import RuncConfigData
+from garden_py.backend.oci.facts import HostFacts
+
+if TYPE_CHECKING:
+    from garden_py.backend.oci.bundle import BundleRequest
+
+
+def apply(config: dict[str, Any], request: BundleRequest, facts: HostFacts, data: RuncConfigData) -> None:
+    """Start the agent instead of anything from the image."""
+    config["process"]["args"] = list(request.agent_argv)
+    config["process"]["env"] = list(request.agent_env)

@@ -1,0 +1,22 @@
+"""What root in the container may do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from garden_py.backend.oci.data import RuncConfigData
+from garden_py.backend.oci.facts import HostFacts
+
+if TYPE_CHECKING:
+    from garden_py.backend.oci.bundle import BundleRequest
+
+
+def apply(config: dict[str, Any], request: BundleRequest, facts: HostFacts, data: RuncConfigData) -> None:
+    """Give PID 1 its sets: never inheritable, never ambient, never more than the host has.
+
+    Inheritable capabilities would survive an exec by a non-root user of a file with matching inheritable
+    file capabilities (CVE-2022-29162).
+    """
+    wanted = facts.bounding_capabilities if request.privileged else data.capability_mask("unprivileged")
+    names = data.capability_names(wanted & facts.bounding_capabilities)
+    config["process"]["capabilities"] = {"bounding": names, "effective": names, "permitted": names}

@@ -1,0 +1,17 @@
+"""Resource limits that PID 1 starts with and processes inherit unless they state their own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from garden_py.backend.oci.data import RuncConfigData
+from garden_py.backend.oci.facts import HostFacts
+
+if TYPE_CHECKING:
+    from garden_py.backend.oci.bundle import BundleRequest
+
+
+def apply(config: dict[str, Any], request: BundleRequest, facts: HostFacts, data: RuncConfigData) -> None:
+    """Let the container open as many files as the host allows: the agent holds three for each process."""
+    nofile = {"type": "RLIMIT_NOFILE", "hard": facts.nofile_hard, "soft": facts.nofile_hard}
+    config["process"]["rlimits"] = [nofile]

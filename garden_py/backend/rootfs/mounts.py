@@ -1,0 +1,189 @@
+"""A container's mounts, made in the launcher's private mount namespace just before the runtime is called.
+
+Everything lies below one directory on a tmpfs that only the launcher sees:
+
+    <mount_dir>/<id>/lower     the image, its owners mapped to the container's ids (nothing is chowned)
+    <mount_dir>/<id>/rootfs    overlay of the container's own upper directory over it
+    <mount_dir>/<id>/b0 …      bind sources: copies of the mounts, read-only or not, for the runtime to bind
+
+The runtime clones the namespace, pivots into `rootfs`, and the launcher lets go of its copy. No mount is ever visible
+on the host, so none can leak or hold a directory busy.
+
+Source: mount_setattr(2) (id-mapped mounts), overlayfs.rst ("volatile" skips syncs that a throw-away layer does not need).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import stat
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+from garden_py.backend.host import syscalls
+
+_USERNS_CACHE_MAX = 64
+
+
+@dataclass(frozen=True, slots=True)
+class BindSource:
+    """A host path to make available as `<mount_dir>/<id>/<name>`.
+
+    Attributes:
+        mapped: show its owners through the container's user namespace.
+        hardened: nosuid and nodev as well.
+    """
+
+    source: str
+    name: str
+    read_only: bool
+    mapped: bool = False
+    hardened: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MountPlan:
+    """All mounts of one container.
+
+    Attributes:
+        directory: `<mount_dir>/<id>`, made by `apply` and gone after `release`.
+        uid_base: first host id of the container's range; None for a privileged container (no mapping).
+        uid_count: length of that range.
+    """
+
+    directory: Path
+    image: str
+    upper: str
+    work: str
+    uid_base: int | None
+    uid_count: int
+    binds: tuple[BindSource, ...] = ()
+
+    @property
+    def rootfs(self) -> Path:
+        """Where the container's root file system is mounted."""
+        return self.directory / "rootfs"
+
+
+class MountStepFailed(OSError):
+    """One mount of the plan failed; `step` says which."""
+
+    def __init__(self, step: str, cause: OSError) -> None:
+        super().__init__(cause.errno, f"{step}: {cause.strerror}", cause.filename)
+        self.step = step
+
+
+def apply(plan: MountPlan) -> None:
+    """Make every mount of the plan; on failure nothing of it stays.
+
+    Raises:
+        MountStepFailed: naming the mount that failed.
+    """
+    plan.directory.mkdir(mode=0o711)
+    try:
+        userns_fd = None if plan.uid_base is None else _userns_fds.get(plan.uid_base, plan.uid_count)
+        _mount_rootfs(plan, userns_fd)
+        for bind in plan.binds:
+            _clone_bind(plan.directory, bind, userns_fd)
+    except OSError:
+        release(plan.directory)
+        raise
+
+
+def release(directory: Path) -> None:
+    """Detach and remove everything below a plan's directory; a directory that is gone is fine."""
+    if not directory.exists():
+        return
+    for entry in sorted(os.scandir(directory), key=lambda e: e.name, reverse=True):  # rootfs before lower
+        path = Path(entry.path)
+        try:
+            syscalls.umount(path, lazy=True)
+        except OSError:
+            if path.is_mount():
+                raise
+    shutil.rmtree(directory)
+
+
+def _mount_rootfs(plan: MountPlan, userns_fd: int | None) -> None:
+    lower, rootfs = plan.directory / "lower", plan.rootfs
+    lower.mkdir()
+    rootfs.mkdir()
+    try:
+        _clone(Path(plan.image), lower, attributes=0, userns_fd=userns_fd)
+    except OSError as error:
+        raise MountStepFailed(f"id-mapped mount of image {plan.image}", error) from error
+    data = f"lowerdir={lower},upperdir={plan.upper},workdir={plan.work},volatile"
+    try:
+        syscalls.mount("garden", rootfs, "overlay", 0, data)
+    except OSError as error:
+        raise MountStepFailed("overlay of the root file system", error) from error
+
+
+def _clone_bind(directory: Path, bind: BindSource, userns_fd: int | None) -> None:
+    source, target = Path(bind.source), directory / bind.name
+    try:
+        if stat.S_ISDIR(source.stat().st_mode):
+            target.mkdir()
+        else:
+            target.touch()
+        attributes = syscalls.MOUNT_ATTR_RDONLY if bind.read_only else 0
+        if bind.hardened:
+            attributes |= syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV
+        _clone(source, target, attributes=attributes, userns_fd=userns_fd if bind.mapped else None)
+    except OSError as error:
+        raise MountStepFailed(f"bind mount of {bind.source}", error) from error
+
+
+def _clone(source: Path, target: Path, *, attributes: int, userns_fd: int | None) -> None:
+    fd = syscalls.clone_mount(source)
+    try:
+        if attributes or userns_fd is not None:
+            syscalls.set_mount_attributes(fd, attributes, userns_fd=userns_fd)
+        syscalls.attach_mount(fd, target)
+    finally:
+        os.close(fd)
+
+
+class _UsernsFds:
+    """User namespaces that exist only to describe a mapping, one per uid range, the latest few kept open."""
+
+    def __init__(self) -> None:
+        self._fds: OrderedDict[tuple[int, int], int] = OrderedDict()
+
+    def get(self, base: int, count: int) -> int:
+        key = (base, count)
+        if key not in self._fds:
+            self._fds[key] = _make_userns(base, count)
+        self._fds.move_to_end(key)
+        while len(self._fds) > _USERNS_CACHE_MAX:
+            os.close(self._fds.popitem(last=False)[1])
+        return self._fds[key]
+
+
+_userns_fds = _UsernsFds()
+
+
+def _make_userns(base: int, count: int) -> int:
+    """A user namespace that maps ids 0…count-1 to base…, held by nothing but the returned descriptor."""
+    ready_r, ready_w = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            syscalls.unshare(syscalls.CLONE_NEWUSER)
+            os.write(ready_w, b"1")
+            signal.pause()
+        finally:
+            os._exit(1)
+    try:
+        os.close(ready_w)
+        if os.read(ready_r, 1) != b"1":
+            raise OSError("user namespaces are not available (see `garden doctor`)")
+        for kind in ("uid", "gid"):
+            Path(f"/proc/{pid}/{kind}_map").write_text(f"0 {base} {count}")
+        return os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        os.close(ready_r)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)

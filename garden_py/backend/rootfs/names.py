@@ -1,0 +1,34 @@
+"""The files that make names work in a container: hosts, resolv.conf, hostname. Pure."""
+
+from __future__ import annotations
+
+
+def build_hosts(container_ip: str, hostname: str) -> str:
+    """Content of /etc/hosts. Source: Garden behaviour, statement N30."""
+    lines = ["127.0.0.1 localhost"]
+    if container_ip:
+        lines.append(f"{container_ip} {hostname}")
+    return "\n".join(lines) + "\n"
+
+
+def build_resolv_conf(host_text: str, dns_servers: tuple[str, ...], gateway: str) -> str:
+    """Content of /etc/resolv.conf.
+
+    Args:
+        host_text: the host's own file.
+        dns_servers: the server's setting, which replaces the host's name servers.
+        gateway: used when the host asks only itself, since its loopback is not the container's.
+
+    Source: Garden behaviour, statement N31; resolv.conf(5).
+    """
+    if dns_servers:
+        return "".join(f"nameserver {server}\n" for server in dns_servers)
+    lines = [line for line in host_text.splitlines() if line.strip()]
+    if len(lines) == 1 and _is_loopback_server(lines[0]):
+        return f"nameserver {gateway}\n"
+    return "".join(f"{line}\n" for line in lines if not _is_loopback_server(line))
+
+
+def _is_loopback_server(line: str) -> bool:
+    words = line.split()
+    return len(words) > 1 and words[0] == "nameserver" and words[1].startswith("127.")

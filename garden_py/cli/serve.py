@@ -1,0 +1,78 @@
+"""`garden server`: one flag for each field of Config, generated from it so that none can be forgotten."""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from garden_py.config import Config, load_config
+from garden_py.model.errors import GardenError, InvalidRequest
+
+EXIT_USAGE = 2
+
+
+def server(**flags: Any) -> None:
+    """Run the container server in the foreground.
+
+    Settings come from defaults, then --config FILE.toml, then GARDEN_* variables (GARDEN_STATE_DIR for
+    --state-dir), then flags; later ones win. The server prints one line when it is ready. SIGTERM stops it;
+    containers keep running and are taken over by the next server on the same --state-dir.
+
+    Several servers on one host need different --state-dir, --run-dir, --network-pool, --port-pool-start and
+    --uid-pool-start.
+    """
+    import asyncio
+
+    from garden_py import wiring
+    from garden_py.observe.log import configure_logging
+
+    file = flags.pop("config", None)
+    try:
+        config = load_config({name: value for name, value in flags.items() if value}, file=file)
+        configure_logging(config.log_level, config.log_format)
+        asyncio.run(wiring.serve(config))
+    except InvalidRequest as error:
+        for violation in error.violations:
+            flag = "--" + violation.field.replace("_", "-")
+            typer.echo(f"garden server: {flag}: {violation.problem}", err=True)
+        raise typer.Exit(EXIT_USAGE) from error
+    except GardenError as error:
+        typer.echo(f"garden server: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+def _parameters() -> list[inspect.Parameter]:
+    """`--config`, then one option per field; None stands for "not given"."""
+    found = [_option("config", Path | None, "Read settings from this TOML file (keys as flags).", None)]
+    for name, field in Config.model_fields.items():
+        default = "" if field.default in ("", (), None) else f" [default: {field.default}]"
+        found.append(_option(name, _flag_type(field.annotation), f"{field.description}{default}", None))
+    return found
+
+
+def _flag_type(annotation: Any) -> Any:
+    """The type of a flag: pydantic validates, so most are text; booleans are switches; tuples may be repeated."""
+    if annotation is bool:
+        return bool | None
+    if typing.get_origin(annotation) is tuple:
+        return list[str] | None
+    if annotation in (int, float) and not isinstance(annotation, types.UnionType):
+        return annotation | None
+    return str | None
+
+
+def _option(name: str, kind: Any, text: str, default: object) -> inspect.Parameter:
+    flag = "--" + name.replace("_", "-")
+    option = typer.Option(flag, help=text, show_default=False)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
+    )
+
+
+server.__signature__ = inspect.Signature(_parameters())  # type: ignore[attr-defined]
+server.__annotations__ = {p.name: p.annotation for p in _parameters()}

@@ -1,0 +1,219 @@
+"""The server's settings: one frozen Config, filled from defaults, a TOML file, GARDEN_* variables and flags.
+
+Later sources win: default < file < environment < flag. Each field's description is the flag's help text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from garden_py.model.errors import FieldViolation, InvalidRequest
+
+ENV_PREFIX = "GARDEN_"
+# systemd leaves 0x70000000 to 0x7fffffff unassigned (UIDS-GIDS.md), above its own and subuid(5)'s ranges.
+UID_POOL_START = 0x7000_0000
+UIDS_PER_CONTAINER = 65_536
+
+
+class Config(BaseModel):
+    """Everything the server can be told. Frozen; read by the modules named in each group."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    # -- doors: api/grpc/server.py
+    listen: Annotated[str, Field(description="Address of the gRPC door: unix:PATH or HOST:PORT.")] = ""
+    socket_mode: Annotated[str, Field(description="Mode of the unix socket, octal.")] = "0660"
+    socket_group: Annotated[
+        str, Field(description="Group that owns the unix socket; empty: the server's.")
+    ] = ""
+    insecure_loopback: Annotated[
+        bool, Field(description="Allow a TCP door without TLS, on loopback addresses only.")
+    ] = False
+    tls_cert: Annotated[Path | None, Field(description="Server certificate (PEM) for a TCP door.")] = None
+    tls_key: Annotated[Path | None, Field(description="Key of the server certificate (PEM).")] = None
+    tls_client_ca: Annotated[
+        Path | None, Field(description="CA (PEM) that client certificates must chain to.")
+    ] = None
+    max_message_bytes: Annotated[
+        int, Field(ge=1 << 20, le=64 << 20, description="Largest gRPC message taken, in bytes.")
+    ] = 16 << 20
+
+    # -- places: wiring.py, backend
+    state_dir: Annotated[
+        Path, Field(description="Journal, containers' writable layers and output. On a disk, not on a tmpfs.")
+    ] = Path("/var/lib/garden")
+    run_dir: Annotated[Path, Field(description="Sockets, runtime state, mount points. A tmpfs is fine.")] = (
+        Path("/run/garden")
+    )
+    default_rootfs: Annotated[
+        str, Field(description="Root file system of containers that name none; empty: an embedded busybox.")
+    ] = ""
+
+    # -- backend
+    backend: Annotated[str, Field(description="Backend by entry point name (group garden_py.backends).")] = (
+        "linux"
+    )
+    runtime: Annotated[str, Field(description="OCI runtime: runc, crun, or a path to one of them.")] = "runc"
+    launchers: Annotated[
+        int,
+        Field(
+            ge=1, le=64, description="Worker processes that run the OCI runtime, i.e. creates in parallel."
+        ),
+    ] = 4
+    create_timeout_s: Annotated[float, Field(gt=0, description="Deadline of one create, in seconds.")] = 30.0
+    destroy_timeout_s: Annotated[
+        float, Field(gt=0, description="Seconds until a destroy that the kernel blocks answers UNKILLABLE.")
+    ] = 10.0
+    uid_pool_start: Annotated[
+        int,
+        Field(ge=65_536, le=0xFFFF_0000, description="First host uid given to containers' user namespaces."),
+    ] = UID_POOL_START
+    uid_pool_size: Annotated[
+        int, Field(ge=1, le=4096, description="Number of uid ranges (65536 ids each).")
+    ] = 4096
+
+    # -- network: backend/net
+    network_pool: Annotated[
+        ipaddress.IPv4Network, Field(description="Addresses of containers; its first one is the host's.")
+    ] = ipaddress.IPv4Network("10.254.0.0/22")
+    port_pool_start: Annotated[int, Field(ge=1024, le=65_535, description="First host port of the pool.")] = (
+        61_001
+    )
+    port_pool_size: Annotated[
+        int, Field(ge=0, le=64_512, description="Number of host ports in the pool.")
+    ] = 4_534
+    external_ip: Annotated[
+        str, Field(description="Address that mapped ports are reported under; empty: the host's own.")
+    ] = ""
+    allow_host_access: Annotated[
+        bool, Field(description="Let containers reach the host's own addresses.")
+    ] = False
+    default_egress: Annotated[
+        Literal["allow", "deny"], Field(description="Egress policy of containers that state none.")
+    ] = "allow"
+    dns_server: Annotated[
+        tuple[str, ...], Field(description="DNS server for containers instead of the host's; repeatable.")
+    ] = ()
+    mtu: Annotated[int, Field(ge=0, le=65_535, description="MTU of containers' links; 0: the uplink's.")] = 0
+
+    # -- service
+    max_containers: Annotated[
+        int, Field(ge=0, description="Most containers at a time; 0: as many as the pools allow.")
+    ] = 0
+    default_grace_time_s: Annotated[
+        float, Field(ge=0, description="Seconds an unused container lives if it states nothing; 0: for ever.")
+    ] = 0.0
+    output_retention_bytes: Annotated[
+        int, Field(ge=64 << 10, description="Output kept per stream of a process, in bytes.")
+    ] = 64 << 20
+
+    # -- observe
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], Field(description="Least level of log lines.")
+    ] = "info"
+    log_format: Annotated[
+        Literal["auto", "json", "text"], Field(description="Form of log lines; auto: text on a terminal.")
+    ] = "auto"
+
+    @field_validator("state_dir", "run_dir")
+    @classmethod
+    def _plain_absolute(cls, path: Path) -> Path:
+        # ':' and ',' separate overlayfs's mount options (overlayfs.rst); a short run_dir leaves room for socket
+        # names within sun_path's 108 bytes (unix(7)).
+        if not path.is_absolute() or set(str(path)) & set(":,\\\n"):
+            raise ValueError("must be an absolute path without ':' ',' or backslash")
+        if len(str(path)) > 70:
+            raise ValueError("is too long: at most 70 characters leave room for unix socket names")
+        return path
+
+    @field_validator("network_pool")
+    @classmethod
+    def _room_for_containers(cls, pool: ipaddress.IPv4Network) -> ipaddress.IPv4Network:
+        if not 8 <= pool.prefixlen <= 30:
+            raise ValueError("must be a network of /8 to /30")
+        return pool
+
+    @field_validator("socket_mode")
+    @classmethod
+    def _octal(cls, mode: str) -> str:
+        if not 0 <= int(mode, 8) <= 0o777:
+            raise ValueError("must be an octal mode such as 0660")
+        return mode
+
+    @model_validator(mode="after")
+    def _pools_fit(self) -> Config:
+        if self.port_pool_start + self.port_pool_size > 65_536:
+            raise ValueError("port_pool_start + port_pool_size must not exceed 65536")
+        if self.uid_pool_start + self.uid_pool_size * UIDS_PER_CONTAINER > 0xFFFF_FFFF:
+            raise ValueError("uid_pool_start + 65536 * uid_pool_size must stay below 2^32 - 1")
+        return self
+
+    @property
+    def listen_address(self) -> str:
+        """Where the gRPC door is: `listen`, else `garden.sock` in the run directory."""
+        return self.listen or f"unix:{self.run_dir}/garden.sock"
+
+    @property
+    def tag(self) -> str:
+        """Four hex digits that tell this server's links, cgroups and tables from another server's.
+
+        Derived from the state directory, so a restarted server finds what it made.
+        """
+        return hashlib.sha256(os.fsencode(self.state_dir)).hexdigest()[:4]
+
+
+def load_config(
+    flags: Mapping[str, Any], *, file: Path | None = None, environ: Mapping[str, str] | None = None
+) -> Config:
+    """Put a Config together from its sources.
+
+    Args:
+        flags: settings given on the command line, by field name; the strongest source.
+        file: a TOML file with field names as keys, `-` or `_` alike.
+        environ: variables; `GARDEN_<FIELD>` sets a field, lists are separated by commas.
+
+    Raises:
+        InvalidRequest: with one violation per bad setting, named as in the source.
+    """
+    values: dict[str, Any] = {}
+    if file is not None:
+        values.update(_from_file(file))
+    values.update(_from_environ(os.environ if environ is None else environ))
+    values.update(flags)
+    try:
+        return Config(**values)
+    except ValidationError as error:
+        raise InvalidRequest(
+            [
+                FieldViolation(".".join(str(part) for part in e["loc"]) or "settings", e["msg"])
+                for e in error.errors()
+            ]
+        ) from error
+
+
+def _from_file(file: Path) -> dict[str, Any]:
+    try:
+        with file.open("rb") as stream:
+            found = tomllib.load(stream)
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise InvalidRequest([FieldViolation("config", f"{file}: {error}")]) from error
+    return {key.replace("-", "_"): value for key, value in found.items()}
+
+
+def _from_environ(environ: Mapping[str, str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, field in Config.model_fields.items():
+        text = environ.get(ENV_PREFIX + name.upper())
+        if text is None:
+            continue
+        repeatable = "tuple" in str(field.annotation)
+        found[name] = tuple(filter(None, text.split(","))) if repeatable else text
+    return found

@@ -1,0 +1,100 @@
+"""Resource limits: what callers ask for, and the arithmetic between cgroup v1 and v2 units."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .errors import FieldViolation
+
+# A process is forked from the agent inside the limited cgroup; below this even `true` is killed by the kernel
+# before it starts (tests/root/test_limits.py starts one at the floor).
+MEMORY_FLOOR_BYTES = 4 << 20
+PIDS_FLOOR = 1
+CPU_WEIGHT_RANGE = (1, 10_000)
+CPU_QUOTA_FLOOR_US = 1_000
+CPU_PERIOD_RANGE_US = (1_000, 1_000_000)
+CPU_PERIOD_DEFAULT_US = 100_000
+UINT63_MAX = (1 << 63) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Limits of a container or of one process tree in it. None means "no statement"; 0 means "unlimited".
+
+    Attributes:
+        memory_bytes: all processes together, swap included.
+        cpu_weight: share under contention, 1 to 10000, as cgroup v2's cpu.weight; the kernel's default is 100.
+        cpu_quota_us: CPU time in µs per period, cgroup v2's cpu.max.
+        cpu_period_us: length of the period in µs.
+        pids: processes and threads together.
+    """
+
+    memory_bytes: int | None = None
+    cpu_weight: int | None = None
+    cpu_quota_us: int | None = None
+    cpu_period_us: int | None = None
+    pids: int | None = None
+
+    def over(self, older: Limits) -> Limits:
+        """These limits, with older's value wherever this has no statement."""
+        return Limits(
+            memory_bytes=older.memory_bytes if self.memory_bytes is None else self.memory_bytes,
+            cpu_weight=older.cpu_weight if self.cpu_weight is None else self.cpu_weight,
+            cpu_quota_us=older.cpu_quota_us if self.cpu_quota_us is None else self.cpu_quota_us,
+            cpu_period_us=older.cpu_period_us if self.cpu_period_us is None else self.cpu_period_us,
+            pids=older.pids if self.pids is None else self.pids,
+        )
+
+    def empty(self) -> bool:
+        """Whether no field states anything."""
+        return self == Limits()
+
+
+def limit_violations(limits: Limits, prefix: str) -> list[FieldViolation]:
+    """All fields out of range, named below prefix (for example `limits`)."""
+    found: list[FieldViolation] = []
+
+    def check(name: str, value: int | None, low: int, high: int, *, zero_is_unlimited: bool) -> None:
+        if value is None or (value == 0 and zero_is_unlimited) or low <= value <= high:
+            return
+        zero = "0 (unlimited) or " if zero_is_unlimited else ""
+        found.append(FieldViolation(f"{prefix}.{name}", f"is {value}; allowed: {zero}{low} to {high}"))
+
+    check("memory_bytes", limits.memory_bytes, MEMORY_FLOOR_BYTES, UINT63_MAX, zero_is_unlimited=True)
+    check("cpu_weight", limits.cpu_weight, *CPU_WEIGHT_RANGE, zero_is_unlimited=False)
+    check("cpu_quota_us", limits.cpu_quota_us, CPU_QUOTA_FLOOR_US, UINT63_MAX // 1000, zero_is_unlimited=True)
+    check("cpu_period_us", limits.cpu_period_us, *CPU_PERIOD_RANGE_US, zero_is_unlimited=False)
+    check("pids", limits.pids, PIDS_FLOOR, 4_194_304, zero_is_unlimited=True)  # PID_MAX_LIMIT, proc(5)
+    return found
+
+
+def shares_from_weight(weight: int) -> int:
+    """cgroup v1 cpu.shares with the same ratio to the default: 100 is to 1024 as weight is to the result.
+
+    Args:
+        weight: 1 to 10000.
+
+    Returns:
+        2 (the kernel's floor) to 102400.
+    """
+    return max(2, round(weight * 1024 / 100))
+
+
+def weight_from_shares(shares: int) -> int:
+    """cgroup v2 cpu.weight for v1 shares as runtimes convert it today.
+
+    Args:
+        shares: 2 to 262144; outside values are clamped.
+
+    Returns:
+        1 to 10000; 1024 shares give 100.
+
+    Source: Garden behaviour, statement CP2.
+    """
+    if shares <= 2:
+        return 1
+    if shares >= 262_144:
+        return 10_000
+    log = math.log2(shares)
+    return math.ceil(10 ** ((log * log + 125 * log) / 612 - 7 / 34))

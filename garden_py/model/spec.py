@@ -1,0 +1,171 @@
+"""What a container shall be, and the rules a request for one must keep."""
+
+from __future__ import annotations
+
+import posixpath
+from dataclasses import dataclass, field
+from enum import Enum
+
+from .errors import FieldViolation, InvalidRequest
+from .handle import hostname_problem, name_problem
+from .limits import Limits, limit_violations
+from .netrule import EgressPolicy
+from .process import check_env
+
+# Mounting over these would hide what the isolation and the agent depend on (runc CVE-2019-19921 class).
+GUARDED_DESTINATIONS = ("/proc", "/sys", "/dev")
+REQUEST_ID_MAX = 128
+PROPERTY_BYTES_MAX = 1 << 20
+
+
+class MountMode(Enum):
+    """Whether a bind mount may be written."""
+
+    READ_ONLY = "ro"
+    READ_WRITE = "rw"
+
+
+@dataclass(frozen=True, slots=True)
+class BindMount:
+    """A host file or directory shown in the container.
+
+    Attributes:
+        source: absolute path on the host; must exist when the container is made.
+        destination: absolute path in the container.
+    """
+
+    source: str
+    destination: str
+    mode: MountMode = MountMode.READ_ONLY
+
+
+class Transport(Enum):
+    """The transport protocol of a port mapping."""
+
+    TCP = "tcp"
+    UDP = "udp"
+
+
+@dataclass(frozen=True, slots=True)
+class PortMapping:
+    """A host port that leads to a container port. 0 asks: host_port for a free one, container_port for the same."""
+
+    host_port: int
+    container_port: int
+    transport: Transport = Transport.TCP
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerSpec:
+    """A container to make. Empty or None fields stand for the server's defaults.
+
+    Attributes:
+        handle: the name; the service fills an empty one.
+        image: absolute directory, `raw:///dir`, or empty for the default root file system.
+        privileged: no user namespace, no seccomp, all capabilities the host has.
+        env: NAME=VALUE for every process.
+        properties: free key-value pairs.
+        limits: of all processes together.
+        grace_time_s: seconds without use before the server destroys it; None the default, 0 never.
+        egress: policy for outgoing connections; None the server's default.
+        hostname: empty: derived from the handle.
+    """
+
+    handle: str = ""
+    image: str = ""
+    privileged: bool = False
+    env: tuple[str, ...] = ()
+    properties: tuple[tuple[str, str], ...] = ()
+    bind_mounts: tuple[BindMount, ...] = ()
+    limits: Limits = field(default_factory=Limits)
+    grace_time_s: float | None = None
+    port_mappings: tuple[PortMapping, ...] = ()
+    egress: EgressPolicy | None = None
+    hostname: str = ""
+
+
+def check_container(spec: ContainerSpec) -> None:
+    """Refuse a container spec that breaks a rule that can be judged without looking at the host.
+
+    Raises:
+        InvalidRequest: with one violation per bad field.
+    """
+    found: list[FieldViolation] = []
+    if spec.handle and (problem := name_problem(spec.handle)):
+        found.append(FieldViolation("spec.handle", problem))
+    if spec.hostname and (problem := hostname_problem(spec.hostname)):
+        found.append(FieldViolation("spec.hostname", problem))
+    if image_problem := _image_problem(spec.image):
+        found.append(FieldViolation("spec.image", image_problem))
+    found += check_env(spec.env, "spec.env")
+    found += property_violations(dict(spec.properties), "spec.properties")
+    found += limit_violations(spec.limits, "spec.limits")
+    if spec.limits.cpu_period_us is not None and spec.limits.cpu_quota_us is None:
+        found.append(FieldViolation("spec.limits.cpu_period_us", "needs cpu_quota_us"))
+    if spec.grace_time_s is not None and not 0 <= spec.grace_time_s <= 10 * 365 * 86_400:
+        found.append(FieldViolation("spec.grace_time", "must be 0 (never) to ten years"))
+    found += _mount_violations(spec.bind_mounts)
+    found += port_violations(spec.port_mappings, "spec.port_mappings")
+    if found:
+        raise InvalidRequest(found)
+
+
+def image_directory(image: str) -> str:
+    """The directory that an image reference names; empty for the default root file system."""
+    return image.removeprefix("raw://") if image.startswith("raw://") else image
+
+
+def _image_problem(image: str) -> str | None:
+    directory = image_directory(image)
+    if not image or (directory.startswith("/") and "\0" not in directory):
+        return None
+    return "must be an absolute directory or raw:///directory"
+
+
+def property_violations(properties: dict[str, str], prefix: str) -> list[FieldViolation]:
+    """Properties without a key, or larger than 1 MiB all together."""
+    found = [FieldViolation(prefix, "a key must not be empty") for key in properties if not key]
+    if sum(len(k) + len(v) for k, v in properties.items()) > PROPERTY_BYTES_MAX:
+        found.append(
+            FieldViolation(prefix, f"keys and values are more than {PROPERTY_BYTES_MAX} bytes together")
+        )
+    return found
+
+
+def _mount_violations(mounts: tuple[BindMount, ...]) -> list[FieldViolation]:
+    found: list[FieldViolation] = []
+    seen: set[str] = set()
+    for i, mount in enumerate(mounts):
+        at = f"spec.bind_mounts[{i}]"
+        if not mount.source.startswith("/") or "\0" in mount.source:
+            found.append(FieldViolation(f"{at}.source", "must be an absolute path"))
+        destination = posixpath.normpath(mount.destination)
+        if not mount.destination.startswith("/") or "\0" in mount.destination:
+            found.append(FieldViolation(f"{at}.destination", "must be an absolute path"))
+        elif ".." in mount.destination.split("/"):
+            found.append(FieldViolation(f"{at}.destination", "must not contain '..'"))
+        elif destination in ("/", "//"):
+            found.append(FieldViolation(f"{at}.destination", "must not be the root directory"))
+        elif any(f"{destination}/".startswith(f"{guarded}/") for guarded in GUARDED_DESTINATIONS):
+            found.append(FieldViolation(f"{at}.destination", "must not be at or below /proc, /sys or /dev"))
+        elif destination in seen:
+            found.append(FieldViolation(f"{at}.destination", f"{destination} is mounted twice"))
+        seen.add(destination)
+    return found
+
+
+def port_violations(mappings: tuple[PortMapping, ...], prefix: str) -> list[FieldViolation]:
+    """Ports out of range, and host ports asked for twice."""
+    found: list[FieldViolation] = []
+    seen: set[tuple[Transport, int]] = set()
+    for i, mapping in enumerate(mappings):
+        for name, port in (("host_port", mapping.host_port), ("container_port", mapping.container_port)):
+            if not 0 <= port <= 0xFFFF:
+                found.append(FieldViolation(f"{prefix}[{i}].{name}", f"is {port}; allowed: 0 to 65535"))
+        key = (mapping.transport, mapping.host_port)
+        if mapping.host_port and key in seen:
+            found.append(
+                FieldViolation(f"{prefix}[{i}].host_port", f"{mapping.host_port} is asked for twice")
+            )
+        seen.add(key)
+    return found

@@ -1,0 +1,389 @@
+"""Containers: create, stop, destroy, list, and what can be changed while they run. Start reading here."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import signal
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import structlog
+
+from garden_py.model import errors
+from garden_py.model.codec import dump_container_spec
+from garden_py.model.handle import hostname_for, make_name
+from garden_py.model.lifecycle import USABLE, State
+from garden_py.model.limits import Limits, limit_violations
+from garden_py.model.netrule import DefaultAction, EgressPolicy
+from garden_py.model.spec import (
+    REQUEST_ID_MAX,
+    ContainerSpec,
+    PortMapping,
+    check_container,
+    port_violations,
+    property_violations,
+)
+from garden_py.service.events import EventHub, EventKind
+from garden_py.service.expiry import Expiry
+from garden_py.service.guard import Guard
+from garden_py.service.ports import Backend, EgressCounts, HostCapacity, Usage
+from garden_py.service.registry import Container, Registry
+
+log = structlog.get_logger()
+STOP_GRACE_S = 10.0
+_STOP_POLL_S = 0.02
+_STOP_REPEAT_S = 1.0
+_RETRY_DESTROY_S = (1.0, 2.0, 5.0, 10.0, 30.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """What containers get that state nothing themselves."""
+
+    max_containers: int
+    egress: DefaultAction
+
+
+class Containers:
+    """The verbs about containers."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        registry: Registry,
+        guard: Guard,
+        events: EventHub,
+        defaults: Defaults,
+        grace_time_s: float,
+    ) -> None:
+        self._backend = backend
+        self._registry = registry
+        self._guard = guard
+        self._events = events
+        self._defaults = defaults
+        self.expiry = Expiry(grace_time_s, self._expired)
+
+    # --- create
+
+    async def create(self, spec: ContainerSpec, request_id: str = "") -> Container:
+        """Make a container; with the handle and request id of an earlier create, return that one's.
+
+        Raises:
+            InvalidRequest, HandleInUse, PoolExhausted, PortInUse, HostFault, NotSupported.
+        """
+        check_container(spec)
+        if len(request_id) > REQUEST_ID_MAX:
+            raise errors.InvalidField("request_id", f"is longer than {REQUEST_ID_MAX} characters")
+        if (earlier := self._earlier(spec, request_id)) is not None:
+            return await earlier
+        self._admit()
+        spec = self._with_defaults(spec)
+        container = Container(spec, request_id, created_ns=time.time_ns())
+        self._registry.add(container)
+        try:
+            job = self._guard.start("create", spec.handle, self._make(container))
+        except BaseException:
+            self._registry.remove(container)
+            raise
+        return await asyncio.shield(job)
+
+    def _earlier(self, spec: ContainerSpec, request_id: str) -> asyncio.Future[Container] | None:
+        """The container, or the create under way, that this request repeats.
+
+        Raises:
+            HandleInUse: another request has the handle.
+        """
+        known = self._registry.find(spec.handle) if spec.handle else None
+        if known is None and request_id and not spec.handle:
+            known = next((c for c in self._registry if c.request_id == request_id), None)
+        if known is None:
+            return None
+        if not request_id or known.request_id != request_id or known.state not in (State.CREATING, *USABLE):
+            raise errors.HandleInUse(known.handle)
+        making = self._guard.running("create", known.handle)
+        if making is not None:
+            return asyncio.shield(making)
+        done: asyncio.Future[Container] = asyncio.get_running_loop().create_future()
+        done.set_result(known)
+        return done
+
+    def _admit(self) -> None:
+        most = self.max_containers()
+        if len(self._registry) >= most:
+            raise errors.PoolExhausted("containers", most, self._limiting_flag())
+
+    def _limiting_flag(self) -> str:
+        capacity = self._backend.capacity()
+        own = self._defaults.max_containers
+        return "--max-containers" if own and own <= capacity.containers else capacity.containers_limited_by
+
+    def max_containers(self) -> int:
+        """How many containers there can be."""
+        pools = self._backend.capacity().containers
+        return min(self._defaults.max_containers or pools, pools)
+
+    def _with_defaults(self, spec: ContainerSpec) -> ContainerSpec:
+        handle = spec.handle or make_name()
+        return replace(
+            spec,
+            handle=handle,
+            hostname=spec.hostname or hostname_for(handle),
+            egress=self._complete(spec.egress),
+        )
+
+    def _complete(self, policy: EgressPolicy | None) -> EgressPolicy:
+        return EgressPolicy(default_action=self._defaults.egress) if policy is None else policy
+
+    async def _make(self, container: Container) -> Container:
+        started = time.monotonic()
+
+        def record(facts: dict[str, Any]) -> None:
+            container.facts = facts
+            self._registry.save(container)
+
+        try:
+            await self._backend.create(container.spec, record)
+        except BaseException as error:
+            self._registry.remove(container)
+            log.warning("container.create_failed", handle=container.handle, error=str(error))
+            raise
+        ports = self._backend.facts_of_network(container.handle).mapped_ports
+        container.spec = replace(container.spec, port_mappings=ports)
+        self._registry.move(container, State.ACTIVE)
+        self.expiry.arm(container)
+        self._events.publish(EventKind.CONTAINER_CREATED, container.handle)
+        log.info("container.created", handle=container.handle, took_ms=_ms_since(started))
+        return container
+
+    # --- look
+
+    def get(self, handle: str) -> Container:
+        """A container.
+
+        Raises:
+            ContainerNotFound.
+        """
+        container = self._registry.get(handle)
+        with self.expiry.use(container):
+            return container
+
+    def list_containers(
+        self, properties: Mapping[str, str], *, all_states: bool, after: str, limit: int
+    ) -> list[Container]:
+        """Containers in order of handles.
+
+        Args:
+            properties: only those that have all of these; an absent one compares as "".
+            all_states: also those being made or destroyed.
+            after: only handles greater than this.
+            limit: at most this many.
+        """
+        found: list[Container] = []
+        hidden = (State.CREATING, State.DESTROYING, State.UNKILLABLE)
+        for container in self._registry:
+            if container.handle <= after or (container.state in hidden and not all_states):
+                continue
+            own = dict(container.spec.properties)
+            if all(own.get(key, "") == value for key, value in properties.items()):
+                found.append(container)
+            if len(found) == limit:
+                break
+        return found
+
+    def capacity(self) -> tuple[HostCapacity, int, int]:
+        """The host's capacity, most containers, containers now."""
+        return self._backend.capacity(), self.max_containers(), len(self._registry)
+
+    async def usage(self, handles: list[str]) -> dict[str, Usage | errors.GardenError]:
+        """Usage by handle, none given: of all; a container that cannot be measured has its error instead."""
+        wanted = handles or [c.handle for c in self._registry if c.state in USABLE]
+        return {handle: await self._usage_of(handle) for handle in wanted}
+
+    async def _usage_of(self, handle: str) -> Usage | errors.GardenError:
+        try:
+            self._registry.get(handle).require_usable("measured")
+            return await self._backend.usage(handle)
+        except errors.GardenError as error:
+            return error
+
+    # --- change
+
+    def set_grace_time(self, handle: str, grace_time_s: float) -> None:
+        """Set how long the container may be unused; 0: for ever."""
+        if not 0 <= grace_time_s <= 10 * 365 * 86_400:
+            raise errors.InvalidField("grace_time", "must be 0 (never) to ten years")
+        container = self._registry.get(handle)
+        with self.expiry.use(container):
+            container.spec = replace(container.spec, grace_time_s=grace_time_s)
+            self._registry.save(container)
+
+    def update_properties(
+        self, handle: str, to_set: Mapping[str, str], to_remove: list[str]
+    ) -> dict[str, str]:
+        """Set and remove properties in one step; all of them now."""
+        container = self._registry.get(handle)
+        with self.expiry.use(container):
+            properties = dict(container.spec.properties) | dict(to_set)
+            for key in to_remove:
+                properties.pop(key, None)
+            if found := property_violations(properties, "set"):
+                raise errors.InvalidRequest(found)
+            container.spec = replace(container.spec, properties=tuple(sorted(properties.items())))
+            self._registry.save(container)
+            self._events.publish(EventKind.PROPERTIES_CHANGED, handle)
+            return properties
+
+    async def limits(self, handle: str) -> Limits:
+        """The limits in force, from the kernel."""
+        with self._usable(handle, "asked for its limits"):
+            return await self._backend.limits(handle)
+
+    async def update_limits(self, handle: str, limits: Limits) -> Limits:
+        """Change limits of a running container; those in force afterwards."""
+        if found := limit_violations(limits, "limits"):
+            raise errors.InvalidRequest(found)
+        with self._usable(handle, "limited") as container:
+            async with container.changing:
+                now = await self._backend.update_limits(handle, limits)
+                container.spec = replace(container.spec, limits=limits.over(container.spec.limits))
+                self._registry.save(container)
+        self._events.publish(EventKind.LIMITS_CHANGED, handle)
+        return now
+
+    async def map_port(self, handle: str, mapping: PortMapping) -> PortMapping:
+        """Map one more port of a running container."""
+        if found := port_violations((mapping,), "mapping"):
+            raise errors.InvalidRequest([replace(v, field=v.field.replace("[0]", "")) for v in found])
+        with self._usable(handle, "given a port") as container:
+
+            def record(facts: dict[str, Any]) -> None:
+                container.facts = facts
+                self._registry.save(container)
+
+            async with container.changing:
+                mapped = await self._backend.map_port(handle, mapping, record)
+                container.spec = replace(
+                    container.spec, port_mappings=(*container.spec.port_mappings, mapped)
+                )
+                self._registry.save(container)
+        self._events.publish(EventKind.PORT_MAPPED, handle, host_port=str(mapped.host_port))
+        return mapped
+
+    async def egress(self, handle: str) -> tuple[EgressPolicy, EgressCounts]:
+        """The policy in force, and what each rule has decided."""
+        with self._usable(handle, "asked for its egress policy") as container:
+            policy = self._complete(container.spec.egress)
+            return policy, await self._backend.egress_counts(handle, len(policy.rules))
+
+    async def set_egress(self, handle: str, policy: EgressPolicy | None, etag: str) -> EgressPolicy:
+        """Replace the whole policy; None: the server's default.
+
+        Raises:
+            EtagMismatch: etag is given and is not the current one's.
+        """
+        wanted = self._complete(policy)
+        with self._usable(handle, "given an egress policy") as container:
+            async with container.changing:
+                current = egress_etag(self._complete(container.spec.egress))
+                if etag and etag != current:
+                    raise errors.EtagMismatch(etag, current)
+                await self._backend.set_egress(handle, wanted)
+                container.spec = replace(container.spec, egress=wanted)
+                self._registry.save(container)
+        self._events.publish(EventKind.EGRESS_CHANGED, handle, etag=egress_etag(wanted))
+        return wanted
+
+    def _usable(self, handle: str, wanted: str) -> AbstractContextManager[Container]:
+        container = self._registry.get(handle)
+        container.require_usable(wanted)
+        return self.expiry.use(container)
+
+    # --- stop and destroy
+
+    async def stop(self, handle: str, *, kill: bool, grace_s: float = STOP_GRACE_S) -> None:
+        """End all processes: SIGTERM, repeated, then SIGKILL after grace_s seconds; kill: SIGKILL at once."""
+        with self._usable(handle, "stopped") as container:
+            deadline = time.monotonic() + (0 if kill else grace_s)
+            while time.monotonic() < deadline and self._backend.workload_count(handle):
+                await self._backend.signal_all(handle, signal.SIGTERM)
+                await self._until_empty(handle, min(deadline, time.monotonic() + _STOP_REPEAT_S))
+            deadline = time.monotonic() + STOP_GRACE_S
+            while time.monotonic() < deadline and self._backend.workload_count(handle):
+                await self._backend.signal_all(handle, signal.SIGKILL)
+                await self._until_empty(handle, min(deadline, time.monotonic() + _STOP_REPEAT_S))
+            if container.state in USABLE:
+                self._registry.move(container, State.STOPPED)
+                self._events.publish(EventKind.CONTAINER_STOPPED, handle)
+
+    async def _until_empty(self, handle: str, until: float) -> None:
+        while self._backend.workload_count(handle) and time.monotonic() < until:
+            await asyncio.sleep(_STOP_POLL_S)
+
+    async def destroy(self, handle: str) -> None:
+        """Remove a container with everything it had; a second call joins the first.
+
+        Raises:
+            ContainerNotFound, Unkillable, HostFault.
+        """
+        making = self._guard.running("create", handle)
+        if making is not None:
+            await asyncio.wait([making])
+        container = self._registry.get(handle)
+        job = self._guard.running("destroy", handle) or self._guard.start(
+            "destroy", handle, self._demolish(container)
+        )
+        await asyncio.shield(job)
+
+    def resume_destroy(self, container: Container) -> None:
+        """Finish, in the background, what an earlier server has begun."""
+        self._guard.start("destroy", container.handle, self._demolish(container))
+
+    async def _demolish(self, container: Container) -> None:
+        started = time.monotonic()
+        self.expiry.disarm(container)
+        if container.state is not State.DESTROYING:
+            self._registry.move(container, State.DESTROYING)
+        try:
+            await self._backend.destroy(container.handle, container.facts)
+        except errors.GardenError as error:
+            self._registry.move(container, State.UNKILLABLE, str(error))
+            self._events.publish(EventKind.CONTAINER_UNKILLABLE, container.handle, reason=str(error))
+            log.error("container.unkillable", handle=container.handle, error=str(error))
+            self._retry_later(container)
+            raise
+        self._registry.remove(container)
+        self._events.publish(EventKind.CONTAINER_DESTROYED, container.handle)
+        log.info("container.destroyed", handle=container.handle, took_ms=_ms_since(started))
+
+    def _retry_later(self, container: Container) -> None:
+        """Try again to destroy what the kernel did not let go: after 1 s, then ever more rarely, at last every 30 s."""
+        container.destroy_tries += 1
+        pause_s = _RETRY_DESTROY_S[min(container.destroy_tries, len(_RETRY_DESTROY_S)) - 1]
+        container.expiry = asyncio.get_running_loop().call_later(pause_s, self._retry, container)
+
+    def _retry(self, container: Container) -> None:
+        if container.state is State.UNKILLABLE and self._guard.running("destroy", container.handle) is None:
+            self._guard.start("destroy", container.handle, self._demolish(container))
+
+    def _expired(self, container: Container) -> None:
+        if (
+            container.state in (*USABLE, State.BROKEN)
+            and self._guard.running("destroy", container.handle) is None
+        ):
+            log.info("container.expired", handle=container.handle)
+            self._guard.start("destroy", container.handle, self._demolish(container))
+
+
+def _ms_since(started: float) -> float:
+    return round((time.monotonic() - started) * 1000, 1)
+
+
+def egress_etag(policy: EgressPolicy) -> str:
+    """A tag that changes whenever the policy does: a digest of its content."""
+    text = json.dumps(dump_container_spec(ContainerSpec(egress=policy))["egress"], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

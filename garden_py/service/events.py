@@ -1,0 +1,102 @@
+"""What happens, told to whoever watches: numbered, kept for a while, never waiting for a slow watcher."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from enum import Enum
+
+from garden_py.model.errors import OffsetOutOfRange
+from garden_py.model.process import ExitStatus
+
+KEPT_EVENTS = 10_000
+
+
+class EventKind(Enum):
+    """What happened. Values are the names in the proto."""
+
+    CONTAINER_CREATED = "CONTAINER_CREATED"
+    CONTAINER_STOPPED = "CONTAINER_STOPPED"
+    CONTAINER_DESTROYED = "CONTAINER_DESTROYED"
+    CONTAINER_BROKEN = "CONTAINER_BROKEN"
+    CONTAINER_UNKILLABLE = "CONTAINER_UNKILLABLE"
+    PROCESS_STARTED = "PROCESS_STARTED"
+    PROCESS_EXITED = "PROCESS_EXITED"
+    OUT_OF_MEMORY = "OUT_OF_MEMORY"
+    LIMITS_CHANGED = "LIMITS_CHANGED"
+    EGRESS_CHANGED = "EGRESS_CHANGED"
+    PORT_MAPPED = "PORT_MAPPED"
+    PROPERTIES_CHANGED = "PROPERTIES_CHANGED"
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One thing that happened.
+
+    Attributes:
+        cursor: grows by one with each event.
+        at_ns: CLOCK_REALTIME.
+    """
+
+    cursor: int
+    at_ns: int
+    kind: EventKind
+    handle: str
+    process_id: str = ""
+    exit: ExitStatus | None = None
+    details: dict[str, str] = field(default_factory=dict)
+
+
+class EventHub:
+    """The latest events, and the watchers that follow them."""
+
+    def __init__(self) -> None:
+        self._kept: deque[Event] = deque(maxlen=KEPT_EVENTS)
+        self._waiters: list[asyncio.Future[None]] = []
+        self.cursor = 0
+
+    def publish(
+        self,
+        kind: EventKind,
+        handle: str,
+        *,
+        process_id: str = "",
+        exit: ExitStatus | None = None,
+        **details: str,
+    ) -> None:
+        """Tell of something that has happened."""
+        self.cursor += 1
+        self._kept.append(Event(self.cursor, time.time_ns(), kind, handle, process_id, exit, details))
+        waiters, self._waiters = self._waiters, []
+        for future in waiters:
+            if not future.done():
+                future.set_result(None)
+
+    def check_cursor(self, after: int) -> None:
+        """Refuse a cursor whose following events are not kept any more, or that is of the future.
+
+        Raises:
+            OffsetOutOfRange: with the oldest cursor that can be continued from.
+        """
+        oldest = self._kept[0].cursor - 1 if self._kept else self.cursor
+        if not oldest <= after <= self.cursor:
+            raise OffsetOutOfRange(after, oldest, self.cursor)
+
+    async def watch(self, after: int) -> AsyncIterator[Event]:
+        """Every event after a cursor, and then those to come.
+
+        Raises:
+            OffsetOutOfRange: the watcher fell so far behind that events were dropped.
+        """
+        while True:
+            self.check_cursor(after)
+            for event in [event for event in self._kept if event.cursor > after]:
+                yield event
+                after = event.cursor
+            if after == self.cursor:
+                future = asyncio.get_running_loop().create_future()
+                self._waiters.append(future)
+                await future

@@ -1,0 +1,53 @@
+"""One claim per handle: two creates of one handle, and any number of destroys, never do the same work twice."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from garden_py.model.errors import ShuttingDown
+
+T = TypeVar("T")
+
+
+class Guard:
+    """Jobs by handle. A job belongs to the server, not to its caller: it goes on when the caller leaves."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[tuple[str, str], asyncio.Task[Any]] = {}
+        self._closing = False
+
+    def running(self, kind: str, handle: str) -> asyncio.Task[Any] | None:
+        """The job of a kind for a handle, if one is under way."""
+        return self._jobs.get((kind, handle))
+
+    async def run(self, kind: str, handle: str, work: Coroutine[Any, Any, T]) -> T:
+        """Start a job and wait for it; leaving does not stop it."""
+        return await asyncio.shield(self.start(kind, handle, work))
+
+    def start(self, kind: str, handle: str, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Start a job in the background.
+
+        Raises:
+            ShuttingDown: the server takes no new work.
+        """
+        if self._closing:
+            work.close()
+            raise ShuttingDown
+        assert (kind, handle) not in self._jobs
+        task = asyncio.ensure_future(work)
+        self._jobs[kind, handle] = task
+        task.add_done_callback(lambda done: self._finished(kind, handle, done))
+        return task
+
+    def _finished(self, kind: str, handle: str, task: asyncio.Task[Any]) -> None:
+        self._jobs.pop((kind, handle), None)
+        if not task.cancelled():
+            task.exception()  # seen, also when every caller has left
+
+    async def close(self) -> None:
+        """Take no more jobs and wait for those under way."""
+        self._closing = True
+        if self._jobs:
+            await asyncio.wait(self._jobs.values())

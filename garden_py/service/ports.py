@@ -1,0 +1,287 @@
+"""What the service needs from a backend: the only things a backend has to provide.
+
+`tests/contract` is the conformance suite: every backend must pass it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from garden_py.model.lifecycle import State
+from garden_py.model.limits import Limits
+from garden_py.model.netrule import EgressPolicy
+from garden_py.model.process import ExitStatus, OutputStream, ProcessSpec, WindowSize
+from garden_py.model.spec import ContainerSpec, PortMapping
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerRow:
+    """A container as the journal keeps it.
+
+    Attributes:
+        spec: JSON form of its ContainerSpec as in force.
+        facts: whatever the backend needs to find and remove what it made (addresses, ids, pid).
+    """
+
+    handle: str
+    state: State
+    state_reason: str
+    request_id: str
+    created_ns: int
+    spec: dict[str, Any]
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessRow:
+    """A process as the journal keeps it; `exit` is None while it runs."""
+
+    handle: str
+    id: str
+    request_id: str
+    started_ns: int
+    pid: int
+    spec: dict[str, Any]
+    exit: dict[str, Any] | None
+
+
+class Records(Protocol):
+    """Where rows are kept; see backend/journal.py. A row is durable against SIGKILL when the call returns."""
+
+    def save_container(self, row: ContainerRow) -> None: ...
+    def forget_container(self, handle: str) -> None: ...
+    def containers(self) -> list[ContainerRow]: ...
+    def save_process(self, row: ProcessRow) -> None: ...
+    def forget_process(self, handle: str, process_id: str) -> None: ...
+    def processes(self, handle: str) -> list[ProcessRow]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class HostCapacity:
+    """What the host offers; bytes and counts. `containers` is what the backend's pools allow."""
+
+    memory_bytes: int
+    disk_bytes: int
+    disk_free_bytes: int
+    containers: int
+    containers_limited_by: str
+    ports: int
+    ports_in_use: int
+    cpus: int
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkFacts:
+    """A container's addresses; empty where there is none."""
+
+    container_ip: str = ""
+    host_ip: str = ""
+    external_ip: str = ""
+    mapped_ports: tuple[PortMapping, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """A container's use of resources; fields as in ContainerMetrics of the proto, same units."""
+
+    memory_bytes: int = 0
+    memory_working_set_bytes: int = 0
+    memory_limit_bytes: int = 0
+    memory_peak_bytes: int = 0
+    memory_stat: dict[str, int] = field(default_factory=dict)
+    cpu_usage_ns: int = 0
+    cpu_user_ns: int = 0
+    cpu_system_ns: int = 0
+    cpu_throttled_ns: int = 0
+    pids: int = 0
+    pids_limit: int = 0
+    oom_kills: int = 0
+    network_rx_bytes: int = 0
+    network_tx_bytes: int = 0
+    network_rx_packets: int = 0
+    network_tx_packets: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RuleCount:
+    """Packets and bytes that one rule (or the default action) decided."""
+
+    packets: int = 0
+    bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EgressCounts:
+    """Counts of a container's policy: one per rule in its order, and the default action's."""
+
+    rules: tuple[RuleCount, ...]
+    default: RuleCount
+
+
+class OutputReader(Protocol):
+    """One reader of one stream, at its own offset. While it is open, a full stream waits for it."""
+
+    @property
+    def offset(self) -> int:
+        """Where the next byte will come from."""
+
+    async def read(self, max_bytes: int) -> bytes:
+        """The next bytes, at least one; b"" when the stream is closed and read to its end."""
+
+    def read_nowait(self, max_bytes: int) -> bytes:
+        """The bytes that are there now, perhaps none."""
+
+    def close(self) -> None:
+        """Stop holding the stream back."""
+
+
+class OutputLog(Protocol):
+    """A stored output stream of a process, addressed by byte offset from 0."""
+
+    @property
+    def first_offset(self) -> int: ...
+    @property
+    def end_offset(self) -> int: ...
+    @property
+    def closed(self) -> bool: ...
+
+    def open_reader(self, offset: int, wake: asyncio.Event | None = None) -> OutputReader:
+        """A reader from offset.
+
+        Args:
+            offset: of the first byte wanted.
+            wake: set whenever there may be more to see: bytes, the stream's end, the process's exit.
+
+        Raises:
+            OffsetOutOfRange: below the first kept byte or beyond the end.
+        """
+
+
+class RunningProcess(Protocol):
+    """A process that a backend started; stays usable after the exit."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def pid(self) -> int: ...
+    @property
+    def spec(self) -> ProcessSpec: ...
+    @property
+    def started_ns(self) -> int: ...
+    @property
+    def exit(self) -> ExitStatus | None: ...
+
+    def output(self, stream: OutputStream) -> OutputLog: ...
+    async def wait(self) -> ExitStatus: ...
+
+    async def write_stdin(self, data: bytes, offset: int | None) -> None:
+        """Feed stdin; waits while the pipe is full. Data for a process that no longer reads is dropped.
+
+        Raises:
+            StdinClosed: it was closed before.
+            OffsetOutOfRange: offset leaves a gap.
+        """
+
+    async def close_stdin(self) -> None: ...
+    async def resize(self, size: WindowSize) -> None: ...
+
+    async def signal(self, number: int, *, group: bool) -> bool:
+        """Send a signal; False if the process had exited."""
+
+    def exit_recorded(self) -> None:
+        """The exit is in the journal; whoever kept it until now may forget it."""
+
+
+@dataclass(frozen=True, slots=True)
+class BackendEvents:
+    """How a backend reports what happens by itself. Called in the event loop; must not block.
+
+    Attributes:
+        process_exited: (handle, process).
+        out_of_memory: (handle, process id or "").
+        broken: (handle, reason): the container's agent is gone.
+    """
+
+    process_exited: Callable[[str, RunningProcess], None]
+    out_of_memory: Callable[[str, str], None]
+    broken: Callable[[str, str], None]
+
+
+class Backend(Protocol):
+    """Containers made real. Handles are valid names; specs have passed the checks of `model`.
+
+    Per handle the service makes one create or destroy at a time, and none of the other calls outside of them.
+    """
+
+    async def open(self, events: BackendEvents, rows: list[ContainerRow]) -> dict[str, str]:
+        """Get ready; take over the containers of rows whose state says they are complete.
+
+        Returns:
+            handle to reason for those that could not be taken over; they can only be destroyed.
+        """
+
+    async def close(self) -> None:
+        """Let go without touching any container."""
+
+    def capacity(self) -> HostCapacity: ...
+
+    async def create(self, spec: ContainerSpec, record: Callable[[dict[str, Any]], None]) -> None:
+        """Make a container that can run processes; on any failure nothing of it is left.
+
+        Args:
+            spec: with every default filled in.
+            record: is given facts to keep before the step that they belong to.
+
+        Raises:
+            PoolExhausted, PortInUse, InvalidRequest, HostFault, NotSupported.
+        """
+
+    async def destroy(self, handle: str, facts: dict[str, Any]) -> None:
+        """Remove whatever exists of a container; works from its facts alone, and any number of times.
+
+        Raises:
+            Unkillable: the kernel holds on to something past the deadline; call again.
+        """
+
+    def facts_of_network(self, handle: str) -> NetworkFacts: ...
+    def pid(self, handle: str) -> int: ...
+    async def signal_all(self, handle: str, number: int) -> None: ...
+    def workload_count(self, handle: str) -> int: ...
+    async def usage(self, handle: str) -> Usage: ...
+    async def limits(self, handle: str) -> Limits: ...
+    async def update_limits(self, handle: str, limits: Limits) -> Limits: ...
+    async def map_port(
+        self, handle: str, mapping: PortMapping, record: Callable[[dict[str, Any]], None]
+    ) -> PortMapping: ...
+    async def set_egress(self, handle: str, policy: EgressPolicy) -> None: ...
+    async def egress_counts(self, handle: str, rules: int) -> EgressCounts: ...
+
+    async def start_process(self, handle: str, spec: ProcessSpec, env: tuple[str, ...]) -> RunningProcess:
+        """Start a process; returns when its program runs.
+
+        Args:
+            spec: with id filled in.
+            env: the container's and the process's entries, later wins.
+
+        Raises:
+            ExecutableNotFound, NotExecutable, UserNotFound, ProcessStartFailed, ContainerBroken.
+        """
+
+    async def adopt_process(self, handle: str, row: ProcessRow, spec: ProcessSpec) -> RunningProcess:
+        """The process of a row, after `open`: running, or finished with its kept output."""
+
+    async def forget_process(self, handle: str, process_id: str) -> None:
+        """Drop a finished process and its output."""
+
+    async def stream_in(self, handle: str, path: str, user: str, chunks: AsyncIterator[bytes]) -> None:
+        """Unpack a tar at path as user.
+
+        Raises:
+            CopyFailed, UserNotFound, ContainerBroken.
+        """
+
+    def stream_out(self, handle: str, path: str, user: str) -> AsyncGenerator[bytes, None]:
+        """Pack path as user; raises as stream_in, also after the first chunk."""

@@ -1,0 +1,155 @@
+"""Processes: start, find, signal, wait. Output is read from the process's logs (service/ports.py)."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import AbstractContextManager
+from dataclasses import replace
+
+import structlog
+
+from garden_py.model import errors
+from garden_py.model.codec import dump_exit, dump_process_spec
+from garden_py.model.handle import make_name
+from garden_py.model.process import ExitStatus, ProcessSpec, check_process
+from garden_py.model.spec import REQUEST_ID_MAX
+from garden_py.service.events import EventHub, EventKind
+from garden_py.service.expiry import Expiry
+from garden_py.service.ports import Backend, ProcessRow, RunningProcess
+from garden_py.service.registry import Container, ProcessEntry, Registry
+
+log = structlog.get_logger()
+
+
+class Processes:
+    """The verbs about processes."""
+
+    def __init__(self, backend: Backend, registry: Registry, events: EventHub, expiry: Expiry) -> None:
+        self._backend = backend
+        self._registry = registry
+        self._events = events
+        self._expiry = expiry
+
+    def use(self, handle: str) -> AbstractContextManager[Container]:
+        """Hold a container in use, for the length of a stream."""
+        return self._expiry.use(self._registry.get(handle))
+
+    async def start(self, handle: str, spec: ProcessSpec, request_id: str = "") -> RunningProcess:
+        """Start a process; with the id and request id of an earlier start, return that one's.
+
+        Raises:
+            InvalidRequest, ContainerNotFound, ContainerBusy, ContainerBroken, ProcessIdInUse, ExecutableNotFound,
+            NotExecutable, UserNotFound, ProcessStartFailed.
+        """
+        check_process(spec)
+        if len(request_id) > REQUEST_ID_MAX:
+            raise errors.InvalidField("request_id", f"is longer than {REQUEST_ID_MAX} characters")
+        container = self._registry.get(handle)
+        container.require_usable("given a process")
+        spec = spec if spec.id else replace(spec, id=make_name())
+        with self._expiry.use(container):
+            if (starting := container.starting.get(spec.id)) is not None:
+                return self._repeated(container, await asyncio.shield(starting), request_id).process
+            if (known := container.processes.get(spec.id)) is not None:
+                return self._repeated(container, known, request_id).process
+            job = asyncio.ensure_future(self._start(container, spec, request_id))
+            container.starting[spec.id] = job
+            job.add_done_callback(lambda done: _finished(container, spec.id, done))
+            return (await asyncio.shield(job)).process
+
+    def _repeated(self, container: Container, known: ProcessEntry, request_id: str) -> ProcessEntry:
+        if not request_id or known.request_id != request_id:
+            raise errors.ProcessIdInUse(container.handle, known.process.id)
+        return known
+
+    async def _start(self, container: Container, spec: ProcessSpec, request_id: str) -> ProcessEntry:
+        row = ProcessRow(
+            container.handle,
+            spec.id,
+            request_id,
+            time.time_ns(),
+            pid=0,
+            spec=dump_process_spec(spec),
+            exit=None,
+        )
+        self._registry.records.save_process(row)
+        try:
+            env = (*container.spec.env, *spec.env)
+            process = await self._backend.start_process(container.handle, spec, env)
+        except BaseException:
+            self._registry.records.forget_process(container.handle, spec.id)
+            raise
+        entry = ProcessEntry(process, request_id)
+        container.processes[spec.id] = entry
+        self._events.publish(EventKind.PROCESS_STARTED, container.handle, process_id=spec.id)
+        if process.exit is not None:
+            self.record_exit(container, process)
+        else:
+            self._registry.records.save_process(replace(row, pid=process.pid, started_ns=process.started_ns))
+        return entry
+
+    def get(self, handle: str, process_id: str) -> RunningProcess:
+        """A process, running or finished.
+
+        Raises:
+            ContainerNotFound, ProcessNotFound.
+        """
+        container = self._registry.get(handle)
+        entry = container.processes.get(process_id)
+        if entry is None:
+            raise errors.ProcessNotFound(handle, process_id)
+        return entry.process
+
+    def list_processes(self, handle: str) -> list[RunningProcess]:
+        """A container's processes, oldest first."""
+        found = [entry.process for entry in self._registry.get(handle).processes.values()]
+        return sorted(found, key=lambda process: process.started_ns)
+
+    async def signal(self, handle: str, process_id: str, number: int, *, group: bool) -> bool:
+        """Send a signal; False if the process had exited."""
+        with self.use(handle):
+            return await self.get(handle, process_id).signal(number, group=group)
+
+    async def wait(self, handle: str, process_id: str, timeout_s: float | None) -> ExitStatus | None:
+        """The exit status; None when timeout_s seconds have passed before."""
+        with self.use(handle):
+            process = self.get(handle, process_id)
+            try:
+                async with asyncio.timeout(timeout_s):
+                    return await process.wait()
+            except TimeoutError:
+                return None
+
+    # --- what the backend reports
+
+    def exited(self, handle: str, process: RunningProcess) -> None:
+        """A process has ended. Before its start was answered, the start records it."""
+        container = self._registry.find(handle)
+        if container is not None and process.id in container.processes:
+            self.record_exit(container, process)
+
+    def record_exit(self, container: Container, process: RunningProcess) -> None:
+        """Write an exit into the journal, then tell of it."""
+        status = process.exit
+        assert status is not None
+        request_id = container.processes[process.id].request_id
+        row = ProcessRow(
+            container.handle,
+            process.id,
+            request_id,
+            process.started_ns,
+            process.pid,
+            dump_process_spec(process.spec),
+            dump_exit(status),
+        )
+        self._registry.records.save_process(row)
+        process.exit_recorded()
+        self._events.publish(EventKind.PROCESS_EXITED, container.handle, process_id=process.id, exit=status)
+        log.info("process.exited", handle=container.handle, process_id=process.id, status=status.shell_code())
+
+
+def _finished(container: Container, process_id: str, job: asyncio.Future[ProcessEntry]) -> None:
+    container.starting.pop(process_id, None)
+    if not job.cancelled():
+        job.exception()  # seen, also when the caller has left

@@ -1,0 +1,155 @@
+"""The composition root: the only place where concrete classes meet, and the server's life from start to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import entry_points, version
+from pathlib import Path
+from typing import cast
+
+# Before grpc is imported: it must not install fork handlers, for nothing in this process forks (see backend/launcher).
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
+import structlog
+
+from garden_py.api.grpc.server import GrpcDoor
+from garden_py.backend.journal import Journal
+from garden_py.config import Config
+from garden_py.model.errors import GardenError, InvalidField
+from garden_py.model.netrule import DefaultAction
+from garden_py.service.containers import Containers, Defaults
+from garden_py.service.core import Core
+from garden_py.service.events import EventHub
+from garden_py.service.files import Files
+from garden_py.service.guard import Guard
+from garden_py.service.ports import Backend, Records
+from garden_py.service.processes import Processes
+from garden_py.service.recovery import Recovery
+from garden_py.service.registry import Registry
+
+log = structlog.get_logger()
+BACKEND_GROUP = "garden_py.backends"
+
+
+class AlreadyRunning(GardenError):
+    """Another server works on this state directory."""
+
+    code = "already_running"
+
+
+def load_backend(config: Config) -> Backend:
+    """The backend that `config.backend` names among the installed entry points.
+
+    Raises:
+        InvalidField: there is none of that name; the message lists those there are.
+    """
+    found = {point.name: point for point in entry_points(group=BACKEND_GROUP)}
+    if config.backend not in found:
+        raise InvalidField(
+            "backend", f"{config.backend!r} is not installed; installed: {', '.join(sorted(found))}"
+        )
+    return cast(Backend, found[config.backend].load()(config))
+
+
+def build_core(config: Config, backend: Backend, records: Records) -> Core:
+    """The service over a backend and a journal."""
+    registry, guard, events = Registry(records), Guard(), EventHub()
+    default_egress = DefaultAction(config.default_egress)
+    containers = Containers(
+        backend,
+        registry,
+        guard,
+        events,
+        Defaults(config.max_containers, default_egress),
+        config.default_grace_time_s,
+    )
+    processes = Processes(backend, registry, events, containers.expiry)
+    return Core(
+        backend=backend,
+        registry=registry,
+        guard=guard,
+        events=events,
+        containers=containers,
+        processes=processes,
+        files=Files(backend, registry, containers.expiry),
+        recovery=Recovery(backend, registry, containers, processes, events),
+        default_egress=default_egress,
+        version=version("garden-py"),
+    )
+
+
+@asynccontextmanager
+async def running_server(config: Config) -> AsyncIterator[str]:
+    """A server that serves while the context is open; its address.
+
+    Raises:
+        GardenError: it cannot start; the message says what to change.
+    """
+    config.state_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
+    lock = lock_state_dir(config.state_dir)
+    try:
+        journal = Journal(config.state_dir / "journal.db")
+        core = build_core(config, load_backend(config), journal)
+        await core.recovery.run()
+        door = GrpcDoor(core, config)
+        try:
+            yield await door.start()
+        finally:
+            await door.stop()
+            await core.close()
+            journal.close()
+    finally:
+        os.close(lock)
+
+
+def lock_state_dir(state_dir: Path) -> int:
+    """Claim a state directory for this process; the descriptor holds the claim. flock(2).
+
+    Raises:
+        AlreadyRunning: another server has it.
+    """
+    fd = os.open(state_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
+        os.close(fd)
+        raise AlreadyRunning(
+            f"another garden server (pid {holder}) uses {state_dir}; give this one its own --state-dir"
+        ) from error
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    return fd
+
+
+async def serve(config: Config) -> None:
+    """Run a server until SIGTERM or SIGINT; containers keep running when it stops."""
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    async with running_server(config) as address:
+        print(f"garden server ready on {address}", flush=True)
+        notify_systemd("READY=1")
+        log.info("server.ready", address=address, state_dir=str(config.state_dir), tag=config.tag)
+        await stopping.wait()
+        notify_systemd("STOPPING=1")
+        log.info("server.stopping")
+
+
+def notify_systemd(state: str) -> None:
+    """Tell systemd, where there is one. sd_notify(3): a datagram to $NOTIFY_SOCKET, '@' for an abstract name."""
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if not path:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        try:
+            sock.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
+        except OSError as error:
+            log.warning("systemd.notify_failed", error=str(error))

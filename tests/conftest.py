@@ -1,0 +1,44 @@
+"""Flags and fixtures of all tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from kit.server import ServerProcess, running_server
+from kit.trace import assert_no_trace, snapshot
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--root", action="store_true", help="also run the tests on real containers; needs root")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--root") and os.geteuid() != 0:
+        raise pytest.UsageError("--root needs root")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--root"):
+        return
+    rooted = [item for item in items if item.get_closest_marker("root")]
+    config.hook.pytest_deselected(items=rooted)
+    items[:] = [item for item in items if not item.get_closest_marker("root")]
+
+
+@pytest.fixture(scope="session")
+def no_trace() -> Iterator[None]:
+    """The host is at the end of the session as it was at its beginning."""
+    before = snapshot()
+    yield
+    assert_no_trace(before)
+
+
+@pytest.fixture(scope="module")
+def garden_server(no_trace: None) -> Iterator[ServerProcess]:
+    """A server that the tests of one module share; each module checks that it leaves no trace."""
+    before = snapshot()
+    with running_server() as server:
+        yield server
+    assert_no_trace(before)

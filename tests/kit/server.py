@@ -1,0 +1,131 @@
+"""A real `garden server` in a temporary place, and what is needed to talk about it."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+READY_TIMEOUT_S = 30.0
+_numbers = itertools.count()
+
+
+@dataclass
+class ServerProcess:
+    """A server under test.
+
+    Attributes:
+        address: of its gRPC door.
+        place: holds `state`, `run` and `log`.
+        flags: command line after `garden server`.
+    """
+
+    place: Path
+    flags: list[str]
+    process: subprocess.Popen[str] | None = field(default=None)
+
+    @property
+    def address(self) -> str:
+        return f"unix:{self.place}/run/garden.sock"
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    def start(self) -> None:
+        """Start it and wait for its ready line; shows the log if it does not come."""
+        log = (self.place / "log").open("a")
+        argv = [sys.executable, "-m", "garden_py", "server", "--log-level", "debug", "--log-format", "json", *self.flags]
+        with log:
+            self.process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=log, text=True, stdin=subprocess.DEVNULL)
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line.startswith("garden server ready on "):
+            self.process.wait(READY_TIMEOUT_S)
+            raise AssertionError(f"the server did not start: {line}\n{self.log()[-4000:]}")
+
+    def log(self) -> str:
+        return (self.place / "log").read_text()
+
+    def kill(self) -> None:
+        """SIGKILL: what a crash looks like."""
+        assert self.process is not None
+        self.process.kill()
+        self._reap()
+
+    def stop(self) -> int:
+        """SIGTERM, and its exit status."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+        return self._reap()
+
+    def _reap(self) -> int:
+        assert self.process is not None
+        status = self.process.wait(30)
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+        self.process = None
+        return status
+
+
+@contextlib.contextmanager
+def running_server(*extra: str, network_pool: str = "") -> Iterator[ServerProcess]:
+    """A server with directories, addresses, ports and uids of its own; whatever is left of it is destroyed at the end."""
+    number = next(_numbers)
+    place = Path(tempfile.mkdtemp(prefix="gt-", dir="/var/tmp"))
+    place.chmod(0o755)
+    slot = (os.getpid() * 7 + number) % 200
+    flags = [
+        "--state-dir", str(place / "state"),
+        "--run-dir", str(place / "run"),
+        "--network-pool", network_pool or f"10.{slot + 20}.0.0/24",
+        "--port-pool-start", str(20_000 + slot * 100),
+        "--port-pool-size", "50",
+        "--uid-pool-start", str(0x7000_0000 + slot * 65_536 * 20),
+        "--uid-pool-size", "300",
+        *extra,
+    ]  # fmt: skip
+    server = ServerProcess(place, flags)
+    try:
+        server.start()
+        yield server
+    finally:
+        try:
+            if server.process is not None:
+                destroy_all(server.address)
+                status = server.stop()
+                assert status == 0, f"the server ended with {status}\n{server.log()[-4000:]}"
+        finally:
+            if server.process is not None:
+                server.kill()
+            shutil.rmtree(place)
+
+
+def destroy_all(address: str) -> None:
+    """Destroy every container of a server."""
+    import grpc
+
+    from garden_py.api._pb import garden_pb2 as pb
+    from garden_py.api._pb import garden_pb2_grpc
+
+    with grpc.insecure_channel(address) as channel:
+        garden = garden_pb2_grpc.GardenStub(channel)
+        deadline = time.monotonic() + 60
+        while found := garden.ListContainers(pb.ListContainersRequest(all_states=True)).containers:
+            assert time.monotonic() < deadline, f"not destroyed: {[c.handle for c in found]}"
+            for container in found:
+                try:
+                    garden.DestroyContainer(pb.DestroyContainerRequest(handle=container.handle))
+                except grpc.RpcError as error:
+                    if error.code() is not grpc.StatusCode.NOT_FOUND:
+                        raise

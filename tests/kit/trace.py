@@ -1,0 +1,67 @@
+"""What a test could leave on the host: mounts, cgroups, links, nft tables, network namespaces, processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from pathlib import Path
+
+SETTLE_S = 10.0
+
+
+def snapshot() -> dict[str, set[str]]:
+    """Everything of interest there is now, by kind."""
+    return {
+        "mounts": _mounts(),
+        "cgroups": {str(p) for p in _cgroups()},
+        "links": _lines(["ip", "-o", "link", "show"], column=1),
+        "nft": set(_lines(["nft", "list", "tables"])),
+        "netns": set(os.listdir("/run/netns")) if Path("/run/netns").exists() else set(),
+        "processes": _processes(),
+    }
+
+
+def _mounts() -> set[str]:
+    return {line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()}
+
+
+def _cgroups() -> list[Path]:
+    return [p for root in Path("/sys/fs/cgroup").glob("*") for p in root.glob("garden-*")] + list(
+        Path("/sys/fs/cgroup").glob("garden-*")
+    )
+
+
+def _lines(argv: list[str], column: int | None = None) -> set[str]:
+    output = subprocess.run(argv, check=True, capture_output=True, text=True, timeout=20).stdout
+    lines = [line for line in output.splitlines() if line.strip()]
+    return set(lines) if column is None else {line.split()[column] for line in lines}
+
+
+def _processes() -> set[str]:
+    """Processes that garden makes: agents, launchers, servers, runtimes."""
+    found = set()
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit():
+            continue
+        try:
+            command = Path(f"/proc/{entry}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            state = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if state != "Z" and any(word in command for word in ("/dev/.garden", "garden_py", "runc --root", "crun --root")):
+            if int(entry) != os.getpid() and "pytest" not in command:
+                found.add(f"{entry} {command[:120]}")
+    return found
+
+
+def assert_no_trace(before: dict[str, set[str]]) -> None:
+    """Compare with an earlier snapshot; the kernel gets a few seconds to finish what it does asynchronously."""
+    deadline = time.monotonic() + SETTLE_S
+    while True:
+        now = snapshot()
+        left = {kind: sorted(now[kind] - before[kind]) for kind in now if now[kind] - before[kind]}
+        if not left:
+            return
+        assert time.monotonic() < deadline, f"left on the host: {left}"
+        time.sleep(0.1)
