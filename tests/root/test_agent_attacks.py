@@ -153,30 +153,25 @@ def test_unknown_operations_are_answered(agent_path: Path, op: object) -> None:
 
 
 WRONG = (None, True, -1, 2**63 - 1, "x", "", b"x", b"\0", [1], [[]], {}, {"rows": "x"}, {"path": 3}, [b"\0"])
-NOT_WRONG = {  # by field, the values above that are right
-    "id": ("x",), "argv": (), "env": (), "dir": (), "user": ("",), "tty": (None,), "rlimits": ({},),
-    "bounding": (None, 2**63 - 1), "no_new_privs": (True,), "program": (None,),
+ACCEPTABLE = {  # by field, those of the values above that have the right type
+    "id": ("x",), "argv": (), "env": (), "dir": (b"x",), "user": ("", "x"), "tty": (None,),
+    "rlimits": ({}, {"rows": "x"}, {"path": 3}), "bounding": (None, 2**63 - 1), "no_new_privs": (True,),
+    "program": (None,),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("field", list(NOT_WRONG))
+@pytest.mark.parametrize("field", list(ACCEPTABLE))
 def test_a_wrong_type_in_any_field_of_spawn_is_named(agent_path: Path, field: str) -> None:
     """Nothing is started, nothing is guessed."""
+    acceptable = [repr(value) for value in ACCEPTABLE[field]]
     with AgentClient(agent_path) as agent:
         for value in WRONG:
-            if any(
-                value is right or (type(value) is type(right) and value == right)
-                for right in NOT_WRONG[field]
-            ):
+            if repr(value) in acceptable:
                 continue
             with pytest.raises(AgentError) as caught:
                 agent.request(**{**PROCESS, field: value})  # type: ignore[arg-type]
-            assert caught.value.code in ("invalid_request", "bad_directory", "bad_rlimit"), (
-                value,
-                caught.value,
-            )
-            if caught.value.code == "invalid_request":
-                assert (caught.value.field or "").startswith(field), (value, caught.value)
+            assert caught.value.code == "invalid_request", (value, caught.value)
+            assert (caught.value.field or "").startswith(field), (value, caught.value)
         assert agent.request("list") == {"processes": []}
 
 

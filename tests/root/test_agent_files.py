@@ -198,8 +198,16 @@ def test_a_destination_the_user_may_not_write_is_denied(agent: AgentClient, plac
     assert (code, err) == (1, "permission_denied: f: Permission denied\n")
 
 
-def test_a_full_file_system_is_told(agent: AgentClient) -> None:
-    """/dev/full's errno through a real file needs a small file system; /proc has none at all."""
+def test_a_full_file_system_is_told(bundle: RuntimeBundle, place: Path) -> None:
+    """The caller can act on it, unlike on an io_error."""
+    small = ["sh", "-c", 'mount -t tmpfs -o size=64k none /mnt && exec "$@"', "sh"]
+    with running_agent(bundle, place, *small) as (path, _), AgentClient(path) as agent:
+        code, err = unpack(agent, "/mnt/t", archive(entry("f", bytes(1 << 20))))
+        assert (code, err) == (1, "no_space: f: No space left on device\n")
+
+
+def test_a_destination_that_cannot_be_made_is_refused_at_the_start(agent: AgentClient) -> None:
+    """Nothing of the stream was read then."""
     with pytest.raises(AgentError) as caught:
         unpack(agent, "/proc/1/none", b"")
     assert caught.value.code == "bad_directory"
