@@ -11,13 +11,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from kit.agent_client import AgentClient, AgentError
+from kit.agent_process import directory_for_all_users, running_agent
 
 from garden_py import wire
 from garden_py.agent.connection import MAX_CONNECTIONS
 from garden_py.agent.processes import MAX_PROCESSES
 from garden_py.backend.rootfs.runtime_bundle import RuntimeBundle, build_runtime_bundle
-from tests.kit.agent_client import AgentClient, AgentError
-from tests.kit.agent_process import directory_for_all_users, running_agent
 
 pytestmark = pytest.mark.root
 

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from kit.agent_client import AgentClient, AgentError
+from kit.agent_container import FIRST_UID, give_to_container, make_busybox_rootfs, running_container
+from kit.agent_process import directory_for_all_users
 
 from garden_py.backend.rootfs.runtime_bundle import RuntimeBundle, build_runtime_bundle
-from tests.kit.agent_client import AgentClient, AgentError
-from tests.kit.agent_container import FIRST_UID, give_to_container, make_busybox_rootfs, running_container
-from tests.kit.agent_process import directory_for_all_users
 
 pytestmark = pytest.mark.root
 

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from kit.agent_client import AgentClient, AgentError, Streams
+from kit.agent_process import directory_for_all_users, running_agent
 
 from garden_py.backend.rootfs.runtime_bundle import RuntimeBundle, build_runtime_bundle
-from tests.kit.agent_client import AgentClient, AgentError, Streams
-from tests.kit.agent_process import directory_for_all_users, running_agent
 
 pytestmark = pytest.mark.root
 
