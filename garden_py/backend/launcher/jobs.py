@@ -6,6 +6,7 @@ Errors are those of `model.errors`; they cross to the server by their code (laun
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,20 +87,29 @@ def _call_runtime(runtime: Runtime, argv: list[str], *, log: Path, stderr: Path)
     step = f"{Path(runtime.program).name} {argv[6]}"
     with open(os.devnull, "r+b") as null, stderr.open("ab") as errors:
         try:
-            sh.Command(runtime.program)(
+            command = sh.Command(runtime.program)(
                 *argv,
                 _in=null,
                 _out=null,
                 _err=errors,
                 _pass_fds={AGENT_LISTENER_FD},
-                _timeout=RUNTIME_TIMEOUT_S,
                 _tty_in=False,
                 _tty_out=False,
+                _bg=True,
+                _bg_exc=False,
             )
+            # sh's own _timeout polls every 100 ms, which would be most of a create.
+            watchdog = threading.Timer(RUNTIME_TIMEOUT_S, command.kill)
+            watchdog.start()
+            try:
+                command.wait()
+            finally:
+                watchdog.cancel()
+                watchdog.join()  # no thread may be left when the next job forks
         except sh.CommandNotFound as error:
             raise NotSupported(f"the runtime {runtime.program!r} is not installed on the server") from error
-        except sh.TimeoutException as error:
-            raise HostFault(step, f"no end after {RUNTIME_TIMEOUT_S} s") from error
+        except sh.SignalException_SIGKILL as error:
+            raise HostFault(step, f"killed after {RUNTIME_TIMEOUT_S} s, or by somebody else") from error
         except sh.ErrorReturnCode as error:
             log_text = log.read_text(errors="replace") if log.exists() else ""
             cause = cause_of_failure(log_text, stderr.read_text(errors="replace")[-4096:])
