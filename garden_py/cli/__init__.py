@@ -1,0 +1,1 @@
+"""The `garden` command line; start reading at `main`."""

@@ -4,10 +4,9 @@ Reading order: `values` (what is asked and answered), `calls` (every RPC as a va
 resumed without loss), then one of the two faces, `sync` or `aio`, which perform the calls.
 """
 
+from typing import TYPE_CHECKING
+
 from garden_py.client.address import BadAddress, Tls
-from garden_py.client.aio.client import AsyncGardenClient
-from garden_py.client.aio.container import AsyncContainer
-from garden_py.client.aio.process import AsyncProcess
 from garden_py.client.errors import (
     Aborted,
     AlreadyExists,
@@ -60,6 +59,11 @@ from garden_py.client.values import (
     Stream,
     Tty,
 )
+
+if TYPE_CHECKING:
+    from garden_py.client.aio.client import AsyncGardenClient
+    from garden_py.client.aio.container import AsyncContainer
+    from garden_py.client.aio.process import AsyncProcess
 
 __all__ = [
     "Aborted",
@@ -116,3 +120,20 @@ __all__ = [
     "Unimplemented",
     "UnsafeArchive",
 ]
+
+
+def __getattr__(name: str) -> object:
+    # The command line is blocking and starts often; it does not pay for the other face (PEP 562).
+    if name == "AsyncGardenClient":
+        from garden_py.client.aio.client import AsyncGardenClient
+
+        return AsyncGardenClient
+    if name == "AsyncContainer":
+        from garden_py.client.aio.container import AsyncContainer
+
+        return AsyncContainer
+    if name == "AsyncProcess":
+        from garden_py.client.aio.process import AsyncProcess
+
+        return AsyncProcess
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

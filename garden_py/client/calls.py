@@ -219,6 +219,40 @@ def read_output(
     return Call("ReadOutput", request, pb.OutputChunk, convert.chunk_from_pb, waits=True)
 
 
+@dataclass(slots=True)
+class Reading:
+    """How far one `read_output` has come; says how to go on after the connection broke. Sans-I/O."""
+
+    handle: str
+    process_id: str
+    stream: v.Stream
+    offset: int
+    follow: bool
+    limit_bytes: int
+    started: bool = False
+    ended: bool = False
+
+    def call(self) -> Call[v.OutputChunk]:
+        """The call that gives what is left."""
+        return read_output(
+            self.handle,
+            self.process_id,
+            self.stream,
+            offset=self.offset,
+            follow=self.follow,
+            limit_bytes=self.limit_bytes,
+        )
+
+    def advance(self, chunk: v.OutputChunk) -> v.OutputChunk:
+        """Count a received chunk and give it back."""
+        self.started = True
+        self.offset = chunk.offset + len(chunk.data)
+        if self.limit_bytes:
+            self.limit_bytes -= len(chunk.data)
+            self.ended = self.limit_bytes <= 0  # a next call with 0 would ask for everything
+        return chunk
+
+
 def stream_out(handle: str, path: str, user: str) -> Call[bytes]:
     """A stream of answers: a tar in pieces."""
     request = pb.StreamOutRequest(handle=handle, path=path, user=user)

@@ -225,7 +225,7 @@ def make_error(
 def _unpack_details(packed: bytes) -> ErrorDetails:
     # Imported here: only a failing call needs them, and they cost every start of the command line 20 ms.
     from google.protobuf.message import DecodeError
-    from google.rpc import error_details_pb2 as rpc  # type: ignore[import-untyped]
+    from google.rpc import error_details_pb2 as rpc
     from google.rpc import status_pb2
 
     info, bad, quota, resource = rpc.ErrorInfo(), rpc.BadRequest(), rpc.QuotaFailure(), rpc.ResourceInfo()

@@ -48,6 +48,7 @@ class Follower:
         self._buffer: deque[OutputChunk] = deque()
         self._buffered_bytes = 0
         self._behind = False
+        self._exit_taken = False
 
     @property
     def offsets(self) -> dict[Stream, int]:
@@ -84,10 +85,13 @@ class Follower:
         self.ended = self.exit is not None
         return self.ended
 
-    def take(self) -> OutputChunk | None:
-        """The next chunk for the caller, or None when more must be received first."""
+    def take(self) -> OutputChunk | ExitStatus | None:
+        """The next thing for the caller: a chunk, once the exit status; None: receive more first."""
         if not self._buffer:
-            return None
+            if self.exit is None or self._exit_taken or self._behind:
+                return None
+            self._exit_taken = True
+            return self.exit
         chunk = self._buffer.popleft()
         self._buffered_bytes -= len(chunk.data)
         self._taken[chunk.stream] = chunk.offset + len(chunk.data)

@@ -135,11 +135,16 @@ def _open_stream(chunks: Iterable[bytes]) -> Iterator[tarfile.TarFile]:
     reader.drain()
 
 
-def unpack(chunks: Iterable[bytes], target_dir: Path) -> None:
+def unpack(chunks: Iterable[bytes], target_dir: Path, name: str = "") -> None:
     """Unpack a tar stream into a local directory, made if missing; existing files are replaced.
 
     Files belong to the caller and lose setuid, setgid and sticky bits. Symbolic links are made as they are,
     even if they point elsewhere, but never followed. The stream is read to its end.
+
+    Args:
+        chunks: the tar stream.
+        target_dir: where to.
+        name: takes the place of the first component of every member's path; empty: names stay.
 
     Raises:
         UnsafeArchive: a member would leave target_dir, or is a device or a FIFO. What came before it stays.
@@ -150,12 +155,12 @@ def unpack(chunks: Iterable[bytes], target_dir: Path) -> None:
         modes: list[tuple[list[str], int]] = []
         with _open_stream(chunks) as archive:
             for member in archive:
-                parts = _safe_parts(member.name)
+                parts = _rename(_safe_parts(member.name), name)
                 if member.isdir():
                     os.close(_open_directory(root_fd, parts))
                     modes.append((parts, member.mode & 0o777))
                 elif parts:
-                    _unpack_leaf(archive, member, root_fd, parts)
+                    _unpack_leaf(archive, member, root_fd, parts, name)
         # Last and deepest first: a directory without write permission must not stop its own contents.
         for parts, mode in reversed(modes):
             if parts:
@@ -187,6 +192,10 @@ def _safe_parts(name: str) -> list[str]:
     return parts
 
 
+def _rename(parts: list[str], top: str) -> list[str]:
+    return [top, *parts[1:]] if top and parts else parts
+
+
 def _open_directory(root_fd: int, parts: list[str]) -> int:
     """A descriptor of the directory, made with its parents if missing; refuses symbolic links on the way."""
     current = os.dup(root_fd)
@@ -205,7 +214,9 @@ def _open_directory(root_fd: int, parts: list[str]) -> int:
     return current
 
 
-def _unpack_leaf(archive: tarfile.TarFile, member: tarfile.TarInfo, root_fd: int, parts: list[str]) -> None:
+def _unpack_leaf(
+    archive: tarfile.TarFile, member: tarfile.TarInfo, root_fd: int, parts: list[str], top: str
+) -> None:
     directory_fd = _open_directory(root_fd, parts[:-1])
     name = parts[-1]
     try:
@@ -216,7 +227,7 @@ def _unpack_leaf(archive: tarfile.TarFile, member: tarfile.TarInfo, root_fd: int
             _replace(directory_fd, name)
             os.symlink(member.linkname, name, dir_fd=directory_fd)
         elif member.islnk():
-            _link(root_fd, _safe_parts(member.linkname), directory_fd, name)
+            _link(root_fd, _rename(_safe_parts(member.linkname), top), directory_fd, name)
         else:
             raise UnsafeArchive(f"the archive holds {member.name!r}, which is no file, directory or link")
     finally:

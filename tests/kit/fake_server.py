@@ -21,7 +21,7 @@ from typing import Any
 import grpc
 import grpc.aio
 from google.protobuf import any_pb2
-from google.rpc import code_pb2, error_details_pb2, status_pb2  # type: ignore[import-untyped]
+from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from garden_py.api._pb import garden_pb2 as pb
 from garden_py.api._pb import garden_pb2_grpc

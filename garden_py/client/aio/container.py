@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -15,8 +16,8 @@ from garden_py.client import values as v
 from garden_py.client.aio.link import AsyncLink
 from garden_py.client.aio.process import AsyncProcess
 from garden_py.client.aio.threads import drain_to_thread, iterate_in_thread
-from garden_py.client.errors import NotFound
-from garden_py.client.retry import RetryPolicy
+from garden_py.client.errors import GardenError, NotFound
+from garden_py.client.retry import Patience, RetryPolicy
 
 
 class AsyncContainer:
@@ -177,7 +178,7 @@ class AsyncContainer:
         """Exit status of a process; None when the timeout passed first."""
         return await self._link.unary(calls.wait(self.handle, process_id, timeout))
 
-    def read_output(
+    async def read_output(
         self,
         process_id: str,
         stream: v.Stream = v.Stream.STDOUT,
@@ -187,11 +188,18 @@ class AsyncContainer:
         limit_bytes: int = 0,
     ) -> AsyncIterator[v.OutputChunk]:
         """Output of one stream from an offset: what is there, or with `follow` until the stream is closed."""
-        return self._link.answers(
-            calls.read_output(
-                self.handle, process_id, stream, offset=offset, follow=follow, limit_bytes=limit_bytes
-            )
-        )
+        reading = calls.Reading(self.handle, process_id, stream, offset, follow, limit_bytes)
+        patience = Patience(self._retry)
+        while not reading.ended:
+            try:
+                async for chunk in self._link.answers(reading.call()):
+                    patience.restore()
+                    yield reading.advance(chunk)
+                reading.ended = True
+            except GardenError as error:
+                if not reading.started:
+                    raise  # never connected: that is an answer, not a break
+                await asyncio.sleep(patience.next_delay_s(error))
 
     async def stream_in(self, chunks: AsyncIterable[bytes], *, path: str, user: str = "") -> None:
         """Unpack a tar stream into a directory of the container, as a user of the container."""
@@ -212,7 +220,7 @@ class AsyncContainer:
         """
         await self.stream_in(iterate_in_thread(tarball.pack(Path(source), name)), path=target_dir, user=user)
 
-    async def copy_out(self, path: str, target_dir: Path | str, *, user: str = "") -> None:
+    async def copy_out(self, path: str, target_dir: Path | str, *, name: str = "", user: str = "") -> None:
         """Copy a file or directory of the container into a local directory, made if missing.
 
         Nothing is ever written outside target_dir, whatever the container sends.
@@ -221,7 +229,9 @@ class AsyncContainer:
             UnsafeArchive: a member would leave target_dir, or is a device.
         """
         target = Path(target_dir)
-        await drain_to_thread(self.stream_out(path, user=user), lambda chunks: tarball.unpack(chunks, target))
+        await drain_to_thread(
+            self.stream_out(path, user=user), lambda chunks: tarball.unpack(chunks, target, name)
+        )
 
     async def write_file(self, path: str, data: bytes, *, mode: int = 0o644, user: str = "") -> None:
         """Make or replace one file of the container."""

@@ -118,9 +118,23 @@ class AsyncProcess:
         """How the process ended, if this reader has been told; asks nobody."""
         return self._follower.exit
 
+    @property
+    def ended(self) -> bool:
+        """Whether everything has been said: the process has exited and both streams are closed."""
+        return self._follower.ended
+
+    async def events(self) -> AsyncIterator[OutputChunk | ExitStatus]:
+        """Output chunks and, once, the exit status as soon as it is known.
+
+        Output can follow the exit status: a background child may hold the streams open.
+        """
+        while (event := await self._next_event()) is not None:
+            yield event
+
     async def __aiter__(self) -> AsyncIterator[OutputChunk]:
-        while (chunk := await self._next_chunk()) is not None:
-            yield chunk
+        async for event in self.events():
+            if isinstance(event, OutputChunk):
+                yield event
 
     async def output(self, *, check: bool = False) -> Output:
         """Read all that is left and wait for the end; `check`: ProcessFailed unless it is exit code 0."""
@@ -182,15 +196,15 @@ class AsyncProcess:
             exchange.cancel()
             raise
 
-    async def _next_chunk(self) -> OutputChunk | None:
+    async def _next_event(self) -> OutputChunk | ExitStatus | None:
         async with self._reading:
             if self._follower.must_rewind():
                 self._leave_exchange()
                 self._follower.rewind()
-            while (chunk := self._follower.take()) is None:
+            while (event := self._follower.take()) is None:
                 if self._follower.ended or self._closed or not await self._receive():
                     return None
-            return chunk
+            return event
 
     async def _receive(self) -> bool:
         """Take in one more answer, over a new stream if need be; False: there is no more."""

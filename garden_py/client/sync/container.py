@@ -7,13 +7,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from time import sleep
 from types import TracebackType
 from typing import Self, Unpack
 
 from garden_py.client import calls, tarball
 from garden_py.client import values as v
-from garden_py.client.errors import NotFound
-from garden_py.client.retry import RetryPolicy
+from garden_py.client.errors import GardenError, NotFound
+from garden_py.client.retry import Patience, RetryPolicy
 from garden_py.client.sync.link import Link
 from garden_py.client.sync.process import Process
 
@@ -181,12 +182,32 @@ class Container:
         follow: bool = False,
         limit_bytes: int = 0,
     ) -> Iterator[v.OutputChunk]:
-        """Output of one stream from an offset: what is there, or with `follow` until the stream is closed."""
-        return self._link.answers(
-            calls.read_output(
-                self.handle, process_id, stream, offset=offset, follow=follow, limit_bytes=limit_bytes
-            )
-        )
+        """Output of one stream from an offset: what is there, or with `follow` until the stream is closed.
+
+        Goes on by itself after a broken connection, from the offset it has reached.
+
+        Args:
+            process_id: which.
+            stream: which of its streams.
+            offset: the first byte wanted.
+            follow: wait for more until the stream is closed.
+            limit_bytes: at most this many; 0: all.
+
+        Raises:
+            OutOfRange: the bytes are no longer kept (`first_offset` says which are), or not written yet.
+        """
+        reading = calls.Reading(self.handle, process_id, stream, offset, follow, limit_bytes)
+        patience = Patience(self._retry)
+        while not reading.ended:
+            try:
+                for chunk in self._link.answers(reading.call()):
+                    patience.restore()
+                    yield reading.advance(chunk)
+                reading.ended = True
+            except GardenError as error:
+                if not reading.started:
+                    raise  # never connected: that is an answer, not a break
+                sleep(patience.next_delay_s(error))
 
     def stream_in(self, chunks: Iterable[bytes], *, path: str, user: str = "") -> None:
         """Unpack a tar stream into a directory of the container, as a user of the container."""
@@ -207,15 +228,21 @@ class Container:
         """
         self.stream_in(tarball.pack(Path(source), name), path=target_dir, user=user)
 
-    def copy_out(self, path: str, target_dir: Path | str, *, user: str = "") -> None:
+    def copy_out(self, path: str, target_dir: Path | str, *, name: str = "", user: str = "") -> None:
         """Copy a file or directory of the container into a local directory, made if missing.
 
         Nothing is ever written outside target_dir, whatever the container sends.
 
+        Args:
+            path: what to copy; with a trailing slash, a directory's contents.
+            target_dir: where to.
+            name: the copy's name; empty: as in the container.
+            user: who reads in the container.
+
         Raises:
             UnsafeArchive: a member would leave target_dir, or is a device.
         """
-        tarball.unpack(self.stream_out(path, user=user), Path(target_dir))
+        tarball.unpack(self.stream_out(path, user=user), Path(target_dir), name)
 
     def write_file(self, path: str, data: bytes, *, mode: int = 0o644, user: str = "") -> None:
         """Make or replace one file of the container."""

@@ -131,9 +131,23 @@ class Process:
         """How the process ended, if this reader has been told; asks nobody."""
         return self._follower.exit
 
+    @property
+    def ended(self) -> bool:
+        """Whether everything has been said: the process has exited and both streams are closed."""
+        return self._follower.ended
+
+    def events(self) -> Iterator[OutputChunk | ExitStatus]:
+        """Output chunks and, once, the exit status as soon as it is known.
+
+        Output can follow the exit status: a background child may hold the streams open.
+        """
+        while (event := self._next_event()) is not None:
+            yield event
+
     def __iter__(self) -> Iterator[OutputChunk]:
-        while (chunk := self._next_chunk()) is not None:
-            yield chunk
+        for event in self.events():
+            if isinstance(event, OutputChunk):
+                yield event
 
     def output(self, *, check: bool = False) -> Output:
         """Read all that is left and wait for the end.
@@ -203,15 +217,15 @@ class Process:
             exchange.cancel()
             raise
 
-    def _next_chunk(self) -> OutputChunk | None:
+    def _next_event(self) -> OutputChunk | ExitStatus | None:
         with self._reading:
             if self._follower.must_rewind():
                 self._leave_exchange()
                 self._follower.rewind()
-            while (chunk := self._follower.take()) is None:
+            while (event := self._follower.take()) is None:
                 if self._follower.ended or self._closed or not self._receive():
                     return None
-            return chunk
+            return event
 
     def _receive(self) -> bool:
         """Take in one more answer, over a new stream if need be; False: there is no more."""

@@ -1,0 +1,54 @@
+"""What went wrong, as one line on stderr and an exit code.
+
+    0  done            1  failed            2  bad input: the command line, or a field the server refused
+
+`run` and `attach` pass on the process's own exit code, 128 + N when signal N ended it.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from garden_py.client import GardenError
+
+EXIT_FAILED: Final = 1
+EXIT_BAD_INPUT: Final = 2
+
+
+def report(message: str) -> None:
+    """One error on stderr, in garden's voice."""
+    sys.stderr.write(f"garden: {message}\n")
+    sys.stderr.flush()
+
+
+def failure_text(error: GardenError, *, about: str = "") -> str:
+    """The server's sentence; violated fields that it does not name already follow, one per line.
+
+    Args:
+        error: what a call raised.
+        about: what the call was about, if the sentence alone might not tell.
+    """
+    from garden_py.client.errors import Unavailable
+
+    text = error.message
+    if isinstance(error, Unavailable) and not error.code:
+        text = f"cannot reach the server: {_shortest_cause(text)} (is `garden server` running?)"
+    if about and about not in text:
+        text = f"{about}: {text}"
+    details = [f"{each.field}: {each.problem}" for each in (*error.fields, *error.quotas)]
+    return "\n".join([text, *(f"  {detail}" for detail in details if detail not in text)])
+
+
+def _shortest_cause(text: str) -> str:
+    """The end of gRPC's chain of causes, e.g. "No such file or directory"."""
+    return text.rpartition("error: ")[2].strip() or text
+
+
+def report_failure(error: GardenError, *, about: str = "") -> int:
+    """Print a failed call; returns the exit code it deserves."""
+    from garden_py.client.errors import InvalidArgument
+
+    report(failure_text(error, about=about))
+    return EXIT_BAD_INPUT if isinstance(error, InvalidArgument) else EXIT_FAILED

@@ -1,0 +1,144 @@
+"""Options that several commands share, and the connection they lead to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+from garden_py.cli import parse
+from garden_py.cli.render import OutputFormat
+
+if TYPE_CHECKING:
+    from garden_py.client import GardenClient, Limits
+
+Value = TypeVar("Value")
+
+
+def given(name: str, parser: Callable[[str], Value], text: str | None) -> Value | None:
+    """The value of an option that may be absent.
+
+    Raises:
+        BadInput: the parser refuses the text; says so with the option's name.
+    """
+    try:
+        return None if text is None else parser(text)
+    except parse.BadInput as error:
+        raise parse.BadInput(f"{name}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Options given before the command's name."""
+
+    address: str | None = None
+    tls_ca: Path | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_server_name: str = ""
+
+
+def connect(context: typer.Context, address: str | None) -> GardenClient:
+    """A client for the server that the options and the environment name; close it."""
+    # Imported here: `garden --help` must not pay 100 ms for gRPC.
+    from garden_py.client import GardenClient, Tls
+
+    settings = context.find_root().obj
+    if not isinstance(settings, Settings):
+        raise AssertionError("the main callback has set the options")
+    tls = None
+    if settings.tls_ca is not None:
+        tls = Tls(settings.tls_ca, settings.tls_cert, settings.tls_key, settings.tls_server_name)
+    elif settings.tls_cert is not None or settings.tls_key is not None:
+        raise parse.BadInput("--tls-cert and --tls-key need --tls-ca: whose signature shall the server show?")
+    return GardenClient(address if address is not None else settings.address, tls=tls)
+
+
+def limits_of(memory: str | None, cpu_weight: int | None, cpu_quota: str | None, pids: int | None) -> Limits:
+    """Limits from the shared limit options."""
+    from garden_py.client.values import Limits
+
+    return Limits(
+        memory_bytes=given("--memory", parse.parse_size, memory),
+        cpu_weight=cpu_weight,
+        cpu_quota_us=given("--cpu-quota", parse.parse_cpu_quota, cpu_quota),
+        pids=pids,
+    )
+
+
+HandleArgument = Annotated[
+    str, typer.Argument(metavar="HANDLE", help="Handle of the container.", show_default=False)
+]
+ProcessArgument = Annotated[
+    str, typer.Argument(metavar="PROCESS", help="Id of the process.", show_default=False)
+]
+
+AddressOption = Annotated[
+    str | None,
+    typer.Option(
+        "--address",
+        metavar="ADDRESS",
+        envvar="GARDEN_ADDRESS",
+        help="Server to talk to: unix:/path, /path or HOST:PORT.  [default: unix:/run/garden/garden.sock]",
+        show_default=False,
+        show_envvar=True,
+    ),
+]
+FormatOption = Annotated[
+    OutputFormat,
+    typer.Option("--output", "-o", help="table for people, json for programs."),
+]
+
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        "-m",
+        metavar="SIZE",
+        help="Memory limit of all processes together, e.g. 64M or 1GiB; 0: unlimited.",
+        show_default=False,
+    ),
+]
+CpuWeightOption = Annotated[
+    int | None,
+    typer.Option(
+        "--cpu-weight",
+        metavar="1..10000",
+        help="Relative share of the processors under contention.",
+        show_default=False,
+    ),
+]
+CpuQuotaOption = Annotated[
+    str | None,
+    typer.Option(
+        "--cpu-quota",
+        metavar="QUOTA",
+        help="CPU time: 150% of one processor, or µs per period of 100000; 0: unlimited.",
+        show_default=False,
+    ),
+]
+PidsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--pids", metavar="N", min=0, help="Processes and threads at most; 0: unlimited.", show_default=False
+    ),
+]
+EnvOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--env", "-e", metavar="NAME=VALUE", help="Environment variable; repeat.", show_default=False
+    ),
+]
+UserOption = Annotated[
+    str,
+    typer.Option(
+        "--user",
+        "-u",
+        metavar="USER",
+        help="User of the container: name, uid, uid:gid or name:group.  [default: root]",
+        show_default=False,
+    ),
+]
