@@ -251,7 +251,6 @@ class _Child:
         self.step = "capabilities"
         if plan.bounding is not None:
             syscalls.limit_bounding_set(plan.bounding)
-        syscalls.drop_inheritable_capabilities()
         self._set_limits()
         self.step = "setgroups"
         posix.setgroups(identity.groups)
@@ -318,13 +317,10 @@ def _read_database(path: bytes) -> bytes:
     status = posix.fstat(fd)
     if status.st_mode & _FILE_TYPE_MASK != _REGULAR or status.st_size > _MAX_DATABASE_BYTES:
         raise Refusal("spawn_failed", f"{_shown(path)}: no regular file of at most 16 MiB")
-    chunks = []
-    wanted = _MAX_DATABASE_BYTES  # also bounds a file that grows meanwhile
-    while wanted > 0 and (chunk := posix.read(fd, min(wanted, 1 << 20))):
-        chunks.append(chunk)
-        wanted -= len(chunk)
+    # One byte more than it has: a short read says that this is all of it, whatever happens to it meanwhile.
+    content = posix.read(fd, status.st_size + 1)
     posix.close(fd)
-    return b"".join(chunks)
+    return content
 
 
 def _exists(path: bytes) -> bool:

@@ -25,6 +25,7 @@ def main() -> None:
     """
     syscalls.set_process_name(PROCESS_NAME)
     syscalls.forbid_tracing()
+    syscalls.drop_inheritable_capabilities()  # here once, for every process inherits the empty sets
     wakeup_fd = signals.take_over()
     posix.umask(0o022)
     if posix.getpid() != 1:

@@ -74,7 +74,7 @@ def resolve_user(spec: str, passwd: bytes, group: bytes) -> Identity:
 
 def find_tty_gid(group: bytes, default: int) -> int:
     """5, the conventional gid of group `tty`, if the group file has an entry for it, else `default`."""
-    return 5 if any(gid == 5 for _, gid, _ in _group_entries(group)) else default
+    return 5 if any(gid == 5 for _, gid, _ in _group_entries(group, b":5")) else default
 
 
 def _is_number(text: str) -> bool:
@@ -92,7 +92,7 @@ def _find_user(user: str, passwd: bytes) -> tuple[bytes, int, int, bytes] | None
     """The first matching (name, uid, gid, home). Digits are always a uid, never a name, as in runc."""
     wanted_uid = 0 if user == "" else _id(user) if _is_number(user) else None
     wanted_name = user.encode("utf-8")
-    for line in passwd.split(b"\n"):
+    for line in _lines_with(wanted_name if wanted_uid is None else b"%d" % wanted_uid, passwd):
         fields = line.split(b":")
         if len(fields) < 4 or (wanted_uid is None and fields[0] != wanted_name):
             continue
@@ -108,7 +108,7 @@ def _find_gid(wanted: str, group: bytes) -> int:
     if _is_number(wanted):
         return _id(wanted)
     wanted_name = wanted.encode("utf-8")
-    for name, gid, _ in _group_entries(group):
+    for name, gid, _ in _group_entries(group, wanted_name):
         if name == wanted_name:
             return gid
     raise GroupNotFound(f"unable to find group {wanted}: no matching entries in group file")
@@ -117,14 +117,19 @@ def _find_gid(wanted: str, group: bytes) -> int:
 def _groups_listing(name: bytes, group: bytes, without: int) -> list[int]:
     if not name:
         return []
-    gids = {gid for _, gid, members in _group_entries(group) if name in members.split(b",")}
+    gids = {gid for _, gid, members in _group_entries(group, name) if name in members.split(b",")}
     return sorted(gids - {without})
 
 
-def _group_entries(group: bytes) -> list[tuple[bytes, int, bytes]]:
-    """(name, gid, comma-joined members) of every well-formed line."""
+def _lines_with(text: bytes, database: bytes) -> list[bytes]:
+    """The lines that can matter: taking all of them apart is most of the time a process needs to start."""
+    return [line for line in database.split(b"\n") if text in line]
+
+
+def _group_entries(group: bytes, text: bytes) -> list[tuple[bytes, int, bytes]]:
+    """(name, gid, comma-joined members) of every well-formed line that contains the text."""
     entries = []
-    for line in group.split(b"\n"):
+    for line in _lines_with(text, group):
         fields = line.split(b":")
         if len(fields) >= 3 and fields[0] and (gid := _file_id(fields[2])) is not None:
             entries.append((fields[0], gid, fields[3] if len(fields) > 3 else b""))
