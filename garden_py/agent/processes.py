@@ -65,9 +65,12 @@ class Process:
         return True
 
     def close(self) -> None:
-        """Give up everything. Idempotent."""
+        """Give up everything; a terminal first moves what the pty still holds. Idempotent."""
         if self.terminal is not None:
-            self.terminal.close()
+            if self.terminal.finish_alone():
+                self.ends.pop("stdin", None)
+            else:
+                self.terminal.close()
         for name in tuple(self.ends):
             self.close_end(name)
 

@@ -67,11 +67,7 @@ class Terminal:
         self._unwritten = b""  # only where splice is refused
         self._can_splice = True
         self._is_pumping = False
-
-    @property
-    def is_drained(self) -> bool:
-        """All output is in the pipe and its write end is closed."""
-        return self._pipe < 0
+        self._owns_master = False
 
     def start(self) -> None:
         """Begin to pump; once the child has opened the slave, for a master without one reads as hung up."""
@@ -83,6 +79,14 @@ class Terminal:
         """See `set_size`."""
         set_size(self._master, rows, columns)
 
+    def finish_alone(self) -> bool:
+        """Take over the master and close it when all output has been moved; False if that is the case now.
+
+        For a process that is forgotten while its last output is in the pty, which closing would discard.
+        """
+        self._owns_master = self._is_pumping and self._pipe >= 0
+        return self._owns_master
+
     def close(self) -> None:
         """Stop pumping and close the pipe's write end; the master is the caller's. Idempotent."""
         if self._pipe < 0:
@@ -91,6 +95,8 @@ class Terminal:
         self._loop.forget(self._pipe)
         posix.close(self._pipe)
         self._pipe = -1
+        if self._owns_master:
+            posix.close(self._master)
 
     def _on_ready(self, events: int) -> None:
         # One chunk a turn: a terminal that never stops writing must not starve the others.

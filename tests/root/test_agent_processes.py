@@ -387,6 +387,19 @@ def wait_until_readable(streams: Streams) -> None:
     assert select.select([streams.fds["stdout"]], [], [], 10)[0]
 
 
+def test_a_released_process_keeps_its_last_terminal_output(agent: AgentClient) -> None:
+    """The server may persist the exit while the pipe is full and the pty holds the rest."""
+    argv = sh("stty -opost; head -c 1200000 /dev/zero | tr '\\0' x")
+    with agent.spawn("p", argv, tty={"rows": 0, "columns": 0}) as streams:
+        read = 0
+        while not select.select([agent.socket], [], [], 0.05)[0]:  # read only as much as lets it exit
+            read += len(os.read(streams.fds["stdout"], 1 << 12))
+        agent.wait_exit("p")
+        agent.request("release", id="p")
+        streams.close("stdin")
+        assert read + len(streams.read_all("stdout")) == 1_200_000
+
+
 def test_a_terminal_survives_the_server(agent_path: Path) -> None:
     """What was typed and printed meanwhile is there for the next one."""
     with AgentClient(agent_path) as first:

@@ -88,6 +88,17 @@ def test_nobody_else_can_write_it(bundle: RuntimeBundle) -> None:
         assert status.st_uid == os.geteuid(), path
 
 
+def test_a_tight_umask_of_the_server_does_not_close_it(tmp_path: Path) -> None:
+    """The directory that is mounted is entered by users of other uid ranges."""
+    before = os.umask(0o077)
+    try:
+        bundle = build_runtime_bundle(tmp_path / "runtime")
+    finally:
+        os.umask(before)
+    for path in (bundle.directory.parent, bundle.directory, bundle.directory / "lib"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o755
+
+
 def test_the_loader_ignores_the_images_preload_list(bundle: RuntimeBundle) -> None:
     """/etc/ld.so.preload of an image would put any code into PID 1."""
     assert b"/etc/ld.so.preload" not in (bundle.directory / "lib" / bundle.loader).read_bytes()

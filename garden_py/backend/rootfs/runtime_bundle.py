@@ -133,7 +133,8 @@ def build_runtime_bundle(parent: Path) -> RuntimeBundle:
             "run the server with one"
         )
     version = _version(interpreter, loader)
-    parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    parent.mkdir(parents=True, exist_ok=True)
+    parent.chmod(0o755)  # containers of any uid range enter it, whatever our umask
     bundle = RuntimeBundle((parent / version).resolve(), version, loader.name)
     if not bundle.directory.is_dir():
         _build_aside(parent, bundle, interpreter, loader)
