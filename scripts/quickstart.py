@@ -196,10 +196,10 @@ def copy(tour: Tour) -> None:
         source, back = tour.place / "copy-in", tour.place / "copy-out"
         source.mkdir()
         (source / "data").write_bytes(os.urandom(1 << 20))
-        tour.garden("cp", str(source / "data"), "first:/tmp/")
-        tour.garden("run", "first", "ls", "-l", "/tmp/data")
+        tour.garden("cp", str(source / "data"), "first:/root/")
+        tour.garden("run", "first", "ls", "-l", "/root/data")
         back.mkdir()
-        tour.garden("cp", "first:/tmp/data", str(back))
+        tour.garden("cp", "first:/root/data", str(back))
         same = (
             hashlib.sha256((back / "data").read_bytes()).digest()
             == hashlib.sha256((source / "data").read_bytes()).digest()

@@ -1,0 +1,1 @@
+"""The service's ports made of real files and kernels."""

@@ -1,4 +1,4 @@
-"""JSON forms of the model's values, for the journal. Pydantic does the walking; the model's own rules are not re-checked."""
+"""JSON forms of the model's values, for the journal. Pydantic walks them; the model's rules are not re-checked."""
 
 from __future__ import annotations
 

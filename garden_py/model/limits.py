@@ -70,7 +70,7 @@ def limit_violations(limits: Limits, prefix: str) -> list[FieldViolation]:
 
 
 def shares_from_weight(weight: int) -> int:
-    """cgroup v1 cpu.shares with the same ratio to the default: 100 is to 1024 as weight is to the result.
+    """Shares (cgroup v1 cpu.shares) with the same ratio to the default: 100 is to 1024 as weight is to the result.
 
     Args:
         weight: 1 to 10000.
@@ -82,7 +82,7 @@ def shares_from_weight(weight: int) -> int:
 
 
 def weight_from_shares(shares: int) -> int:
-    """cgroup v2 cpu.weight for v1 shares as runtimes convert it today.
+    """The cgroup v2 cpu.weight for v1 shares as runtimes convert it today.
 
     Args:
         shares: 2 to 262144; outside values are clamped.

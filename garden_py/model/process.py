@@ -13,7 +13,8 @@ from .limits import Limits, limit_violations
 ARG_MAX_BYTES = 512 << 10
 RETENTION_FLOOR_BYTES = 64 << 10
 RLIMIT_NAMES = frozenset(
-    "as core cpu data fsize locks memlock msgqueue nice nofile nproc rss rtprio rttime sigpending stack".split()
+    ("as", "core", "cpu", "data", "fsize", "locks", "memlock", "msgqueue", "nice", "nofile", "nproc", "rss")
+    + ("rtprio", "rttime", "sigpending", "stack")
 )
 RLIM_INFINITY = (1 << 64) - 1
 
@@ -166,7 +167,7 @@ def parse_signal(text: str) -> int:
 
 
 def signal_name(number: int) -> str:
-    """ "SIGKILL" for 9; "signal 40" where there is no name."""
+    """The name of a signal: SIGKILL for 9; "signal 40" where there is none."""
     try:
         return _signal.Signals(number).name
     except ValueError:

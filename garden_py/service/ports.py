@@ -51,12 +51,23 @@ class ProcessRow:
 class Records(Protocol):
     """Where rows are kept; see backend/journal.py. A row is durable against SIGKILL when the call returns."""
 
-    def save_container(self, row: ContainerRow) -> None: ...
-    def forget_container(self, handle: str) -> None: ...
-    def containers(self) -> list[ContainerRow]: ...
-    def save_process(self, row: ProcessRow) -> None: ...
-    def forget_process(self, handle: str, process_id: str) -> None: ...
-    def processes(self, handle: str) -> list[ProcessRow]: ...
+    def save_container(self, row: ContainerRow) -> None:
+        """Insert or replace a container's row."""
+
+    def forget_container(self, handle: str) -> None:
+        """Remove a container's row and those of its processes."""
+
+    def containers(self) -> list[ContainerRow]:
+        """All rows, oldest first."""
+
+    def save_process(self, row: ProcessRow) -> None:
+        """Insert or replace a process's row."""
+
+    def forget_process(self, handle: str, process_id: str) -> None:
+        """Remove a process's row."""
+
+    def processes(self, handle: str) -> list[ProcessRow]:
+        """A container's processes, oldest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,11 +153,16 @@ class OutputLog(Protocol):
     """A stored output stream of a process, addressed by byte offset from 0."""
 
     @property
-    def first_offset(self) -> int: ...
+    def first_offset(self) -> int:
+        """The first byte still kept."""
+
     @property
-    def end_offset(self) -> int: ...
+    def end_offset(self) -> int:
+        """The offset after the last byte so far."""
+
     @property
-    def closed(self) -> bool: ...
+    def closed(self) -> bool:
+        """Whether no more bytes will come."""
 
     def open_reader(self, offset: int, wake: asyncio.Event | None = None) -> OutputReader:
         """A reader from offset.
@@ -164,18 +180,30 @@ class RunningProcess(Protocol):
     """A process that a backend started; stays usable after the exit."""
 
     @property
-    def id(self) -> str: ...
-    @property
-    def pid(self) -> int: ...
-    @property
-    def spec(self) -> ProcessSpec: ...
-    @property
-    def started_ns(self) -> int: ...
-    @property
-    def exit(self) -> ExitStatus | None: ...
+    def id(self) -> str:
+        """Its name in the container."""
 
-    def output(self, stream: OutputStream) -> OutputLog: ...
-    async def wait(self) -> ExitStatus: ...
+    @property
+    def pid(self) -> int:
+        """As the container numbers it."""
+
+    @property
+    def spec(self) -> ProcessSpec:
+        """As it was started."""
+
+    @property
+    def started_ns(self) -> int:
+        """CLOCK_REALTIME."""
+
+    @property
+    def exit(self) -> ExitStatus | None:
+        """How it ended; None while it runs."""
+
+    def output(self, stream: OutputStream) -> OutputLog:
+        """One of its stored output streams."""
+
+    async def wait(self) -> ExitStatus:
+        """How it ended, as soon as it has."""
 
     async def write_stdin(self, data: bytes, offset: int | None) -> None:
         """Feed stdin; waits while the pipe is full. Data for a process that no longer reads is dropped.
@@ -185,8 +213,11 @@ class RunningProcess(Protocol):
             OffsetOutOfRange: offset leaves a gap.
         """
 
-    async def close_stdin(self) -> None: ...
-    async def resize(self, size: WindowSize) -> None: ...
+    async def close_stdin(self) -> None:
+        """End stdin; twice is fine."""
+
+    async def resize(self, size: WindowSize) -> None:
+        """Set the terminal's size; NoTty without one."""
 
     async def signal(self, number: int, *, group: bool) -> bool:
         """Send a signal; False if the process had exited."""
@@ -226,7 +257,8 @@ class Backend(Protocol):
     async def close(self) -> None:
         """Let go without touching any container."""
 
-    def capacity(self) -> HostCapacity: ...
+    def capacity(self) -> HostCapacity:
+        """What host and pools offer."""
 
     async def create(self, spec: ContainerSpec, record: Callable[[dict[str, Any]], None]) -> None:
         """Make a container that can run processes; on any failure nothing of it is left.
@@ -246,23 +278,43 @@ class Backend(Protocol):
             Unkillable: the kernel holds on to something past the deadline; call again.
         """
 
-    def facts_of_network(self, handle: str) -> NetworkFacts: ...
-    def pid(self, handle: str) -> int: ...
-    async def signal_all(self, handle: str, number: int) -> None: ...
-    def workload_count(self, handle: str) -> int: ...
-    async def usage(self, handle: str) -> Usage: ...
-    async def limits(self, handle: str) -> Limits: ...
-    async def update_limits(self, handle: str, limits: Limits) -> Limits: ...
+    def facts_of_network(self, handle: str) -> NetworkFacts:
+        """A container's addresses and mapped ports."""
+
+    def pid(self, handle: str) -> int:
+        """PID 1 of a container, as the host numbers it."""
+
+    async def signal_all(self, handle: str, number: int) -> None:
+        """Signal every process of a container but PID 1."""
+
+    def workload_count(self, handle: str) -> int:
+        """Tasks of a container, the agent not counted."""
+
+    async def usage(self, handle: str) -> Usage:
+        """What a container uses now."""
+
+    async def limits(self, handle: str) -> Limits:
+        """The limits in force, read from the kernel; 0 where there is none."""
+
+    async def update_limits(self, handle: str, limits: Limits) -> Limits:
+        """Change limits; those in force afterwards. InvalidField if the kernel refuses."""
+
     async def map_port(
         self, handle: str, mapping: PortMapping, record: Callable[[dict[str, Any]], None]
-    ) -> PortMapping: ...
-    async def set_egress(self, handle: str, policy: EgressPolicy) -> None: ...
-    async def egress_counts(self, handle: str, rules: int) -> EgressCounts: ...
+    ) -> PortMapping:
+        """Make a port reachable on the host; PortInUse, PoolExhausted. The mapping with its ports filled in."""
+
+    async def set_egress(self, handle: str, policy: EgressPolicy) -> None:
+        """Replace the egress policy in one step; established connections go on."""
+
+    async def egress_counts(self, handle: str, rules: int) -> EgressCounts:
+        """What each of the policy's `rules` rules has decided."""
 
     async def start_process(self, handle: str, spec: ProcessSpec, env: tuple[str, ...]) -> RunningProcess:
         """Start a process; returns when its program runs.
 
         Args:
+            handle: of the container.
             spec: with id filled in.
             env: the container's and the process's entries, later wins.
 

@@ -45,9 +45,11 @@ class ServerProcess:
     def start(self) -> None:
         """Start it and wait for its ready line; shows the log if it does not come."""
         log = (self.place / "log").open("a")
-        argv = [sys.executable, "-m", "garden_py", "server", "--log-level", "debug", "--log-format", "json", *self.flags]
+        argv = [sys.executable, "-m", "garden_py", "server", "--log-level", "debug", "--log-format", "json"]
         with log:
-            self.process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=log, text=True, stdin=subprocess.DEVNULL)
+            self.process = subprocess.Popen(
+                [*argv, *self.flags], stdout=subprocess.PIPE, stderr=log, text=True, stdin=subprocess.DEVNULL
+            )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line.startswith("garden server ready on "):
@@ -80,7 +82,7 @@ class ServerProcess:
 
 @contextlib.contextmanager
 def running_server(*extra: str, network_pool: str = "") -> Iterator[ServerProcess]:
-    """A server with directories, addresses, ports and uids of its own; whatever is left of it is destroyed at the end."""
+    """A server with directories, addresses, ports and uids of its own; at the end its containers are destroyed."""
     number = next(_numbers)
     place = Path(tempfile.mkdtemp(prefix="gt-", dir="/var/tmp"))
     place.chmod(0o755)

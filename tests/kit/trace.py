@@ -45,13 +45,15 @@ def _processes() -> set[str]:
         if not entry.isdigit():
             continue
         try:
-            command = Path(f"/proc/{entry}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            command = (
+                Path(f"/proc/{entry}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            )
             state = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[0]
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if state != "Z" and any(word in command for word in ("/dev/.garden", "garden_py", "runc --root", "crun --root")):
-            if int(entry) != os.getpid() and "pytest" not in command:
-                found.add(f"{entry} {command[:120]}")
+        ours = any(word in command for word in ("/dev/.garden", "garden_py", "runc --root", "crun --root"))
+        if ours and state != "Z" and "pytest" not in command:
+            found.add(f"{entry} {command[:120]}")
     return found
 
 

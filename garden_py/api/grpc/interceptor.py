@@ -43,7 +43,7 @@ def _guard_single(
         started = time.monotonic()
         try:
             answer = await inner(request, context)
-        except Exception as error:  # noqa: BLE001 - turned into a status below
+        except Exception as error:
             await _abort(error, context, method, started)
             raise AssertionError("abort raises") from error
         log.debug("rpc.done", method=method, took_ms=_ms_since(started))

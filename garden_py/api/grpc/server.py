@@ -109,6 +109,9 @@ class GrpcDoor:
         """Answer no new calls, give running ones a moment, end them."""
         await self._health.enter_graceful_shutdown()
         await self._server.stop(_STOP_GRACE_S)
+        self._unlink_socket()
+
+    def _unlink_socket(self) -> None:
         if self._config.listen_address.startswith("unix:"):
             Path(self._config.listen_address.removeprefix("unix:")).unlink(missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""From limits to cgroup files and back. `plan_writes` and the parsers are pure; `write_limits` and `read_limits` act."""
+"""From limits to cgroup files and back. `plan_writes` and `parse_max` are pure, `write_` and `read_limits` act."""
 
 from __future__ import annotations
 

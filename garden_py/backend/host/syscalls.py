@@ -33,19 +33,19 @@ def _fail(path: str | Path | None = None) -> OSError:
 
 
 def mount(source: str, target: Path, fstype: str, flags: int = 0, data: str = "") -> None:
-    """Attach a file system at target. mount(2)."""
+    """Attach a file system at target. Source: mount(2)."""
     if _libc.mount(os.fsencode(source), os.fsencode(target), fstype.encode(), flags, data.encode()) != 0:
         raise _fail(target)
 
 
 def umount(target: Path, *, lazy: bool = False) -> None:
-    """Detach the mount at target; lazy: even if it is busy. umount2(2)."""
+    """Detach what is mounted at target; lazy: even if it is busy. Source: umount2(2)."""
     if _libc.umount2(os.fsencode(target), MNT_DETACH if lazy else 0) != 0:
         raise _fail(target)
 
 
 def unshare(flags: int) -> None:
-    """Leave the namespaces named by CLONE_* flags for new ones. unshare(2)."""
+    """Leave the namespaces named by CLONE_* flags for new ones. See unshare(2)."""
     if _libc.unshare(flags) != 0:
         raise _fail()
 
@@ -81,7 +81,7 @@ def set_mount_attributes(mount_fd: int, attributes: int, *, userns_fd: int | Non
 
 
 def attach_mount(mount_fd: int, target: Path) -> None:
-    """Attach a detached mount at target. move_mount(2)."""
+    """Attach a detached mount at target. Source: move_mount(2)."""
     if (
         _libc.syscall(_MOVE_MOUNT, mount_fd, b"", _AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH)
         != 0

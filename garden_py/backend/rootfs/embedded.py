@@ -16,8 +16,8 @@ _FILES = {
     "etc/shells": "/bin/sh\n",
     "etc/nsswitch.conf": "hosts: files dns\n",
 }
-_DIRECTORIES = {"bin": 0o755, "dev": 0o755, "etc": 0o755, "home": 0o755, "proc": 0o755, "root": 0o700, "run": 0o755,
-                "sbin": 0o755, "sys": 0o755, "tmp": 0o1777, "usr/bin": 0o755, "usr/sbin": 0o755, "var/tmp": 0o1777}  # fmt: skip
+_PLAIN = ("bin", "dev", "etc", "home", "proc", "run", "sbin", "sys", "usr/bin", "usr/sbin")
+_DIRECTORIES = dict.fromkeys(_PLAIN, 0o755) | {"root": 0o700, "tmp": 0o1777, "var/tmp": 0o1777}
 
 
 def build_embedded_rootfs(parent: Path) -> Path:

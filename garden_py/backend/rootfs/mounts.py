@@ -9,7 +9,8 @@ Everything lies below one directory on a tmpfs that only the launcher sees:
 The runtime clones the namespace, pivots into `rootfs`, and the launcher lets go of its copy. No mount is ever visible
 on the host, so none can leak or hold a directory busy.
 
-Source: mount_setattr(2) (id-mapped mounts), overlayfs.rst ("volatile" skips syncs that a throw-away layer does not need).
+Source: mount_setattr(2) (id-mapped mounts); overlayfs.rst ("volatile" skips syncs that a throw-away layer does
+not need).
 """
 
 from __future__ import annotations

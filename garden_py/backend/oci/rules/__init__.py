@@ -1,1 +1,1 @@
-"""One rule a file. Each `apply(config, request, facts, data)` changes its own aspect of the configuration in place."""
+"""One rule a file: each `apply(config, request, facts, data)` changes its own aspect of the configuration."""
