@@ -90,7 +90,8 @@ class Journal:
         """Insert or replace a container's row."""
         self._db.execute(
             "INSERT INTO containers VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (handle) DO UPDATE SET "
-            "state = excluded.state, state_reason = excluded.state_reason, spec = excluded.spec, facts = excluded.facts",
+            "state = excluded.state, state_reason = excluded.state_reason, "
+            "spec = excluded.spec, facts = excluded.facts",
             (
                 row.handle, row.state.value, row.state_reason, row.request_id, row.created_ns,
                 json.dumps(row.spec), json.dumps(row.facts),

@@ -13,8 +13,24 @@ from .limits import Limits, limit_violations
 ARG_MAX_BYTES = 512 << 10
 RETENTION_FLOOR_BYTES = 64 << 10
 RLIMIT_NAMES = frozenset(
-    ("as", "core", "cpu", "data", "fsize", "locks", "memlock", "msgqueue", "nice", "nofile", "nproc", "rss")
-    + ("rtprio", "rttime", "sigpending", "stack")
+    (
+        "as",
+        "core",
+        "cpu",
+        "data",
+        "fsize",
+        "locks",
+        "memlock",
+        "msgqueue",
+        "nice",
+        "nofile",
+        "nproc",
+        "rss",
+        "rtprio",
+        "rttime",
+        "sigpending",
+        "stack",
+    )
 )
 RLIM_INFINITY = (1 << 64) - 1
 

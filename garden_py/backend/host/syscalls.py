@@ -33,7 +33,10 @@ def _fail(path: str | Path | None = None) -> OSError:
 
 
 def mount(source: str, target: Path, fstype: str, flags: int = 0, data: str = "") -> None:
-    """Attach a file system at target. Source: mount(2)."""
+    """Attach a file system at target.
+
+    Source: mount(2).
+    """
     if _libc.mount(os.fsencode(source), os.fsencode(target), fstype.encode(), flags, data.encode()) != 0:
         raise _fail(target)
 
@@ -45,7 +48,10 @@ def umount(target: Path, *, lazy: bool = False) -> None:
 
 
 def unshare(flags: int) -> None:
-    """Leave the namespaces named by CLONE_* flags for new ones. See unshare(2)."""
+    """Leave the namespaces named by CLONE_* flags for new ones.
+
+    Source: unshare(2).
+    """
     if _libc.unshare(flags) != 0:
         raise _fail()
 
