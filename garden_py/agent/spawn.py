@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import posix
 import time
 
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
     from garden_py.agent.processes import ProcessTable
     from garden_py.wire import Value
 
-_F_SETPIPE_SZ = 1031  # fcntl(2); fcntl.F_SETPIPE_SZ exists, but not in every build of 3.11
-_OUTPUT_PIPE_BYTES = 1 << 20
 _STATUS_BYTES = 8 << 10
 _RESERVED_FDS = 32  # kept free for connections and for the descriptors they bring
 
@@ -55,7 +52,6 @@ class Streams:
             read, write = self._pipe()
             self.child_ends.append(write)
             self.server_ends[name] = read
-            _grow(write)
 
     def make_terminal(self, devpts_fd: int, rows: int, columns: int) -> None:
         """A pty, and the pipe that its output is pumped into."""
@@ -63,7 +59,6 @@ class Streams:
         pty.set_size(master, rows, columns)
         self.server_ends["stdout"], self.terminal_pipe = self._pipe()
         posix.set_blocking(self.terminal_pipe, False)
-        _grow(self.terminal_pipe)
 
     def close_child_ends(self) -> None:
         """After the fork: the process alone holds its ends."""
@@ -95,14 +90,6 @@ class Streams:
             posix.close(fd)
             raise OSError(errno.EMFILE, posix.strerror(errno.EMFILE))
         return fd
-
-
-def _grow(pipe: int) -> None:
-    try:
-        fcntl.fcntl(pipe, _F_SETPIPE_SZ, _OUTPUT_PIPE_BYTES)
-    except PermissionError:
-        # pipe(7): beyond pipe-user-pages-soft an unprivileged owner may not grow further. Only slower.
-        return
 
 
 class Spawner:

@@ -73,7 +73,9 @@ class Processes:
             spec=dump_process_spec(spec),
             exit=None,
         )
-        self._registry.records.save_process(row)
+        self._registry.records.save_process(
+            row
+        )  # its pid comes with its exit; after a restart the agent tells it
         try:
             env = (*container.spec.env, *spec.env)
             process = await self._backend.start_process(container.handle, spec, env)
@@ -85,8 +87,6 @@ class Processes:
         self._events.publish(EventKind.PROCESS_STARTED, container.handle, process_id=spec.id)
         if process.exit is not None:
             self.record_exit(container, process)
-        else:
-            self._registry.records.save_process(replace(row, pid=process.pid, started_ns=process.started_ns))
         return entry
 
     def get(self, handle: str, process_id: str) -> RunningProcess:

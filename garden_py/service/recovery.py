@@ -5,7 +5,7 @@ from __future__ import annotations
 import structlog
 
 from garden_py.model.codec import load_container_spec, load_process_spec
-from garden_py.model.errors import GardenError
+from garden_py.model.errors import GardenError, ProcessNotFound
 from garden_py.model.lifecycle import USABLE, State
 from garden_py.service.containers import Containers
 from garden_py.service.events import EventHub, EventKind
@@ -75,11 +75,16 @@ class Recovery:
             spec = load_process_spec(row.spec)
             try:
                 process = await self._backend.adopt_process(container.handle, row, spec)
+            except ProcessNotFound:
+                self._registry.records.forget_process(container.handle, row.id)
+                continue
             except GardenError as error:
                 log.error("process.lost", handle=container.handle, process_id=row.id, error=str(error))
                 continue
             container.processes[row.id] = ProcessEntry(process, row.request_id)
-            if process.exit is not None:
+            if row.exit is not None:
+                process.exit_recorded()
+            elif process.exit is not None:
                 self._processes.record_exit(container, process)
 
     # --- what the backend reports

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any, TypeAlias
 
@@ -237,34 +237,15 @@ class GardenServicer(garden_pb2_grpc.GardenServicer):
         self, process: RunningProcess, feed: ProcessFeed, inputs: AsyncIterator[pb.ProcessInput | None]
     ) -> AsyncIterator[pb.ProcessEvent]:
         """Output to the client while its input is applied; bad input ends the stream with its error."""
-        failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-        def fail(error: Exception) -> None:
-            if not failed.done():
-                failed.set_exception(error)
-
-        feeding = asyncio.ensure_future(feed_input(process, inputs, fail))
+        feeding = asyncio.ensure_future(feed_input(process, inputs, feed.fail))
         try:
             async with aclosing(feed.events()) as events:
-                following = asyncio.ensure_future(_next_or_none(events))
-                while True:
-                    waited: list[asyncio.Future[Any]] = [following, failed]
-                    await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
-                    if failed.done():
-                        following.cancel()
-                        await asyncio.gather(following, return_exceptions=True)
-                        failed.result()
-                    event = following.result()
-                    if event is None:
-                        return
+                async for event in events:
                     yield event
-                    following = asyncio.ensure_future(_next_or_none(events))
         finally:
             feed.close()
             feeding.cancel()
-            await asyncio.gather(feeding, return_exceptions=True)
-            if failed.done():
-                failed.exception()
+            await asyncio.wait([feeding])
 
     async def StartProcess(self, request: pb.StartProcessRequest, context: Context) -> pb.Process:
         """See the proto."""
@@ -311,10 +292,6 @@ class GardenServicer(garden_pb2_grpc.GardenServicer):
         """See the proto."""
         found = self._core.processes.list_processes(request.handle)
         return pb.ListProcessesResponse(processes=[convert.process_to(request.handle, p) for p in found])
-
-
-async def _next_or_none(events: AsyncGenerator[pb.ProcessEvent, None]) -> pb.ProcessEvent | None:
-    return await anext(events, None)
 
 
 async def _inputs(

@@ -25,6 +25,7 @@ class ProcessFeed:
     def __init__(self, process: RunningProcess, offsets: dict[OutputStream, int | None]) -> None:
         self._process = process
         self._wake = asyncio.Event()
+        self._failure: Exception | None = None
         self._readers: dict[OutputStream, OutputReader] = {}
         try:
             for stream, offset in offsets.items():
@@ -47,6 +48,8 @@ class ProcessFeed:
         ends: dict[OutputStream, int] | None = None
         while unclosed or not exit_sent:
             self._wake.clear()
+            if self._failure is not None:
+                raise self._failure
             idle = True
             for stream, reader in list(unclosed.items()):
                 closed = self._process.output(stream).closed
@@ -67,6 +70,11 @@ class ProcessFeed:
                     yield pb.ProcessEvent(exited=convert.exit_to(status))
             if idle:
                 await self._wake.wait()
+
+    def fail(self, error: Exception) -> None:
+        """End the events with this error: the caller's input was bad."""
+        self._failure = error
+        self._wake.set()
 
     def close(self) -> None:
         """Stop holding the streams back; twice is fine."""

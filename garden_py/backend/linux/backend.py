@@ -27,7 +27,14 @@ from garden_py.backend.oci.data import load_runc_config
 from garden_py.backend.rootfs.embedded import build_embedded_rootfs
 from garden_py.config import Config
 from garden_py.model.codec import load_exit
-from garden_py.model.errors import ContainerBroken, ContainerNotFound, GardenError, HostFault, InvalidField
+from garden_py.model.errors import (
+    ContainerBroken,
+    ContainerNotFound,
+    GardenError,
+    HostFault,
+    InvalidField,
+    ProcessNotFound,
+)
 from garden_py.model.lifecycle import USABLE
 from garden_py.model.limits import Limits
 from garden_py.model.netrule import EgressPolicy
@@ -330,9 +337,15 @@ class LinuxBackend:
         )
 
     async def adopt_process(self, handle: str, row: ProcessRow, spec: ProcessSpec) -> LinuxProcess:
-        """The process of a row after a restart: connected again if its agent still holds it."""
+        """The process of a row after a restart: connected again if its agent still holds it.
+
+        The agent holds a process until its exit is in the journal; so one that it does not hold and that has no exit
+        there was never started.
+        """
         container = self._get(handle)
         held = spec.id in container.held
+        if not held and row.exit is None:
+            raise ProcessNotFound(handle, spec.id)
         process = container.make_process(
             spec,
             pid=row.pid,
@@ -340,25 +353,23 @@ class LinuxBackend:
             directory=self._site.depot.streams(handle, spec.id),
             retention_bytes=self._config.output_retention_bytes,
             alive=held,
+            recover=True,
         )
         container.processes[spec.id] = process
         if row.exit is not None:
             process.finish(load_exit(row.exit))
         if held:
             spawned = await container.link.attach(spec.id, is_tty=spec.tty is not None)
+            process.pid = spawned.pid
             process.connect(
                 spawned, lambda reason: log.warning("stream.failed", handle=handle, reason=reason)
             )
             ended = container.held[spec.id]
             if ended is not None and process.exit is None:
                 process.ended(ended)
-                self._events.process_exited(handle, process)
         else:
-            for log_ in process.logs.values():
-                log_.close()
-            if row.exit is None:
-                process.lost("its agent does not know it any more", time.time_ns())
-                self._events.process_exited(handle, process)
+            for output in process.logs.values():
+                output.close()
         return process
 
     async def forget_process(self, handle: str, process_id: str) -> None:

@@ -206,6 +206,7 @@ class LinuxContainer:
         directory: Path,
         retention_bytes: int,
         alive: bool,
+        recover: bool = False,
     ) -> LinuxProcess:
         """A LinuxProcess wired to this container's agent and cgroups."""
         leaf = self.leaf_of(spec)
@@ -215,6 +216,7 @@ class LinuxContainer:
             started_ns=started_ns,
             directory=directory,
             retention_bytes=retention_bytes,
+            recover=recover,
             link=self._link if alive else None,
             oom_kills=lambda: read_oom_kills(self.cgroup, leaf),
             describe_oom=lambda: describe_memory_limit(read_limits(self.cgroup, leaf=limit_leaf(leaf))),

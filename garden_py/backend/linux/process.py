@@ -38,6 +38,7 @@ class LinuxProcess:
         started_ns: int,
         directory: Path,
         retention_bytes: int,
+        recover: bool,
         link: AgentLink | None,
         oom_kills: Callable[[], int],
         describe_oom: Callable[[], str],
@@ -56,7 +57,10 @@ class LinuxProcess:
         self._stdin = StdinFeed(spec.id, -1, is_tty=spec.tty is not None)
         self._pumps: dict[OutputStream, Pump] = {}
         retention = spec.output_retention_bytes or retention_bytes
-        self.logs = {s: SegmentLog(directory, s.value, retention_bytes=retention) for s in OutputStream}
+        self.logs = {
+            s: SegmentLog(directory, s.value, retention_bytes=retention, recover=recover)
+            for s in OutputStream
+        }
         self.directory = directory
 
     @property
@@ -77,8 +81,6 @@ class LinuxProcess:
     def _ended(self, stream: OutputStream) -> Callable[[], None]:
         def ended() -> None:
             self._pumps.pop(stream, None)
-            if self._link is not None and self._link.is_open:
-                self._start(self._link.drop_output(self.id, stream.value))
             self._release_when_done()
 
         return ended

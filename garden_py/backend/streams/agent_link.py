@@ -240,10 +240,6 @@ class AgentLink:
         """Have the agent drop its duplicate of stdin, so that the process sees the end."""
         await self._tell({"op": "close_stdin", "id": process_id})
 
-    async def drop_output(self, process_id: str, stream: str) -> None:
-        """Have it drop its duplicate of an output that has been read to its end."""
-        await self._tell({"op": "drop_output", "id": process_id, "stream": stream})
-
     async def resize(self, process_id: str, size: WindowSize) -> None:
         """Set a terminal's size."""
         await self._tell({"op": "resize", "id": process_id, "rows": size.rows, "columns": size.columns})

@@ -58,9 +58,10 @@ class SegmentLog:
         directory: holds the segment files; made when the first byte comes.
         name: "stdout" or "stderr".
         retention_bytes: most bytes kept.
+        recover: look for what an earlier server has stored; of a new process there is nothing.
     """
 
-    def __init__(self, directory: Path, name: str, *, retention_bytes: int) -> None:
+    def __init__(self, directory: Path, name: str, *, retention_bytes: int, recover: bool = True) -> None:
         self._directory = directory
         self._name = name
         self._segment_bytes = min(SEGMENT_BYTES, max(16 << 10, retention_bytes // 4))
@@ -71,7 +72,8 @@ class SegmentLog:
         self.end_offset = 0
         self.closed = False
         self._when_reader_moves: Callable[[], None] | None = None
-        self._recover()
+        if recover:
+            self._recover()
 
     def _recover(self) -> None:
         """Find what an earlier server has stored."""
