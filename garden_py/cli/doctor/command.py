@@ -1,0 +1,154 @@
+"""The `garden doctor` command: runs every check and prints what it found."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from garden_py.cli import parse, render
+from garden_py.cli.doctor import identity, kernel, network, runtimes, storage
+from garden_py.cli.doctor.finding import Finding, Level
+
+_COLOURS = {Level.OK: "\x1b[32m", Level.WARN: "\x1b[33m", Level.FAIL: "\x1b[31m"}
+_UIDS_PER_CONTAINER = 65_536
+_MAX_COLUMNS = 110
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The server's settings that checks depend on; the defaults are the server's."""
+
+    state_dir: Path
+    runtime: str
+    pool: ipaddress.IPv4Network
+    uid_start: int
+    uid_ranges: int
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document, for programs.")] = False,
+    state_dir: Annotated[
+        str, typer.Option("--state-dir", metavar="DIR", help="As for `garden server`.")
+    ] = "/var/lib/garden",
+    runtime: Annotated[
+        str, typer.Option("--runtime", metavar="NAME", help="As for `garden server`.")
+    ] = "runc",
+    network_pool: Annotated[
+        str, typer.Option("--network-pool", metavar="CIDR", help="As for `garden server`.")
+    ] = "10.254.0.0/22",
+    uid_pool_start: Annotated[
+        int, typer.Option("--uid-pool-start", metavar="UID", help="As for `garden server`.")
+    ] = 0x7000_0000,
+    uid_pool_size: Annotated[
+        int, typer.Option("--uid-pool-size", metavar="N", help="As for `garden server`.")
+    ] = 4096,
+) -> None:
+    """Check what this host can do for containers.
+
+    Most things are found out by trying them, in namespaces that vanish with the trial; nothing is changed and
+    no server is needed. Exit code 1 if something is missing that no container can do without (FAIL).
+
+        garden doctor
+
+        garden doctor --json | jq '.[] | select(.level != "OK")'
+    """
+    try:
+        pool = ipaddress.IPv4Network(network_pool)
+    except ValueError as error:
+        raise parse.BadInput(f"--network-pool: {error}") from error
+    if not state_dir.startswith("/"):
+        raise parse.BadInput(f"--state-dir: {state_dir!r} is not an absolute path")
+    plan = Plan(Path(state_dir), runtime, pool, uid_pool_start, uid_pool_size)
+    findings = run_checks(plan)
+    if as_json:
+        render.print_json(findings)
+    else:
+        _print_findings(findings)
+    if any(finding.level is Level.FAIL for finding in findings):
+        raise typer.Exit(1)
+
+
+def run_checks(plan: Plan) -> list[Finding]:
+    """Every check, in the order in which a reader wants to know."""
+    checks: list[Callable[[], Finding | list[Finding]]] = [
+        kernel.check_root,
+        lambda: Finding("kernel", Level.OK, f"{os.uname().release} {os.uname().machine}"),
+        kernel.check_user_namespaces,
+        lambda: kernel.check_overlayfs(plan.state_dir),
+        lambda: kernel.check_idmapped_mounts(plan.state_dir),
+        lambda: kernel.check_idmapped_overlay(plan.state_dir),
+        kernel.check_cgroups,
+        kernel.check_seccomp,
+        kernel.check_pidfd,
+        lambda: kernel.check_splice(plan.state_dir),
+        lambda: runtimes.check_runtimes(plan.runtime),
+        network.check_libnftables,
+        network.check_nf_tables,
+        network.check_nflog,
+        network.check_bridge_family,
+        network.check_links,
+        lambda: network.check_address_pool(plan.pool),
+        network.check_forwarding,
+        network.check_conntrack,
+        lambda: storage.check_state_directory(plan.state_dir),
+        lambda: storage.check_disk_quota(plan.state_dir),
+        identity.check_capabilities,
+        lambda: identity.check_uid_pool(plan.uid_start, plan.uid_ranges * _UIDS_PER_CONTAINER),
+        identity.check_memory,
+        identity.check_open_files,
+        identity.check_process_numbers,
+        check_busybox,
+    ]
+    findings: list[Finding] = []
+    for check in checks:
+        outcome = check()
+        findings += outcome if isinstance(outcome, list) else [outcome]
+    return findings
+
+
+def check_busybox() -> Finding:
+    """The root file system of containers that name no image is made from it."""
+    path = shutil.which("busybox")
+    if path is not None:
+        return Finding("busybox", Level.OK, path)
+    return Finding(
+        "busybox",
+        Level.WARN,
+        "not installed",
+        "containers must name an image, or the server a --default-rootfs",
+        "apt install busybox-static",
+    )
+
+
+def _print_findings(findings: list[Finding]) -> None:
+    width = max(len(finding.check) for finding in findings)
+    colour = sys.stdout.isatty()
+    for finding in findings:
+        mark = finding.level.ljust(4)
+        if colour:
+            mark = f"{_COLOURS[finding.level]}{mark}\x1b[0m"
+        typer.echo(f"{mark}  {finding.check.ljust(width)}  {finding.found}")
+        for heading, text in (("cost: ", finding.cost), ("get it: ", finding.remedy)):
+            if text:
+                typer.echo(_wrapped(heading, text, indent=width + 8))
+    counts = {level: sum(finding.level is level for finding in findings) for level in Level}
+    typer.echo(
+        f"\n{len(findings)} checks: " + ", ".join(f"{count} {level}" for level, count in counts.items())
+    )
+
+
+def _wrapped(heading: str, text: str, *, indent: int) -> str:
+    columns = min(shutil.get_terminal_size().columns, _MAX_COLUMNS)
+    blanks = " " * indent
+    return textwrap.fill(
+        text, max(columns, indent + 40), initial_indent=blanks + heading, subsequent_indent=blanks + "  "
+    )
