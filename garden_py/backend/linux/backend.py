@@ -178,8 +178,8 @@ class LinuxBackend:
     async def create(self, spec: ContainerSpec, record: Callable[[dict[str, Any]], None]) -> None:
         """Make a container; on failure nothing of it is left."""
         facts = self._construction.lease(spec)
-        record(facts.to_json())
         try:
+            record(facts.to_json())
             async with asyncio.timeout(self._config.create_timeout_s):
                 container = await self._construction.build(spec, facts, record, self._events)
         except BaseException as failure:

@@ -1,0 +1,267 @@
+"""What every backend promises about containers: all or nothing, any number of times, and recorded beforehand."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import tarfile
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from kit.stage import Stage, chunks_of, eventually, exit_of, full_spec, output_of
+
+from garden_py.model import errors
+from garden_py.model.limits import Limits
+from garden_py.model.netrule import DefaultAction, EgressPolicy, parse_egress_rule
+from garden_py.model.process import OutputStream
+from garden_py.model.spec import PortMapping, Transport
+
+
+class Refused(Exception):
+    """A record that cannot be written."""
+
+
+async def test_create_gives_a_container_that_runs_processes(stage: Stage) -> None:
+    """The return of create is the promise that everything is in place."""
+    handle = await stage.create()
+    network = stage.backend.facts_of_network(handle)
+    assert network.container_ip
+    assert network.host_ip
+    assert network.container_ip != network.host_ip
+    assert stage.backend.pid(handle) > 1
+    assert stage.backend.workload_count(handle) == 0
+    process = await stage.start(handle, "echo", "alive")
+    assert await output_of(process) == (b"alive\n", b"")
+
+
+async def test_two_containers_share_nothing_that_names_them(stage: Stage) -> None:
+    """Addresses and PID 1 tell containers apart on the host."""
+    first, second = await stage.create(), await stage.create()
+    assert stage.backend.pid(first) != stage.backend.pid(second)
+    addresses = [stage.backend.facts_of_network(h).container_ip for h in (first, second)]
+    assert len(set(addresses)) == 2
+
+
+async def test_facts_are_recorded_before_anything_is_made(stage: Stage) -> None:
+    """A server killed at any moment must find what it had begun: no record, no container."""
+    before = stage.backend.capacity().ports_in_use
+
+    def refuse(facts: dict[str, Any]) -> None:
+        raise Refused
+
+    with pytest.raises(Refused):
+        await stage.backend.create(full_spec("unrecorded", port_mappings=(PortMapping(0, 80),)), refuse)
+    with pytest.raises(errors.ContainerNotFound):
+        stage.backend.pid("unrecorded")
+    assert stage.backend.capacity().ports_in_use == before
+
+
+async def test_facts_alone_are_enough_to_destroy(stage: Stage) -> None:
+    """A destroy after a restart has nothing but the journal."""
+    handle = await stage.create()
+    process = await stage.start(handle, "sleep", "1000")
+    await stage.restart()
+    await stage.destroy(handle)
+    with pytest.raises(errors.ContainerNotFound):
+        stage.backend.pid(handle)
+    assert process.pid > 1
+
+
+async def test_destroy_may_be_repeated(stage: Stage) -> None:
+    """Callers retry; a destroy of what is gone, or never was, is done at once."""
+    handle = await stage.create()
+    await stage.destroy(handle)
+    await stage.destroy(handle)
+    await stage.backend.destroy("never-made", {})
+    with pytest.raises(errors.ContainerNotFound):
+        await stage.backend.usage(handle)
+
+
+async def test_a_handle_can_be_used_again_after_destroy(stage: Stage) -> None:
+    """Nothing of the first container is seen by the second."""
+    for round_ in ("one", "two"):
+        await stage.create("again", limits=Limits(pids=64))
+        process = await stage.start("again", "echo", round_, id="same-id")
+        assert (await output_of(process))[0] == f"{round_}\n".encode()
+        await stage.destroy("again")
+
+
+async def test_address_is_free_again_after_destroy(stage: Stage) -> None:
+    """More containers than the pool holds can be made one after the other."""
+    addresses = set()
+    for _ in range(3):
+        handle = await stage.create()
+        addresses.add(stage.backend.facts_of_network(handle).container_ip)
+        await stage.destroy(handle)
+    assert len(addresses) == 1
+
+
+async def test_failed_create_leaves_nothing(stage: Stage) -> None:
+    """A port that is taken fails the create; the pools are as before and the handle can be used."""
+    first = await stage.create(port_mappings=(PortMapping(0, 80),))
+    taken = stage.backend.facts_of_network(first).mapped_ports[0].host_port
+    before = stage.backend.capacity().ports_in_use
+    with pytest.raises(errors.PortInUse) as refused:
+        await stage.create("loser", port_mappings=(PortMapping(0, 80), PortMapping(taken, 80)))
+    assert refused.value.port == taken
+    assert stage.backend.capacity().ports_in_use == before
+    with pytest.raises(errors.ContainerNotFound):
+        stage.backend.facts_of_network("loser")
+    await stage.create("loser")
+
+
+async def test_missing_image_is_the_callers_mistake(stage: Stage) -> None:
+    """A root file system that is not there is named as a field, and nothing was taken for it."""
+    with pytest.raises(errors.ImageNotFound) as refused:
+        await stage.create("imageless", image="/nonexistent/image")
+    assert refused.value.violations[0].field == "spec.image"
+    await stage.create("imageless")
+
+
+async def test_pool_exhaustion_says_which_pool(stage: Stage) -> None:
+    """An operator has to learn which setting to change."""
+    ports = tuple(PortMapping(0, 1000 + n) for n in range(stage.backend.capacity().ports + 1))
+    with pytest.raises(errors.PoolExhausted) as refused:
+        await stage.create(port_mappings=ports)
+    assert (refused.value.pool, refused.value.flag) == ("ports", "--port-pool-size")
+    assert refused.value.size == stage.backend.capacity().ports
+    assert stage.backend.capacity().ports_in_use == 0
+
+
+async def test_port_is_mapped_on_a_running_container(stage: Stage) -> None:
+    """The mapping is in the facts before it works, so that a destroy after a crash removes it."""
+    handle = await stage.create()
+    mapped = await stage.backend.map_port(handle, PortMapping(0, 0), stage.recorder(handle))
+    assert mapped.host_port > 0
+    assert mapped.container_port == mapped.host_port
+    assert stage.backend.facts_of_network(handle).mapped_ports == (mapped,)
+    with pytest.raises(errors.PortInUse):
+        await stage.backend.map_port(handle, mapped, stage.recorder(handle))
+    assert stage.backend.facts_of_network(handle).mapped_ports == (mapped,)
+    await stage.destroy(handle)
+    assert stage.backend.capacity().ports_in_use == 0
+
+
+async def test_limits_are_read_back(stage: Stage) -> None:
+    """What was asked for is in force, and an update changes only what it states."""
+    asked = Limits(memory_bytes=64 << 20, cpu_weight=50, cpu_quota_us=50_000, pids=40)
+    handle = await stage.create(limits=asked)
+    now = await stage.backend.limits(handle)
+    assert now == replace(asked, cpu_period_us=100_000)
+    changed = await stage.backend.update_limits(handle, Limits(memory_bytes=128 << 20, pids=0))
+    assert changed == replace(now, memory_bytes=128 << 20, pids=0)
+    assert await stage.backend.limits(handle) == changed
+
+
+async def test_container_without_limits_has_none(stage: Stage) -> None:
+    """0 is the reading of "unlimited", whatever the kernel writes for it."""
+    now = await stage.backend.limits(await stage.create())
+    assert (now.memory_bytes, now.cpu_quota_us, now.pids, now.cpu_weight) == (0, 0, 0, 100)
+
+
+async def test_usage_counts_tasks_and_shows_limits(stage: Stage) -> None:
+    """PID 1 is counted in the container, not in its workload."""
+    handle = await stage.create(limits=Limits(memory_bytes=64 << 20, pids=128))
+    idle = await stage.backend.usage(handle)
+    assert idle.pids == 1
+    assert (idle.memory_limit_bytes, idle.pids_limit) == (64 << 20, 128)
+    assert idle.memory_bytes > 0
+    assert idle.cpu_usage_ns > 0
+    process = await stage.start(handle, "sleep", "1000")
+    assert (await stage.backend.usage(handle)).pids == 2
+    assert stage.backend.workload_count(handle) == 1
+    await process.signal(9, group=False)
+    await exit_of(process)
+
+
+async def test_running_out_of_memory_is_told_and_spares_the_container(stage: Stage) -> None:
+    """The hog dies with the reason on its exit status; PID 1 lives and runs the next process."""
+    handle = await stage.create(limits=Limits(memory_bytes=16 << 20))
+    hog = await stage.start(handle, "tail", "/dev/zero")
+    assert await exit_of(hog) == (None, 9)
+    assert hog.exit is not None
+    assert hog.exit.out_of_memory
+    assert "out of memory" in hog.exit.reason
+    await eventually(lambda: bool(stage.heard.out_of_memory), "an out-of-memory report")
+    assert stage.heard.out_of_memory[0][0] == handle
+    assert await exit_of(await stage.start(handle, "true")) == (0, None)
+    assert stage.heard.broken == []
+
+
+async def test_egress_policy_is_replaced_and_counted(stage: Stage) -> None:
+    """There is one count per rule, in the rules' order, also after a change."""
+    deny = EgressPolicy(DefaultAction.DENY, (parse_egress_rule("tcp:10.0.0.1:80"),))
+    handle = await stage.create(egress=deny)
+    assert len((await stage.backend.egress_counts(handle, 1)).rules) == 1
+    rules = tuple(parse_egress_rule(f"tcp:10.0.0.{n}:80") for n in range(1, 6))
+    await stage.backend.set_egress(handle, EgressPolicy(DefaultAction.ALLOW, rules))
+    counts = await stage.backend.egress_counts(handle, 5)
+    assert [rule.packets for rule in counts.rules] == [0] * 5
+
+
+async def test_udp_and_tcp_ports_are_different_pools(stage: Stage) -> None:
+    """A UDP mapping keeps its transport on the way to the facts."""
+    handle = await stage.create(port_mappings=(PortMapping(0, 53, Transport.UDP),))
+    (mapped,) = stage.backend.facts_of_network(handle).mapped_ports
+    assert (mapped.container_port, mapped.transport) == (53, Transport.UDP)
+
+
+@pytest.mark.parametrize("verb", ["usage", "limits"])
+async def test_unknown_handle_is_not_found(stage: Stage, verb: str) -> None:
+    """Every verb says so in the same way."""
+    with pytest.raises(errors.ContainerNotFound):
+        await getattr(stage.backend, verb)("unknown")
+
+
+async def test_files_go_in_and_come_out(stage: Stage) -> None:
+    """What was copied in is what is copied out, byte by byte."""
+    handle = await stage.create()
+    content = bytes(range(256)) * 100
+    await stage.backend.stream_in(handle, "/tmp", "", chunks_of(tar_of("data.bin", content)))
+    packed = b"".join([chunk async for chunk in stage.backend.stream_out(handle, "/tmp/data.bin", "")])
+    with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
+        member = archive.extractfile("data.bin")
+        assert member is not None
+        assert member.read() == content
+
+
+async def test_copies_fail_with_a_reason(stage: Stage) -> None:
+    """A missing path, a broken archive and an unknown user are three different errors."""
+    handle = await stage.create()
+    with pytest.raises(errors.CopyFailed) as missing:
+        await drain(stage.backend.stream_out(handle, "/no/such/file", ""))
+    assert missing.value.reason == "no_such_path"
+    with pytest.raises(errors.CopyFailed) as broken:
+        await stage.backend.stream_in(handle, "/tmp", "", chunks_of(b"this is no tar" * 100))
+    assert broken.value.reason == "broken_archive"
+    with pytest.raises(errors.UserNotFound):
+        await stage.backend.stream_in(handle, "/tmp", "stranger", chunks_of(tar_of("a", b"b")))
+    await eventually(lambda: stage.backend.workload_count(handle) == 0, "an empty workload")
+
+
+async def test_destroy_ends_processes_and_says_so(stage: Stage) -> None:
+    """Whoever waits for a process of a destroyed container gets an answer."""
+    handle = await stage.create()
+    process = await stage.start(handle, "sh", "-c", "echo ready; exec sleep 1000")
+    waiting = asyncio.ensure_future(exit_of(process))
+    await eventually(lambda: process.output(OutputStream.STDOUT).end_offset == 6, "its output")
+    await stage.destroy(handle)
+    assert await waiting == (None, 9)
+    assert stage.heard.exits == [(handle, process.id)]
+    assert process.output(OutputStream.STDOUT).closed
+
+
+def tar_of(name: str, content: bytes) -> bytes:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        member = tarfile.TarInfo(name)
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
+    return packed.getvalue()
+
+
+async def drain(chunks: AsyncIterator[bytes]) -> None:
+    async for _ in chunks:
+        pass

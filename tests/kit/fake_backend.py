@@ -1,0 +1,326 @@
+"""A backend in memory that implements service.ports.Backend: the service's rules can be tested without root.
+
+`tests/contract` runs the same suite against this and against the Linux backend, so the fake may be believed.
+A FakeHost stands for the kernel: what lives there survives a backend that is closed, or dropped without closing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import itertools
+import tarfile
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from garden_py.model import errors
+from garden_py.model.codec import load_exit
+from garden_py.model.lifecycle import USABLE
+from garden_py.model.limits import Limits
+from garden_py.model.netrule import EgressPolicy
+from garden_py.model.process import ProcessSpec
+from garden_py.model.spec import ContainerSpec, PortMapping, image_directory
+from garden_py.service.ports import (
+    BackendEvents,
+    ContainerRow,
+    EgressCounts,
+    HostCapacity,
+    NetworkFacts,
+    ProcessRow,
+    RuleCount,
+    Usage,
+)
+from kit.fake_process import FakeProcess, Stdio, find_program
+
+Record = Callable[[dict[str, Any]], None]
+KNOWN_USERS = frozenset({"", "root", "nobody", "0", "65534"})
+UNLIMITED = Limits(memory_bytes=0, cpu_weight=100, cpu_quota_us=0, cpu_period_us=100_000, pids=0)
+
+
+@dataclass
+class FakeContainer:
+    """A container on the fake host."""
+
+    spec: ContainerSpec
+    address: int
+    ports: tuple[PortMapping, ...]
+    pid: int
+    limits: Limits
+    policy: EgressPolicy | None
+    processes: dict[str, FakeProcess] = field(default_factory=dict)
+    files: dict[str, bytes] = field(default_factory=dict)
+
+
+@dataclass
+class FakeHost:
+    """What outlives a server.
+
+    Attributes:
+        containers: those that run, by handle.
+        addresses, ports: what is taken.
+        images: directories that exist.
+    """
+
+    containers: dict[str, FakeContainer] = field(default_factory=dict)
+    addresses: set[int] = field(default_factory=set)
+    ports: set[int] = field(default_factory=set)
+    images: set[str] = field(default_factory=set)
+    pids: Any = field(default_factory=lambda: itertools.count(1000))
+
+
+class FakeBackend:
+    """Containers on a FakeHost.
+
+    Attributes:
+        create_gate: creates wait for it after recording, before anything is made.
+        create_failure: raised by the next create, after recording.
+        start_gate: starts of processes wait for it.
+        destroy_failures: raised by one destroy each, in order, before anything is removed.
+        destroy_gate: destroys wait for it.
+        calls: what was asked, in order: (verb, handle).
+    """
+
+    def __init__(self, host: FakeHost | None = None, *, containers: int = 250, ports: int = 4) -> None:
+        self.host = host or FakeHost()
+        self.create_gate = _open_gate()
+        self.create_failure: Exception | None = None
+        self.start_gate = _open_gate()
+        self.destroy_failures: list[errors.GardenError] = []
+        self.destroy_gate = _open_gate()
+        self.calls: list[tuple[str, str]] = []
+        self.connected: set[str] = set()
+        self._most = containers
+        self._ports = range(61_001, 61_001 + ports)
+        self._events: BackendEvents
+
+    # --- start and stop
+
+    async def open(self, events: BackendEvents, rows: list[ContainerRow]) -> dict[str, str]:
+        self._events = events
+        lost: dict[str, str] = {}
+        for row in rows:
+            if row.state not in USABLE:
+                continue
+            if row.handle in self.host.containers:
+                self.connected.add(row.handle)
+            else:
+                lost[row.handle] = "its PID 1 is gone"
+        return lost
+
+    async def close(self) -> None:
+        for handle in self.connected:
+            for process in self.host.containers[handle].processes.values():
+                process.on_exit = _nobody_listens
+        self.connected.clear()
+
+    # --- containers
+
+    def capacity(self) -> HostCapacity:
+        return HostCapacity(
+            memory_bytes=1 << 34,
+            disk_bytes=1 << 40,
+            disk_free_bytes=1 << 39,
+            containers=self._most,
+            containers_limited_by="--network-pool",
+            ports=len(self._ports),
+            ports_in_use=len(self.host.ports),
+            cpus=2,
+        )
+
+    async def create(self, spec: ContainerSpec, record: Record) -> None:
+        self.calls.append(("create", spec.handle))
+        if spec.image and image_directory(spec.image) not in self.host.images:
+            raise errors.ImageNotFound("spec.image", f"{spec.image} does not exist")
+        address = self._lease_address()
+        taken: list[PortMapping] = []
+        try:
+            for mapping in spec.port_mappings:
+                taken.append(self._lease_port(mapping))
+            record(_facts(address, taken))
+            await self.create_gate.wait()
+            if self.create_failure is not None:
+                failure, self.create_failure = self.create_failure, None
+                raise failure
+        except BaseException:
+            self._release(_facts(address, taken))
+            raise
+        self.host.containers[spec.handle] = FakeContainer(
+            spec, address, tuple(taken), next(self.host.pids), spec.limits.over(UNLIMITED), spec.egress
+        )
+        self.connected.add(spec.handle)
+
+    def _lease_address(self) -> int:
+        free = next((n for n in range(2, 2 + self._most) if n not in self.host.addresses), None)
+        if free is None:
+            raise errors.PoolExhausted("addresses", self._most, "--network-pool")
+        self.host.addresses.add(free)
+        return free
+
+    def _lease_port(self, wanted: PortMapping) -> PortMapping:
+        port = wanted.host_port or next((p for p in self._ports if p not in self.host.ports), 0)
+        if not port:
+            raise errors.PoolExhausted("ports", len(self._ports), "--port-pool-size")
+        if port in self.host.ports:
+            raise errors.PortInUse(port)
+        self.host.ports.add(port)
+        return replace(wanted, host_port=port, container_port=wanted.container_port or port)
+
+    def _release(self, facts: dict[str, Any]) -> None:
+        self.host.addresses.discard(facts["address"])
+        self.host.ports.difference_update(facts["ports"])
+
+    async def destroy(self, handle: str, facts: dict[str, Any]) -> None:
+        self.calls.append(("destroy", handle))
+        await self.destroy_gate.wait()
+        if self.destroy_failures:
+            raise self.destroy_failures.pop(0)
+        self.connected.discard(handle)
+        container = self.host.containers.pop(handle, None)
+        if facts:
+            self._release(facts)
+        if container is not None:
+            for process in container.processes.values():
+                process.finish(signal=9)
+
+    def break_container(self, handle: str, reason: str) -> None:
+        """PID 1 dies."""
+        container = self.host.containers.pop(handle)
+        self.connected.discard(handle)
+        for process in container.processes.values():
+            process.finish(signal=9)
+        self._events.broken(handle, reason)
+
+    def _get(self, handle: str) -> FakeContainer:
+        if handle not in self.connected:
+            raise errors.ContainerNotFound(handle)
+        return self.host.containers[handle]
+
+    def facts_of_network(self, handle: str) -> NetworkFacts:
+        container = self._get(handle)
+        return NetworkFacts(f"10.0.0.{container.address}", "10.0.0.1", "192.0.2.1", container.ports)
+
+    def pid(self, handle: str) -> int:
+        return self._get(handle).pid
+
+    async def signal_all(self, handle: str, number: int) -> None:
+        for process in self._get(handle).processes.values():
+            await process.signal(number, group=False)
+
+    def workload_count(self, handle: str) -> int:
+        return sum(1 for process in self._get(handle).processes.values() if process.exit is None)
+
+    async def usage(self, handle: str) -> Usage:
+        limits = self._get(handle).limits
+        return Usage(
+            memory_bytes=4096,
+            memory_limit_bytes=limits.memory_bytes or 0,
+            pids=1 + self.workload_count(handle),
+            pids_limit=limits.pids or 0,
+            cpu_usage_ns=1,
+        )
+
+    async def limits(self, handle: str) -> Limits:
+        return self._get(handle).limits
+
+    async def update_limits(self, handle: str, limits: Limits) -> Limits:
+        container = self._get(handle)
+        container.limits = limits.over(container.limits)
+        return container.limits
+
+    async def map_port(self, handle: str, mapping: PortMapping, record: Record) -> PortMapping:
+        container = self._get(handle)
+        leased = self._lease_port(mapping)
+        container.ports = (*container.ports, leased)
+        record(_facts(container.address, container.ports))
+        return leased
+
+    async def set_egress(self, handle: str, policy: EgressPolicy) -> None:
+        self._get(handle).policy = policy
+
+    async def egress_counts(self, handle: str, rules: int) -> EgressCounts:
+        self._get(handle)
+        return EgressCounts((RuleCount(),) * rules, RuleCount())
+
+    # --- processes
+
+    async def start_process(self, handle: str, spec: ProcessSpec, env: tuple[str, ...]) -> FakeProcess:
+        container = self._get(handle)
+        self.calls.append(("start", spec.id))
+        await self.start_gate.wait()
+        if spec.user.partition(":")[0] not in KNOWN_USERS:
+            raise errors.UserNotFound(f"unable to find user {spec.user}: no matching entries in passwd file")
+        if spec.path == "/etc/passwd":
+            raise errors.NotExecutable(f"{spec.path}: permission denied")
+        program = find_program(spec) if spec.path != "sh" or spec.args else None
+        if program is None:
+            raise errors.ExecutableNotFound(f"{spec.path}: executable file not found in $PATH")
+        variables = {"PATH": "/bin", **dict(entry.split("=", 1) for entry in env)}
+        stdio = Stdio(spec, variables, out_of_memory=lambda: self._events.out_of_memory(handle, ""))
+        if spec.tty is not None:
+            stdio.stderr.close()
+        process = FakeProcess(
+            spec,
+            next(self.host.pids),
+            stdio,
+            program,
+            lambda ended: self._events.process_exited(handle, ended),
+        )
+        container.processes[spec.id] = process
+        return process
+
+    async def adopt_process(self, handle: str, row: ProcessRow, spec: ProcessSpec) -> FakeProcess:
+        process = self._get(handle).processes[row.id]
+        process.on_exit = lambda ended: self._events.process_exited(handle, ended)
+        if row.exit is not None:
+            process.exit = load_exit(row.exit)
+        return process
+
+    async def forget_process(self, handle: str, process_id: str) -> None:
+        self._get(handle).processes.pop(process_id, None)
+
+    # --- files
+
+    async def stream_in(self, handle: str, path: str, user: str, chunks: AsyncIterator[bytes]) -> None:
+        container = self._get(handle)
+        _check_user(user)
+        data = b"".join([chunk async for chunk in chunks])
+        try:
+            with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+                for member in archive:
+                    found = archive.extractfile(member)
+                    if found is not None:
+                        container.files[f"{path.rstrip('/')}/{member.name}"] = found.read()
+        except tarfile.TarError as error:
+            raise errors.CopyFailed("broken_archive", str(error)) from error
+
+    async def stream_out(self, handle: str, path: str, user: str) -> AsyncGenerator[bytes, None]:
+        container = self._get(handle)
+        _check_user(user)
+        if path not in container.files:
+            raise errors.CopyFailed("no_such_path", f"{path}: No such file or directory")
+        packed = io.BytesIO()
+        with tarfile.open(fileobj=packed, mode="w") as archive:
+            member = tarfile.TarInfo(path.rpartition("/")[2])
+            member.size = len(container.files[path])
+            archive.addfile(member, io.BytesIO(container.files[path]))
+        yield packed.getvalue()
+
+
+def _facts(address: int, ports: Sequence[PortMapping]) -> dict[str, Any]:
+    return {"address": address, "ports": [mapping.host_port for mapping in ports]}
+
+
+def _check_user(user: str) -> None:
+    if user not in KNOWN_USERS:
+        raise errors.UserNotFound(f"unable to find user {user}: no matching entries in passwd file")
+
+
+def _nobody_listens(process: FakeProcess) -> None:
+    """The server is gone; whoever adopts the process next sees its exit."""
+
+
+def _open_gate() -> asyncio.Event:
+    gate = asyncio.Event()
+    gate.set()
+    return gate
