@@ -82,6 +82,7 @@ class Containers:
         if (earlier := self._earlier(spec, request_id)) is not None:
             return await earlier
         self._admit()
+        nameless = not spec.handle and not request_id
         spec = self._with_defaults(spec)
         container = Container(spec, request_id, created_ns=time.time_ns())
         self._registry.add(container)
@@ -90,7 +91,17 @@ class Containers:
         except BaseException:
             self._registry.remove(container)
             raise
-        return await asyncio.shield(job)
+        try:
+            return await asyncio.shield(job)
+        except asyncio.CancelledError:
+            if nameless:
+                job.add_done_callback(self._abandon)
+            raise
+
+    def _abandon(self, job: asyncio.Future[Container]) -> None:
+        """Destroy a container whose caller has left without ever learning its handle."""
+        if not job.cancelled() and job.exception() is None:
+            self._expired(job.result())
 
     def _earlier(self, spec: ContainerSpec, request_id: str) -> asyncio.Future[Container] | None:
         """The container, or the create under way, that this request repeats.

@@ -57,6 +57,7 @@ class Launcher:
             "garden_py.backend.launcher.main",
             str(theirs.fileno()),
             str(self._mount_dir),
+            str(self._mount_dir.with_suffix(".lock")),
         ]
         if self._without_hybrid:
             argv.append("--without-hybrid-cgroup")
@@ -74,6 +75,9 @@ class Launcher:
             try:
                 fd = await asyncio.to_thread(self._ask_for_worker)
             except OSError:
+                for link in self._idle:  # workers of a dead launcher; a new one waits for their end
+                    link.close()
+                self._idle.clear()
                 log.warning("launcher.restarted", pid=self._process.pid if self._process else None)
                 await asyncio.to_thread(self._spawn)
                 fd = await asyncio.to_thread(self._ask_for_worker)
@@ -97,6 +101,17 @@ class Launcher:
         Raises:
             GardenError: as the job raised it; HostFault also when its worker died.
         """
+        task = asyncio.ensure_future(self._run(op, params, fds, timeout_s))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            # The worker cannot be called back; whoever undoes the job must find its work done, not under way.
+            await asyncio.wait([task])
+            raise
+
+    async def _run(
+        self, op: str, params: dict[str, Any], fds: list[int] | None, timeout_s: float
+    ) -> dict[str, Any]:
         async with self._slots:
             link = self._take_idle() or await self._new_worker()
             try:

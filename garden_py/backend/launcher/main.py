@@ -1,6 +1,6 @@
 """The launcher process: takes a private mount namespace, forks workers on request.
 
-Run as `python -m garden_py.backend.launcher.main CONTROL_FD MOUNT_DIR [--without-hybrid-cgroup]`.
+Run as `python -m garden_py.backend.launcher.main CONTROL_FD MOUNT_DIR LOCK_FILE [--without-hybrid-cgroup]`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ _FIRST_FREE_FD = 10
 
 def main() -> None:
     """Serve the control socket until the server closes it."""
-    control_fd, mount_dir = int(sys.argv[1]), Path(sys.argv[2])
+    control_fd, mount_dir, lock_path = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
     control = socket.socket(fileno=_move_up(control_fd))
     null = _move_up(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC))
     os.dup2(null, AGENT_LISTENER_FD, inheritable=False)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # workers leave no zombies; they set it back for themselves
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C on the terminal is the server's to handle
-    enter_private_mounts(mount_dir, without_hybrid="--without-hybrid-cgroup" in sys.argv[3:])
+    enter_private_mounts(mount_dir, without_hybrid="--without-hybrid-cgroup" in sys.argv[4:])
+    outlive_predecessor(lock_path)
     control.send(b"ready")
     while control.recv(16):
         ours, theirs = socket.socketpair()
@@ -45,6 +46,16 @@ def _move_up(fd: int) -> int:
     moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_FREE_FD)
     os.close(fd)
     return moved
+
+
+def outlive_predecessor(lock_path: Path) -> None:
+    """Wait until the workers of an earlier server's launcher have finished their jobs and gone.
+
+    The descriptor stays open here and in every worker forked from here, and with it the lock (flock(2)). Only then
+    may the server judge what a half-done job has left.
+    """
+    fd = _move_up(os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    fcntl.flock(fd, fcntl.LOCK_EX)
 
 
 def enter_private_mounts(mount_dir: Path, *, without_hybrid: bool) -> None:

@@ -121,10 +121,9 @@ class Construction:
             (directory / name).mkdir()
         # The root directory that processes see is the upper one: it takes mode and (mapped) owner of the image's.
         os.chmod(directory / "upper", image_facts.st_mode & 0o7777)
+        ids = (image_facts.st_uid, image_facts.st_gid)
         os.chown(
-            directory / "upper",
-            owner + image_facts.st_uid % UIDS_PER_CONTAINER,
-            owner + image_facts.st_gid % UIDS_PER_CONTAINER,
+            directory / "upper", *(owner + number if number < UIDS_PER_CONTAINER else owner for number in ids)
         )
         etc = directory / "etc"
         etc.mkdir()

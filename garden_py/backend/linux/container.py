@@ -188,6 +188,7 @@ class LinuxContainer:
             process.ended(told)
             if process.own_group:
                 self.unwatch_oom(told.process_id)
+                self.drop_process_group(told.process_id)
             self._events.process_exited(self.handle, process)
 
     def add_process(self, process: LinuxProcess) -> None:
