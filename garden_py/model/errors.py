@@ -237,6 +237,20 @@ class OffsetOutOfRange(GardenError):
         self.end_offset = end_offset
 
 
+class LimitRefused(GardenError):
+    """A limit is well formed, but the kernel does not take it now, e.g. because more is in use.
+
+    Attributes:
+        field: the limit, e.g. `limits.memory_bytes`.
+    """
+
+    code = "limit_refused"
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+
+
 class EtagMismatch(GardenError):
     """Somebody else changed the value since it was read; read again and retry."""
 

@@ -159,6 +159,10 @@ class Containers:
 
         try:
             await self._backend.create(container.spec, record)
+        except errors.Unkillable as error:
+            self._registry.move(container, State.DESTROYING)
+            self._unkillable(container, error)
+            raise
         except BaseException as error:
             self._registry.remove(container)
             log.warning("container.create_failed", handle=container.handle, error=str(error))
@@ -358,36 +362,43 @@ class Containers:
     async def _demolish(self, container: Container) -> None:
         started = time.monotonic()
         self.expiry.disarm(container)
+        if container.destroy_retry is not None:
+            container.destroy_retry.cancel()
         if container.state is not State.DESTROYING:
             self._registry.move(container, State.DESTROYING)
         try:
             await self._backend.destroy(container.handle, container.facts)
         except errors.GardenError as error:
-            self._registry.move(container, State.UNKILLABLE, str(error))
-            self._events.publish(EventKind.CONTAINER_UNKILLABLE, container.handle, reason=str(error))
-            log.error("container.unkillable", handle=container.handle, error=str(error))
-            self._retry_later(container)
+            self._unkillable(container, error)
             raise
         self._registry.remove(container)
         self._events.publish(EventKind.CONTAINER_DESTROYED, container.handle)
         log.info("container.destroyed", handle=container.handle, took_ms=_ms_since(started))
 
+    def _unkillable(self, container: Container, error: errors.GardenError) -> None:
+        self._registry.move(container, State.UNKILLABLE, str(error))
+        self._events.publish(EventKind.CONTAINER_UNKILLABLE, container.handle, reason=str(error))
+        log.error("container.unkillable", handle=container.handle, error=str(error))
+        self._retry_later(container)
+
     def _retry_later(self, container: Container) -> None:
         """Try again to destroy what the kernel did not let go: after 1 s, then ever more rarely, at last every 30 s."""
         container.destroy_tries += 1
         pause_s = _RETRY_DESTROY_S[min(container.destroy_tries, len(_RETRY_DESTROY_S)) - 1]
-        container.expiry = asyncio.get_running_loop().call_later(pause_s, self._retry, container)
+        # Not the expiry timer: that one is stopped by everybody who looks at the container.
+        container.destroy_retry = asyncio.get_running_loop().call_later(pause_s, self._retry, container)
 
     def _retry(self, container: Container) -> None:
-        if container.state is State.UNKILLABLE and self._guard.running("destroy", container.handle) is None:
-            self._guard.start("destroy", container.handle, self._demolish(container))
+        if container.state is State.UNKILLABLE:
+            self._demolish_unasked(container)
 
     def _expired(self, container: Container) -> None:
-        if (
-            container.state in (*USABLE, State.BROKEN)
-            and self._guard.running("destroy", container.handle) is None
-        ):
+        if container.state in (*USABLE, State.BROKEN):
             log.info("container.expired", handle=container.handle)
+            self._demolish_unasked(container)
+
+    def _demolish_unasked(self, container: Container) -> None:
+        if not self._guard.closing and self._guard.running("destroy", container.handle) is None:
             self._guard.start("destroy", container.handle, self._demolish(container))
 
 

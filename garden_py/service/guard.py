@@ -18,6 +18,11 @@ class Guard:
         self._jobs: dict[tuple[str, str], asyncio.Task[Any]] = {}
         self._closing = False
 
+    @property
+    def closing(self) -> bool:
+        """Whether no new job can be started."""
+        return self._closing
+
     def running(self, kind: str, handle: str) -> asyncio.Task[Any] | None:
         """The job of a kind for a handle, if one is under way."""
         return self._jobs.get((kind, handle))

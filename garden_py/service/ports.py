@@ -269,6 +269,8 @@ class Backend(Protocol):
 
         Raises:
             PoolExhausted, PortInUse, InvalidRequest, HostFault, NotSupported.
+            Unkillable: it failed, and what had been made could not be removed; the one failure after which
+                something is left. `destroy` with the recorded facts removes it.
         """
 
     async def destroy(self, handle: str, facts: dict[str, Any]) -> None:

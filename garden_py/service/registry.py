@@ -47,6 +47,7 @@ class Container:
     notable: list[str] = field(default_factory=list)
     uses: int = 0
     expiry: asyncio.TimerHandle | None = None
+    destroy_retry: asyncio.TimerHandle | None = None
     destroy_tries: int = 0
     changing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -57,8 +58,8 @@ class Container:
 
     def note(self, text: str) -> None:
         """Add to its notable events."""
-        if len(self.notable) < NOTABLE_MAX:
-            self.notable.append(text)
+        self.notable.append(text)
+        del self.notable[:-NOTABLE_MAX]
 
     def require_usable(self, wanted: str) -> None:
         """Refuse a call that needs a running container.

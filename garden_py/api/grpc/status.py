@@ -33,6 +33,7 @@ CODES: dict[type[errors.GardenError], StatusCode] = {
     errors.StdinClosed: StatusCode.FAILED_PRECONDITION,
     errors.NoTty: StatusCode.FAILED_PRECONDITION,
     errors.OffsetOutOfRange: StatusCode.OUT_OF_RANGE,
+    errors.LimitRefused: StatusCode.FAILED_PRECONDITION,
     errors.EtagMismatch: StatusCode.ABORTED,
     errors.CopyFailed: StatusCode.FAILED_PRECONDITION,
     errors.NotSupported: StatusCode.UNIMPLEMENTED,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from garden_py.backend.cgroup.layout import WORK, ContainerCgroup
-from garden_py.model.errors import HostFault, InvalidField
+from garden_py.model.errors import HostFault, LimitRefused
 from garden_py.model.limits import CPU_PERIOD_DEFAULT_US, Limits, shares_from_weight
 
 # memory.limit_in_bytes of an unlimited v1 group reads as LONG_MAX rounded down to pages (cgroup-v1/memory.rst).
@@ -92,7 +92,7 @@ def write_limits(cgroup: ContainerCgroup, limits: Limits, *, leaf: tuple[str, ..
     """Put limits in force.
 
     Raises:
-        InvalidField: the kernel refuses a value, for example a memory limit below what is in use.
+        LimitRefused: the kernel refuses a value, for example a memory limit below what is in use.
         HostFault: a file cannot be written for another reason.
     """
     writes = plan_writes(limits, cgroup.hierarchies.version, leaf=leaf)
@@ -111,7 +111,7 @@ def write_limits(cgroup: ContainerCgroup, limits: Limits, *, leaf: tuple[str, ..
                 continue
             if error.errno in (errno.EBUSY, errno.EINVAL, errno.ERANGE):
                 problem = f"the kernel refuses {write.value} for {write.file}: {error.strerror}"
-                raise InvalidField(f"limits.{write.field}", problem) from error
+                raise LimitRefused(f"limits.{write.field}", problem) from error
             raise HostFault("write limits", f"{path}: {error.strerror}") from error
 
 
@@ -128,7 +128,7 @@ def _refuse_below_usage(directory: Path, limits: Limits) -> None:
         limits.memory_bytes
         and (usage := int((directory / "memory.current").read_text())) > limits.memory_bytes
     ):
-        raise InvalidField("limits.memory_bytes", f"is below the {usage} bytes in use")
+        raise LimitRefused("limits.memory_bytes", f"is below the {usage} bytes in use")
 
 
 def read_limits(cgroup: ContainerCgroup, *, leaf: tuple[str, ...] = (WORK,)) -> Limits:

@@ -34,6 +34,7 @@ from garden_py.model.errors import (
     HostFault,
     InvalidField,
     ProcessNotFound,
+    Unkillable,
 )
 from garden_py.model.lifecycle import USABLE
 from garden_py.model.limits import Limits
@@ -184,15 +185,17 @@ class LinuxBackend:
                 container = await self._construction.build(spec, facts, record, self._events)
         except BaseException as failure:
             await self._undo(spec.handle, facts, failure)
-            raise _as_garden_error(failure) from failure
+            raise _as_garden_error("create", failure) from failure
         self._containers[spec.handle] = container
 
     async def _undo(self, handle: str, facts: ContainerFacts, failure: BaseException) -> None:
         try:
             await asyncio.shield(self._demolition.demolish(handle, facts))
-        except* GardenError as group:
-            failure.add_note(f"undo failed too: {group.exceptions}")
-            log.error("create.undo_failed", handle=handle, error=str(group.exceptions))
+        except (GardenError, OSError, ExceptionGroup) as error:
+            reason = (
+                f"create failed ({failure}), and undoing it failed too ({_as_garden_error('undo', error)})"
+            )
+            raise Unkillable(handle, reason) from failure
 
     async def destroy(self, handle: str, facts: dict[str, Any]) -> None:
         """Remove whatever exists of a container."""
@@ -205,8 +208,8 @@ class LinuxBackend:
                 await self._demolition.demolish(handle, ContainerFacts.from_json(facts))
             else:
                 self._site.depot.discard(handle)
-        except BaseExceptionGroup as group:
-            raise _as_garden_error(group) from group
+        except (OSError, ExceptionGroup) as error:
+            raise _as_garden_error("destroy", error) from error
         finally:
             if container is not None:
                 container.end_all("the container was destroyed")
@@ -402,12 +405,12 @@ def _period_of(asked: Limits, now: Limits) -> Limits:
     return Limits(cpu_quota_us=now.cpu_quota_us, cpu_period_us=now.cpu_period_us)
 
 
-def _as_garden_error(failure: BaseException) -> BaseException:
+def _as_garden_error(verb: str, failure: BaseException) -> BaseException:
     """The first error of a group of parallel steps; time-outs and system errors as faults of the host."""
     while isinstance(failure, BaseExceptionGroup):
         failure = failure.exceptions[0]
     if isinstance(failure, TimeoutError):
-        return HostFault("create", "the create deadline has passed (server setting create_timeout_s)")
+        return HostFault(verb, "the create deadline has passed (server setting create_timeout_s)")
     if isinstance(failure, OSError):
-        return HostFault("create", str(failure))
+        return HostFault(verb, str(failure))
     return failure

@@ -16,7 +16,7 @@ from garden_py.backend.cgroup.limits import read_limits
 from garden_py.backend.cgroup.stats import read_oom_kills
 from garden_py.backend.host.pids import ProcessIdentity
 from garden_py.backend.linux.network import NetworkLease
-from garden_py.backend.linux.process import LinuxProcess
+from garden_py.backend.linux.process import LinuxProcess, OomAccount
 from garden_py.backend.streams.agent_link import AgentExit, AgentLink
 from garden_py.model.errors import ContainerBroken
 from garden_py.model.limits import Limits
@@ -87,6 +87,10 @@ class LinuxContainer:
         self._early_exits: dict[str, AgentExit] = {}
         self._watches: dict[str, OomWatch] = {}
         self._pidfd = -1
+        self._shared_oom = self._oom_account(cgroup.leaf(None))
+
+    def _oom_account(self, leaf: tuple[str, ...]) -> OomAccount:
+        return OomAccount(lambda: read_oom_kills(self.cgroup, leaf))
 
     # --- the agent
 
@@ -188,7 +192,6 @@ class LinuxContainer:
             process.ended(told)
             if process.own_group:
                 self.unwatch_oom(told.process_id)
-                self.drop_process_group(told.process_id)
             self._events.process_exited(self.handle, process)
 
     def add_process(self, process: LinuxProcess) -> None:
@@ -219,8 +222,9 @@ class LinuxContainer:
             retention_bytes=retention_bytes,
             recover=recover,
             link=self._link if alive else None,
-            oom_kills=lambda: read_oom_kills(self.cgroup, leaf),
+            oom=self._shared_oom if spec.limits.empty() else self._oom_account(leaf),
             describe_oom=lambda: describe_memory_limit(read_limits(self.cgroup, leaf=limit_leaf(leaf))),
+            drop_group=lambda: self.drop_process_group(spec.id),
         )
 
     def leaf_of(self, spec: ProcessSpec) -> tuple[str, ...]:

@@ -19,6 +19,28 @@ from garden_py.model.process import ExitStatus, OutputStream, ProcessSpec, Windo
 _SIGKILL_SHELL_CODE = 128 + _signal.SIGKILL
 
 
+class OomAccount:
+    """The OOM kills of one cgroup, each explained by at most one process's end.
+
+    Processes without limits of their own share a group, so its counter alone does not tell whom it was.
+
+    Args:
+        read: how many tasks of the group the OOM killer has ended so far.
+    """
+
+    def __init__(self, read: Callable[[], int]) -> None:
+        self.read = read
+        self._explained = 0
+
+    def claim(self, before: int) -> bool:
+        """Whether there was a kill since `before` that explains no other process's end."""
+        now = self.read()
+        if now <= max(before, self._explained):
+            return False
+        self._explained = now
+        return True
+
+
 class LinuxProcess:
     """One process. The pumps run from the start; exit and end of output are two facts.
 
@@ -26,8 +48,9 @@ class LinuxProcess:
         spec: with id filled in.
         pid: as the container numbers it.
         directory: of its segment files.
-        oom_kills: reads how many tasks of its cgroup were ended by the OOM killer so far.
+        oom: of its cgroup.
         describe_oom: a sentence about the limit that was hit.
+        drop_group: removes its own cgroup, if it has one.
     """
 
     def __init__(
@@ -40,8 +63,9 @@ class LinuxProcess:
         retention_bytes: int,
         recover: bool,
         link: AgentLink | None,
-        oom_kills: Callable[[], int],
+        oom: OomAccount,
         describe_oom: Callable[[], str],
+        drop_group: Callable[[], None],
     ) -> None:
         self.spec = spec
         self.pid = pid
@@ -49,9 +73,11 @@ class LinuxProcess:
         self.exit: ExitStatus | None = None
         self.own_group = not spec.limits.empty()
         self._link = link
-        self._oom_kills = oom_kills
+        self._oom = oom
         self._describe_oom = describe_oom
-        self._oom_before = oom_kills() if link is not None else 0
+        self._drop_group = drop_group
+        self._oom_before = 0 if self.own_group or link is None else oom.read()
+        self._killed_by_caller = False
         self._exited = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._stdin = StdinFeed(spec.id, -1, is_tty=spec.tty is not None)
@@ -110,6 +136,8 @@ class LinuxProcess:
 
     def exit_recorded(self) -> None:
         """The exit is in the journal: the agent may forget the process once its output has been read."""
+        if self.own_group:
+            self._drop_group()
         self._release_when_done()
 
     def _release_when_done(self) -> None:
@@ -122,7 +150,7 @@ class LinuxProcess:
         code = None if signaled else os.WEXITSTATUS(told.status)
         number = os.WTERMSIG(told.status) if signaled else None
         killed = number == _signal.SIGKILL or code == _SIGKILL_SHELL_CODE
-        if killed and self._oom_kills() > self._oom_before:
+        if killed and not self._killed_by_caller and self._oom.claim(self._oom_before):
             return ExitStatus(
                 code, number, True, told.ended_ns, f"killed: out of memory ({self._describe_oom()})"
             )
@@ -182,6 +210,7 @@ class LinuxProcess:
         """Send a signal; False if the process had exited."""
         if self.exit is not None or self._link is None:
             return False
+        self._killed_by_caller = self._killed_by_caller or number == _signal.SIGKILL
         return await self._link.signal(self.id, number, group=group)
 
 
