@@ -3,34 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from garden_py.backend.cgroup.layout import WORK, ContainerCgroup
 from garden_py.backend.cgroup.limits import V1_UNLIMITED_BYTES, parse_max
+from garden_py.service.ports import Usage
 
 _NS_PER_TICK = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
-
-
-@dataclass(frozen=True, slots=True)
-class CgroupUsage:
-    """A container's use of memory (bytes), CPU (ns) and tasks.
-
-    `memory_bytes` counts page cache; the working set does not count what the kernel would drop first.
-    """
-
-    memory_bytes: int = 0
-    memory_working_set_bytes: int = 0
-    memory_limit_bytes: int = 0
-    memory_peak_bytes: int = 0
-    memory_stat: dict[str, int] = field(default_factory=dict)
-    cpu_usage_ns: int = 0
-    cpu_user_ns: int = 0
-    cpu_system_ns: int = 0
-    cpu_throttled_ns: int = 0
-    pids: int = 0
-    pids_limit: int = 0
-    oom_kills: int = 0
 
 
 def parse_flat_keyed(text: str) -> dict[str, int]:
@@ -43,8 +22,8 @@ def parse_flat_keyed(text: str) -> dict[str, int]:
     return found
 
 
-def read_usage(cgroup: ContainerCgroup) -> CgroupUsage:
-    """Read a container's usage.
+def read_usage(cgroup: ContainerCgroup) -> Usage:
+    """Read a container's usage of memory, CPU and tasks; its network fields stay 0.
 
     Raises:
         FileNotFoundError: the container's groups are gone.
@@ -64,13 +43,13 @@ def _optional_number(path: Path) -> int:
         return 0
 
 
-def _read_v1(cgroup: ContainerCgroup) -> CgroupUsage:
+def _read_v1(cgroup: ContainerCgroup) -> Usage:
     memory, cpu, cpuacct = (cgroup.directory(name) for name in ("memory", "cpu", "cpuacct"))
     stat = parse_flat_keyed((memory / "memory.stat").read_text())
     usage = _number(memory / "memory.usage_in_bytes")
     limit = _number(memory / WORK / "memory.limit_in_bytes")
     ticks = parse_flat_keyed((cpuacct / "cpuacct.stat").read_text())
-    return CgroupUsage(
+    return Usage(
         memory_bytes=usage,
         memory_working_set_bytes=max(0, usage - stat.get("total_inactive_file", 0)),
         memory_limit_bytes=0 if limit >= V1_UNLIMITED_BYTES else limit,
@@ -86,12 +65,12 @@ def _read_v1(cgroup: ContainerCgroup) -> CgroupUsage:
     )
 
 
-def _read_v2(cgroup: ContainerCgroup) -> CgroupUsage:
+def _read_v2(cgroup: ContainerCgroup) -> Usage:
     top, work = cgroup.directory("memory"), cgroup.directory("memory", WORK)
     stat = parse_flat_keyed((top / "memory.stat").read_text())
     usage = _number(top / "memory.current")
     cpu = parse_flat_keyed((top / "cpu.stat").read_text())
-    return CgroupUsage(
+    return Usage(
         memory_bytes=usage,
         memory_working_set_bytes=max(0, usage - stat.get("inactive_file", 0)),
         memory_limit_bytes=parse_max((work / "memory.max").read_text().strip()),

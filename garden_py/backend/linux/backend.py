@@ -6,7 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -247,10 +247,16 @@ class LinuxBackend:
         container = self._get(handle)
         try:
             found = read_usage(container.cgroup)
-            traffic = self._network.read_link_bytes(handle, container.facts.lease)
+            traffic = self._network.read_traffic(handle, container.facts.lease)
         except FileNotFoundError as error:
             raise ContainerBroken(handle, f"{error.filename} is gone") from error
-        return Usage(**{**asdict(found), **traffic})
+        return replace(
+            found,
+            network_rx_bytes=traffic.rx_bytes,
+            network_tx_bytes=traffic.tx_bytes,
+            network_rx_packets=traffic.rx_packets,
+            network_tx_packets=traffic.tx_packets,
+        )
 
     async def limits(self, handle: str) -> Limits:
         """The limits in force."""

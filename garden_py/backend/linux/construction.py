@@ -18,8 +18,9 @@ from garden_py.backend.launcher.client import Launcher
 from garden_py.backend.linux.container import ContainerFacts, LinuxContainer
 from garden_py.backend.linux.network import LinuxNetwork
 from garden_py.backend.linux.site import AGENT_TARGET, Site
-from garden_py.backend.oci.bundle import BundleRequest, build_config
+from garden_py.backend.oci.bundle import build_config
 from garden_py.backend.oci.data import load_runc_config
+from garden_py.backend.oci.request import BundleRequest
 from garden_py.backend.rootfs.mounts import BindSource, MountPlan
 from garden_py.backend.rootfs.names import build_hosts, build_resolv_conf
 from garden_py.config import UIDS_PER_CONTAINER

@@ -41,6 +41,16 @@ class NetworkLease:
         return cls(IPv4Address(value["address"]), mappings)
 
 
+@dataclass(frozen=True, slots=True)
+class LinkTraffic:
+    """Bytes and packets that a container has received (rx) and sent (tx)."""
+
+    rx_bytes: int
+    tx_bytes: int
+    rx_packets: int
+    tx_packets: int
+
+
 class LinuxNetwork:
     """Leases and rules of all containers of one server."""
 
@@ -191,18 +201,14 @@ class LinuxNetwork:
         per_rule = tuple(counts.get(index, RuleCount()) for index in range(rules))
         return EgressCounts(per_rule, counts.get("default", RuleCount()))
 
-    def read_link_bytes(self, handle: str, lease: NetworkLease) -> dict[str, int]:
+    def read_traffic(self, handle: str, lease: NetworkLease) -> LinkTraffic:
         """Traffic as the container sees it: what its host end receives is what it sends."""
         statistics = Path("/sys/class/net", self._link(lease, handle).host_link, "statistics")
-        pairs = {
-            "rx_bytes": "tx_bytes",
-            "tx_bytes": "rx_bytes",
-            "rx_packets": "tx_packets",
-            "tx_packets": "rx_packets",
-        }
-        return {
-            f"network_{inside}": int((statistics / outside).read_text()) for inside, outside in pairs.items()
-        }
+
+        def read(name: str) -> int:
+            return int((statistics / name).read_text())
+
+        return LinkTraffic(read("tx_bytes"), read("rx_bytes"), read("tx_packets"), read("rx_packets"))
 
 
 class _Namespaces:

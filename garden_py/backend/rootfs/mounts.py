@@ -15,6 +15,7 @@ not need).
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -114,7 +115,10 @@ def _mount_rootfs(plan: MountPlan, userns_fd: int | None) -> None:
     try:
         _clone(Path(plan.image), lower, attributes=0, userns_fd=userns_fd)
     except OSError as error:
-        raise MountStepFailed(f"id-mapped mount of image {plan.image}", error) from error
+        step = f"id-mapped mount of image {plan.image}"
+        if error.errno == errno.EINVAL:
+            step += " (its file system does not support id-mapped mounts; see `garden doctor`)"
+        raise MountStepFailed(step, error) from error
     data = f"lowerdir={lower},upperdir={plan.upper},workdir={plan.work},volatile"
     try:
         syscalls.mount("garden", rootfs, "overlay", 0, data)

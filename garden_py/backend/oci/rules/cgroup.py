@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from garden_py.backend.oci.data import RuncConfigData
 from garden_py.backend.oci.facts import HostFacts
-
-if TYPE_CHECKING:
-    from garden_py.backend.oci.bundle import BundleRequest
+from garden_py.backend.oci.request import BundleRequest
 
 
 def apply(config: dict[str, Any], request: BundleRequest, facts: HostFacts, data: RuncConfigData) -> None:
