@@ -216,6 +216,8 @@ class Containers:
 
     async def usage(self, handles: list[str]) -> dict[str, Usage | errors.GardenError]:
         """Usage by handle, none given: of all; a container that cannot be measured has its error instead."""
+        for container in filter(None, map(self._registry.find, handles)):
+            self.expiry.touch(container)
         wanted = handles or [c.handle for c in self._registry if c.state in USABLE]
         return {handle: await self._usage_of(handle) for handle in wanted}
 

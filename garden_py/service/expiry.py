@@ -37,6 +37,11 @@ class Expiry:
             container.uses -= 1
             self.arm(container)
 
+    def touch(self, container: Container) -> None:
+        """Take notice of a use that is over at once."""
+        with self.use(container):
+            pass
+
     def arm(self, container: Container) -> None:
         """Start the timer anew, unless the container is in use or lives for ever."""
         self.disarm(container)

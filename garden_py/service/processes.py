@@ -103,7 +103,8 @@ class Processes:
 
     def list_processes(self, handle: str) -> list[RunningProcess]:
         """A container's processes, oldest first."""
-        found = [entry.process for entry in self._registry.get(handle).processes.values()]
+        with self.use(handle) as container:
+            found = [entry.process for entry in container.processes.values()]
         return sorted(found, key=lambda process: process.started_ns)
 
     async def signal(self, handle: str, process_id: str, number: int, *, group: bool) -> bool:
