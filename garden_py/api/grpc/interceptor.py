@@ -13,12 +13,13 @@ from garden_py.api.grpc.status import status_of
 from garden_py.model.errors import GardenError, HostFault
 
 log = structlog.get_logger()
+_OURS = "/garden.v1.Garden/"
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
-    """Wraps every method: a GardenError becomes its status, anything else is our bug and becomes INTERNAL."""
+    """Wraps every method of ours: a GardenError becomes its status, anything else is our bug and becomes INTERNAL."""
 
     async def intercept_service(
         self,
@@ -30,6 +31,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
         if handler is None:  # an unknown method; grpc answers UNIMPLEMENTED
             return handler  # type: ignore[unreachable]
         method = str(handler_call_details.method)
+        if not method.startswith(_OURS):  # health and reflection have manners of their own
+            return handler
         wrap, make = _WRAPPERS[handler.request_streaming, handler.response_streaming]
         inner = getattr(handler, make.removesuffix("_rpc_method_handler"))
         factory: Callable[..., Handler] = getattr(grpc, make)
