@@ -1,8 +1,9 @@
-"""When to try again after the connection broke, and when to give up. Pure."""
+"""When to try again after the connection broke, and when to give up."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -10,6 +11,9 @@ from garden_py.client.errors import GardenError, Unavailable
 
 # The server keeps trying to kill what it could not kill; asking again at once helps nobody.
 _FINAL_CODES: Final = frozenset({"UNKILLABLE"})
+
+# A stream that held this long was sound, even if its process had nothing to say.
+_STABLE_S: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +40,21 @@ class RetryPolicy:
 
 
 class Patience:
-    """How much of a RetryPolicy is left since the last sign of life."""
+    """How much of a RetryPolicy is left since the last sign of life.
 
-    def __init__(self, policy: RetryPolicy) -> None:
+    Args:
+        policy: how much there is.
+        clock_s: a monotonic clock, in seconds.
+    """
+
+    def __init__(self, policy: RetryPolicy, clock_s: Callable[[], float] = time.monotonic) -> None:
         self._policy = policy
-        self._delays_s = policy.delays_s()
+        self._clock_s = clock_s
+        self._last_break_s = clock_s()
+        self.restore()
 
     def restore(self) -> None:
-        """The server answered: the next break begins from the first delay."""
+        """Progress was made: the next break begins from the first delay."""
         self._delays_s = self._policy.delays_s()
 
     def next_delay_s(self, error: GardenError) -> float:
@@ -54,6 +65,10 @@ class Patience:
         """
         if not isinstance(error, Unavailable) or error.code in _FINAL_CODES:
             raise error
+        now_s = self._clock_s()
+        if now_s - self._last_break_s > _STABLE_S:
+            self.restore()
+        self._last_break_s = now_s
         delay_s = next(self._delays_s, None)
         if delay_s is None:
             raise error

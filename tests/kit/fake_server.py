@@ -359,16 +359,18 @@ class FakeGarden(garden_pb2_grpc.GardenServicer):
         offsets: dict[pb.Stream.ValueType, int],
         context: Any,
     ) -> AsyncIterator[pb.ProcessEvent]:
-        answers_left = self.breaks.popleft() if self.breaks else -1
+        breaks = bool(self.breaks)
+        answers_left = self.breaks.popleft() if breaks else -1
         broken = asyncio.Event()
         reader = asyncio.create_task(self._take_input(process, requests, broken))
         try:
             async for event in self._all_events(process, handle, offsets, broken, context):
-                if answers_left == 0 or broken.is_set():
-                    await context.abort(grpc.StatusCode.UNAVAILABLE, "broken by the test")
+                if answers_left != 0:
+                    yield event
                 answers_left -= 1
-                yield event
-            if answers_left == 0 or broken.is_set():
+                if answers_left <= 0 and breaks:
+                    await context.abort(grpc.StatusCode.UNAVAILABLE, "broken by the test")
+            if broken.is_set():
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "broken by the test")
         finally:
             reader.cancel()

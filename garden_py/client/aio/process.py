@@ -227,7 +227,9 @@ class AsyncProcess:
             early = Unavailable("the server ended the stream before the process's end")
             await self._reopen_after(exchange, early)
             return True
-        self._patience.restore()
+        # Not at `started`: a server that dies of every attach must run out of patience with it.
+        if not event.HasField("started"):
+            self._patience.restore()
         self._follower.on_event(event)
         return True
 
