@@ -1,0 +1,118 @@
+"""Small calls: questions about containers, and a new egress policy."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+from cell import Cell, ping_ms
+from measure import alternate, timed_ms, timing
+from report import Row, at_most
+from setting import Setting
+from stopwatch import running_stopwatch
+
+from garden_py.api._pb import garden_pb2 as pb
+from garden_py.api.grpc import convert
+from garden_py.backend.net.firewall import compile_container_ruleset
+from garden_py.model.netrule import DefaultAction
+
+CONTAINERS = 50
+RULES = 100
+_PING = "bare gRPC Ping"
+# The server keeps a helper in the container's namespace for one second after a change (agent/netrules.py).
+_HELPER_GONE_S = 1.2
+
+
+def measure_queries(setting: Setting) -> Iterator[Row]:
+    """With 50 containers in the cell."""
+    cell, stub = setting.cell, setting.cell.stub
+    with _containers(cell, CONTAINERS) as handles:
+        one, all_of_them = pb.GetContainerRequest(handle=handles[0]), pb.GetMetricsRequest(handles=handles)
+        found = alternate(
+            {
+                "info": timing(lambda: stub.GetContainer(one, timeout=10)),
+                _PING: lambda: ping_ms(setting.bare),
+                "ping": lambda: ping_ms(stub),
+                "list": timing(lambda: _require(len(stub.ListContainers(_page(), timeout=10).containers))),
+                "metrics": timing(lambda: _require(len(stub.GetMetrics(all_of_them, timeout=10).metrics))),
+            },
+            rounds=5 * setting.rounds,
+            warm_up=10,
+        )
+    peer = found[_PING]
+    yield Row("Ping", "ms", found["ping"], _PING, peer)
+    yield Row("info (GetContainer)", "ms", found["info"], _PING, peer, (at_most(1.5, later=True),))
+    yield Row(f"list of {CONTAINERS}", "ms", found["list"], _PING, peer)
+    metrics_mark = at_most(0.3 * CONTAINERS, later=True)
+    yield Row(f"GetMetrics of {CONTAINERS}", "ms", found["metrics"], _PING, peer, (metrics_mark,))
+
+
+def _page() -> pb.ListContainersRequest:
+    return pb.ListContainersRequest(page_size=CONTAINERS)
+
+
+def _require(count: int) -> None:
+    if count != CONTAINERS:
+        raise RuntimeError(f"{count} containers answered, not {CONTAINERS}")
+
+
+@contextmanager
+def _containers(cell: Cell, count: int) -> Iterator[list[str]]:
+    with ThreadPoolExecutor(4) as pool:
+        handles = list(pool.map(lambda _: cell.create().handle, range(count)))
+        try:
+            yield handles
+        finally:
+            list(pool.map(cell.destroy, handles))
+
+
+def measure_egress(setting: Setting) -> Iterator[Row]:
+    """Replace a policy of 100 rules again and again, beside `nft -f` of the same text in a namespace of its own."""
+    cell, stub = setting.cell, setting.cell.stub
+    place = cell.server.place
+    rules = place / "rules.nft"
+    rules.write_text(_nft_text(_policy()))
+    log = str(place / "nft.log")
+    with cell.container() as handle, running_stopwatch("unshare", "--net") as stopwatch:
+        request = pb.SetEgressRequest(handle=handle, policy=_policy())
+
+        def set_egress() -> float:
+            return timed_ms(lambda: stub.SetEgress(request, timeout=30))
+
+        def nft() -> float:
+            return float(stopwatch.ask(op="time", argv=["nft", "-f", str(rules)], log=log)["ms"])
+
+        def set_egress_cold() -> float:
+            time.sleep(_HELPER_GONE_S)
+            return set_egress()
+
+        often = alternate({"garden": set_egress, "nft": nft}, rounds=setting.rounds)
+        seldom = alternate(
+            {"garden": set_egress_cold, "nft": nft}, rounds=setting.throughput_rounds, warm_up=0
+        )
+    what, peer = f"SetEgress of {RULES} rules", "nft -f"
+    yield Row(f"{what}, in a row", "ms", often["garden"], peer, often["nft"], (at_most(10),))
+    yield Row(f"{what}, seldom", "ms", seldom["garden"], peer, seldom["nft"], (at_most(10),))
+
+
+def _policy() -> pb.EgressPolicy:
+    """Rules as security groups have them: a network, a protocol, a few ports."""
+    return pb.EgressPolicy(
+        default_action=pb.EgressPolicy.DENY,
+        rules=[
+            pb.EgressRule(
+                action=pb.EgressPolicy.ALLOW,
+                protocol=pb.EgressRule.TCP,
+                networks=[f"10.{number}.0.0/16"],
+                ports=[pb.PortRange(start=443), pb.PortRange(start=8000 + number, end=8100 + number)],
+            )
+            for number in range(RULES)
+        ],
+    )
+
+
+def _nft_text(policy: pb.EgressPolicy) -> str:
+    """What the server compiles it to, so that the peer has the same work in the kernel."""
+    return compile_container_ruleset(convert.policy_from(policy, DefaultAction.DENY, "policy"))
