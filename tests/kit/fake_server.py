@@ -291,9 +291,13 @@ class FakeGarden(garden_pb2_grpc.GardenServicer):
         if not chosen:
             await refuse(context, "NOT_FOUND", "COPY_FAILED", f"no such file: {request.path}")
         packed = io.BytesIO()
+        start = base if request.path.endswith("/") else posixpath.dirname(base)
         with tarfile.open(fileobj=packed, mode="w") as archive:
+            if base not in chosen:
+                top = tarfile.TarInfo(posixpath.relpath(base, start))
+                top.type, top.mode = tarfile.DIRTYPE, 0o755
+                archive.addfile(top)
             for path, data in sorted(chosen.items()):
-                start = base if request.path.endswith("/") else posixpath.dirname(base)
                 member = tarfile.TarInfo(posixpath.relpath(path, start))
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))

@@ -257,7 +257,7 @@ def test_a_dash_is_a_tar_stream(garden: Garden, fake: FakeGarden) -> None:
     assert garden_with_stdin(packed.getvalue(), "cp", "-", "c:/in").returncode == 0
     done = garden_with_stdin(b"", "cp", "c:/in", "-")
     with tarfile.open(fileobj=io.BytesIO(done.stdout)) as tar:
-        assert tar.getnames() == ["in/name"]
+        assert tar.getnames() == ["in", "in/name"]
 
 
 def test_destroy_takes_many_and_reports_the_missing(garden: Garden, fake: FakeGarden) -> None:
