@@ -139,12 +139,13 @@ def _mount_violations(mounts: tuple[BindMount, ...]) -> list[FieldViolation]:
         at = f"spec.bind_mounts[{i}]"
         if not mount.source.startswith("/") or "\0" in mount.source:
             found.append(FieldViolation(f"{at}.source", "must be an absolute path"))
-        destination = posixpath.normpath(mount.destination)
+        # normpath keeps exactly two leading slashes (POSIX lets them mean something else; Linux does not).
+        destination = posixpath.normpath("/" + mount.destination.lstrip("/"))
         if not mount.destination.startswith("/") or "\0" in mount.destination:
             found.append(FieldViolation(f"{at}.destination", "must be an absolute path"))
         elif ".." in mount.destination.split("/"):
             found.append(FieldViolation(f"{at}.destination", "must not contain '..'"))
-        elif destination in ("/", "//"):
+        elif destination == "/":
             found.append(FieldViolation(f"{at}.destination", "must not be the root directory"))
         elif any(f"{destination}/".startswith(f"{guarded}/") for guarded in GUARDED_DESTINATIONS):
             found.append(FieldViolation(f"{at}.destination", "must not be at or below /proc, /sys or /dev"))

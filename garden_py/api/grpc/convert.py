@@ -125,11 +125,12 @@ def _rule_from(message: pb.EgressRule, field: str) -> netrule.EgressRule:
     for i, port in enumerate(message.ports):
         with netrule.at_field(f"{field}.ports[{i}]"):
             ports.append(netrule.PortRange(port.start, port.end or port.start))
-    with netrule.at_field(field):
-        icmp = None
-        if message.HasField("icmp"):
-            code = message.icmp.code if message.icmp.HasField("code") else None
+    icmp = None
+    if message.HasField("icmp"):
+        code = message.icmp.code if message.icmp.HasField("code") else None
+        with netrule.at_field(f"{field}.icmp"):
             icmp = netrule.IcmpMatch(message.icmp.type, code)
+    with netrule.at_field(field):
         return netrule.EgressRule(
             protocol=_PROTOCOLS[message.protocol],
             networks=tuple(networks),

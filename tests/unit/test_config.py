@@ -1,0 +1,97 @@
+"""Where settings come from, which source wins, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from garden_py.config import Config, load_config
+from garden_py.model.errors import InvalidRequest
+
+
+def fields_of(error: InvalidRequest) -> set[str]:
+    return {violation.field for violation in error.violations}
+
+
+def test_later_sources_win(tmp_path: Path) -> None:
+    """Default, file, environment, flag: each overrides the one before."""
+    file = tmp_path / "garden.toml"
+    file.write_text('launchers = 2\nlog-level = "debug"\nmtu = 1400\n')
+    environ = {"GARDEN_LOG_LEVEL": "warning", "GARDEN_MTU": "1300", "OTHER": "x"}
+    config = load_config({"mtu": 1200}, file=file, environ=environ)
+    assert (config.launchers, config.log_level, config.mtu) == (2, "warning", 1200)
+    assert config.runtime == Config().runtime
+
+
+def test_lists_in_the_environment_are_separated_by_commas() -> None:
+    """Repeatable flags have a form in one variable."""
+    config = load_config({}, environ={"GARDEN_DNS_SERVER": "192.0.2.1,192.0.2.2"})
+    assert config.dns_server == ("192.0.2.1", "192.0.2.2")
+
+
+def test_door_is_in_the_run_directory_unless_stated() -> None:
+    """Two servers with directories of their own need no further setting."""
+    assert load_config({"run_dir": "/run/x"}, environ={}).listen_address == "unix:/run/x/garden.sock"
+    assert load_config({"listen": "127.0.0.1:7777"}, environ={}).listen_address == "127.0.0.1:7777"
+
+
+def test_tag_depends_on_the_state_directory_only() -> None:
+    """A restarted server with other settings finds what it made; another server has another tag."""
+    first = load_config({"state_dir": "/srv/a"}, environ={})
+    again = load_config({"state_dir": "/srv/a", "run_dir": "/run/b", "mtu": 1400}, environ={})
+    assert first.tag == again.tag
+    assert len(first.tag) == 4
+    assert first.tag != load_config({"state_dir": "/srv/b"}, environ={}).tag
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"state_dir": "relative"}, "state_dir"),
+        ({"state_dir": "/with:colon"}, "state_dir"),
+        ({"run_dir": "/" + "x" * 70}, "run_dir"),
+        ({"network_pool": "10.0.0.0/31"}, "network_pool"),
+        ({"network_pool": "10.0.0.1/24"}, "network_pool"),
+        ({"network_pool": "fd00::/64"}, "network_pool"),
+        ({"socket_mode": "0999"}, "socket_mode"),
+        ({"socket_mode": "1777"}, "socket_mode"),
+        ({"port_pool_start": 80}, "port_pool_start"),
+        ({"port_pool_start": 65_000, "port_pool_size": 1000}, "settings"),
+        ({"uid_pool_start": 0xFFFE_0000, "uid_pool_size": 2}, "settings"),
+        ({"launchers": 0}, "launchers"),
+        ({"output_retention_bytes": 1}, "output_retention_bytes"),
+        ({"default_egress": "maybe"}, "default_egress"),
+        ({"log_level": "loud"}, "log_level"),
+        ({"create_timeout_s": 0}, "create_timeout_s"),
+        ({"no_such_setting": 1}, "no_such_setting"),
+    ],
+)
+def test_bad_setting_is_named(settings: dict[str, Any], field: str) -> None:
+    """The server does not start with a setting that it cannot keep."""
+    with pytest.raises(InvalidRequest) as refused:
+        load_config(settings, environ={})
+    assert fields_of(refused.value) == {field}
+
+
+def test_bad_settings_are_named_together() -> None:
+    """One start shows every mistake."""
+    with pytest.raises(InvalidRequest) as refused:
+        load_config({"launchers": 0}, environ={"GARDEN_MTU": "big"})
+    assert fields_of(refused.value) == {"launchers", "mtu"}
+
+
+@pytest.mark.parametrize("content", [None, "not toml ["])
+def test_unreadable_file_is_named(tmp_path: Path, content: str | None) -> None:
+    """A missing or broken settings file is not the same as an empty one."""
+    file = tmp_path / "garden.toml"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(InvalidRequest, match=r"garden\.toml"):
+        load_config({}, file=file, environ={})
+
+
+def test_every_setting_explains_itself() -> None:
+    """The description is the flag's help text."""
+    assert [name for name, field in Config.model_fields.items() if not field.description] == []
