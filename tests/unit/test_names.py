@@ -1,0 +1,31 @@
+"""The files that make names work in a container."""
+
+from __future__ import annotations
+
+import pytest
+
+from garden_py.backend.rootfs.names import build_hosts, build_resolv_conf
+
+
+def test_hosts_has_localhost_and_the_container() -> None:
+    """N30: in this order; without an address there is only localhost."""
+    assert build_hosts("10.0.0.2", "box") == "127.0.0.1 localhost\n10.0.0.2 box\n"
+    assert build_hosts("", "box") == "127.0.0.1 localhost\n"
+
+
+@pytest.mark.parametrize(
+    ("host", "servers", "expected"),
+    [
+        ("nameserver 192.0.2.1\n", (), "nameserver 192.0.2.1\n"),
+        ("nameserver 127.0.0.53\n", (), "nameserver 10.0.0.1\n"),
+        ("nameserver 127.0.0.53\noptions edns0\n", (), "options edns0\n"),
+        ("search a b\nnameserver 127.0.0.1\nnameserver 192.0.2.9\n", (), "search a b\nnameserver 192.0.2.9\n"),
+        ("search a\nnameserver 192.0.2.1\n", ("192.0.2.7", "192.0.2.8"),
+         "nameserver 192.0.2.7\nnameserver 192.0.2.8\n"),
+        ("", (), ""),
+        ("\n  \n", (), ""),
+    ],
+)  # fmt: skip
+def test_resolv_conf(host: str, servers: tuple[str, ...], expected: str) -> None:
+    """N31: the server's setting wins; the host's loopback is not the container's."""
+    assert build_resolv_conf(host, servers, "10.0.0.1") == expected
