@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from typing import Any
 
 import pytest
 from google.protobuf.duration_pb2 import Duration
@@ -206,7 +206,8 @@ def test_every_event_kind_is_in_the_proto() -> None:
 
 def test_every_usage_field_is_in_the_proto() -> None:
     """A metric that cannot be told would fail the whole bulk call."""
-    usage = replace(Usage(), **{name: 1 for name in Usage.__dataclass_fields__ if name != "memory_stat"})
+    values: dict[str, Any] = {name: 1 for name in Usage.__dataclass_fields__ if name != "memory_stat"}
+    usage = Usage(**values)
     message = convert.metrics_to("box", usage, 2.5)
     assert message.oom_kills == message.network_tx_packets == 1
     assert (message.age.seconds, message.age.nanos) == (2, 500_000_000)
