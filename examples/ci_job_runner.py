@@ -93,7 +93,12 @@ def read_job(path: Path) -> Job:
     try:
         table = tomllib.loads(path.read_text())
         steps = tuple(Step(**step) for step in table.pop("steps", []))
-        job = Job(name=table.pop("name", path.stem), steps=steps, artifacts=tuple(table.pop("artifacts", [])), **table)
+        job = Job(
+            name=table.pop("name", path.stem),
+            steps=steps,
+            artifacts=tuple(table.pop("artifacts", [])),
+            **table,
+        )
     except (tomllib.TOMLDecodeError, TypeError) as error:
         raise BadJob(f"{path}: {error}") from error
     if not job.steps:

@@ -72,7 +72,9 @@ async def run_task(garden: AsyncGardenClient, task: str, demand: Demand) -> Resu
     """
     begin_s = time.monotonic()
     spec = ContainerSpec(
-        image=demand.image, limits=Limits(memory_bytes=demand.memory_bytes), properties={"scheduler.task": task}
+        image=demand.image,
+        limits=Limits(memory_bytes=demand.memory_bytes),
+        properties={"scheduler.task": task},
     )
     async with await garden.create(spec) as container:
         process = await container.run(demand.command, env={"TASK": task})
@@ -131,7 +133,9 @@ async def run(arguments: argparse.Namespace, tasks: list[str]) -> int:
 
 def main() -> int:
     """Read the command line and stdin."""
-    parser = argparse.ArgumentParser(description="Run a command for each line of stdin, in garden containers.")
+    parser = argparse.ArgumentParser(
+        description="Run a command for each line of stdin, in garden containers."
+    )
     parser.add_argument("--address", help="garden server; default: GARDEN_ADDRESS or its usual socket")
     parser.add_argument("--image", default="", help="root file system; default: the server's")
     parser.add_argument("--memory-mib", type=int, default=64, help="memory limit of each task")

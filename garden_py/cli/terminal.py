@@ -90,7 +90,7 @@ def _raw_terminal() -> Iterator[None]:
     """Every key goes to the process, Ctrl-C included; the terminal is restored at the end."""
     fd = sys.stdin.fileno()
     before = termios.tcgetattr(fd)
-    tty.setraw(fd)
+    tty.setraw(fd, termios.TCSADRAIN)  # not FLUSH: what was typed ahead is for the process
     try:
         yield
     finally:

@@ -1,0 +1,256 @@
+"""The command line on a real server: terminals, signals, big streams, copies, and a server that is killed."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from kit.server import ServerProcess, running_server
+
+pytestmark = pytest.mark.root
+
+DEADLINE_S = 30.0
+GARDEN = [sys.executable, "-m", "garden_py"]
+
+
+class Shell:
+    """Runs `garden` against one server."""
+
+    def __init__(self, address: str) -> None:
+        self.environ = {**os.environ, "GARDEN_ADDRESS": address, "TERM": "xterm"}
+
+    def __call__(self, *arguments: str, stdin: bytes = b"", code: int = 0) -> str:
+        done = subprocess.run(
+            [*GARDEN, *arguments],
+            input=stdin,
+            capture_output=True,
+            timeout=DEADLINE_S,
+            check=False,
+            env=self.environ,
+        )
+        assert done.returncode == code, done.stderr.decode()
+        return done.stdout.decode()
+
+    def begin(self, *arguments: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [*GARDEN, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=self.environ,
+            bufsize=0,  # communicate() would not see what readline() has read ahead
+        )
+
+
+@pytest.fixture
+def garden(garden_server: ServerProcess) -> Shell:
+    return Shell(garden_server.address)
+
+
+@pytest.fixture
+def handle(garden: Shell) -> Iterator[str]:
+    made = garden("create", "--memory", "128M").strip()
+    yield made
+    garden("destroy", made)
+
+
+class Terminal:
+    """`garden` on a terminal of its own, driven like a person would: type, look, wait for words."""
+
+    def __init__(self, environ: dict[str, str], *arguments: str, rows: int = 33, columns: int = 99) -> None:
+        self.ours, theirs = pty.openpty()
+        self.resize(rows, columns)
+        self.process = subprocess.Popen(
+            [*GARDEN, *arguments],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env=environ,
+            start_new_session=True,
+        )
+        os.close(theirs)
+        self.seen = ""
+
+    def resize(self, rows: int, columns: int) -> None:
+        fcntl.ioctl(self.ours, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+    def type(self, text: str) -> None:
+        os.write(self.ours, text.encode())
+
+    def wait_for(self, pattern: str) -> str:
+        """All that was shown up to and including the pattern, which is then forgotten."""
+        deadline_s = time.monotonic() + DEADLINE_S
+        while (match := re.search(pattern, self.seen)) is None:
+            left_s = deadline_s - time.monotonic()
+            assert left_s > 0, f"{pattern!r} did not appear in {self.seen!r}"
+            ready, _, _ = select.select([self.ours], [], [], left_s)
+            if ready:
+                self.seen += self._read()
+        shown, self.seen = self.seen[: match.end()], self.seen[match.end() :]
+        return shown
+
+    def _read(self) -> str:
+        try:
+            return os.read(self.ours, 65536).decode(errors="replace")
+        except OSError as error:  # EIO: the other side is closed, pty(7)
+            raise AssertionError(f"the terminal closed after {self.seen!r}") from error
+
+    def end(self) -> int:
+        code = self.process.wait(DEADLINE_S)
+        os.close(self.ours)
+        return code
+
+
+def test_a_shell_on_a_terminal_has_its_size_and_follows_it(garden: Shell, handle: str) -> None:
+    """What `garden run -it` is for; the exit code of the shell is ours."""
+    terminal = Terminal(garden.environ, "run", "-it", handle, "sh")
+    terminal.wait_for("[#$] ")
+    terminal.type("stty size; echo $TERM\r")
+    terminal.wait_for(r"33 99\r\nxterm")
+    terminal.resize(44, 111)
+    os.kill(terminal.process.pid, signal.SIGWINCH)
+    terminal.wait_for("[#$] ")
+    # The new size travels beside what is typed, so the shell is asked until it has arrived.
+    terminal.type("until stty size | grep -q '44 111'; do sleep 0.1; done; echo resized''now; exit 7\r")
+    terminal.wait_for("resizednow")
+    assert terminal.end() == 7
+
+
+def test_control_c_on_a_terminal_goes_to_the_program(garden: Shell, handle: str) -> None:
+    """The shell survives what ends its child."""
+    terminal = Terminal(garden.environ, "run", "-it", handle, "sh")
+    terminal.wait_for("[#$] ")
+    terminal.type("sh -c 'echo fore''ground; exec sleep 1000'\r")
+    terminal.wait_for("foreground")
+    terminal.type("\x03")
+    terminal.wait_for("[#$] ")
+    terminal.type("exit 5\r")
+    assert terminal.end() == 5
+
+
+def test_the_detach_keys_leave_the_process_running(garden: Shell, handle: str) -> None:
+    """And attach finds it again."""
+    terminal = Terminal(garden.environ, "run", "-it", "--id", "shell", handle, "sh")
+    terminal.wait_for("[#$] ")
+    terminal.type("\x10\x11")
+    assert terminal.end() == 0
+    again = Terminal(garden.environ, "attach", "-i", handle, "shell")
+    again.type("echo still''here; exit 4\r")
+    again.wait_for("stillhere")
+    assert again.end() == 4
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_without_a_terminal_are_passed_on(garden: Shell, handle: str, number: signal.Signals) -> None:
+    """A supervisor that stops `garden run` stops the program, and sees how it took it."""
+    script = "trap 'echo caught; exit 9' INT TERM HUP; echo ready; while :; do sleep 0.05; done"
+    running = garden.begin("run", handle, "sh", "-c", script)
+    assert running.stdout is not None
+    assert running.stdout.readline() == b"ready\n"
+    running.send_signal(number)
+    out, err = running.communicate(timeout=DEADLINE_S)
+    assert (out, running.returncode) == (b"caught\n", 9), err
+
+
+def test_a_reader_that_leaves_ends_the_program(garden: Shell, handle: str) -> None:
+    """`garden run c yes | head -1` must not leave `yes` behind."""
+    running = garden.begin("run", "--id", "yes", handle, "yes")
+    assert running.stdout is not None
+    running.stdout.readline()
+    running.stdout.close()
+    assert running.wait(DEADLINE_S) == 128 + signal.SIGPIPE
+    (process,) = json.loads(garden("ps", handle, "-o", "json"))
+    assert process["exit"]["signal"] == signal.SIGPIPE
+    assert running.stderr is not None
+    running.stderr.close()
+
+
+def test_a_background_child_does_not_hold_run_up(garden: Shell, handle: str) -> None:
+    """The program has exited and all it wrote is here, whoever else holds the pipe."""
+    done = subprocess.run(
+        [*GARDEN, "run", handle, "sh", "-c", "sleep 1000 & echo last words"],
+        capture_output=True,
+        timeout=DEADLINE_S,
+        check=False,
+        env=garden.environ,
+    )
+    assert (done.returncode, done.stdout) == (0, b"last words\n")
+    assert b"still holds its output open" in done.stderr
+
+
+def test_large_streams_arrive_whole_in_both_directions(garden: Shell, handle: str) -> None:
+    """Bytes in, bytes out, nothing lost and nothing doubled."""
+    data = os.urandom(1 << 20) * 40
+    digest = hashlib.sha256(data).hexdigest()
+    assert garden("run", "-i", handle, "sha256sum", stdin=data).split()[0] == digest
+    done = subprocess.run(
+        [*GARDEN, "run", "-i", handle, "cat"],
+        input=data,
+        capture_output=True,
+        timeout=DEADLINE_S,
+        check=True,
+        env=garden.environ,
+    )
+    assert hashlib.sha256(done.stdout).hexdigest() == digest
+
+
+def test_copies_go_in_and_out(garden: Shell, handle: str, tmp_path: Path) -> None:
+    """Whatever the tree holds comes back the same, owned by the user who asked."""
+    source = tmp_path / "tree"
+    (source / "deep").mkdir(parents=True)
+    (source / "deep" / "random").write_bytes(os.urandom(3_000_000))
+    (source / "script").write_text("#!/bin/sh\necho ran\n")
+    (source / "script").chmod(0o755)
+    (source / "link").symlink_to("script")
+    garden("cp", str(source), f"{handle}:/opt")
+    garden("cp", "--user", "nobody", str(source), f"{handle}:/tmp/owned")
+    assert garden("run", handle, "/opt/script") + garden(
+        "run", handle, "stat", "-c", "%U", "/tmp/owned/script"
+    ) == ("ran\nnobody\n")
+    garden("cp", f"{handle}:/opt", str(tmp_path / "copy"))
+    assert subprocess.run(["diff", "-r", source, tmp_path / "copy"], check=False).returncode == 0
+    garden("cp", f"{handle}:/nosuch", str(tmp_path), code=1)
+
+
+def test_a_foreground_run_survives_the_death_of_the_server(tmp_path: Path) -> None:
+    """SIGKILL in the middle of its output: the command line waits for the next server and misses no byte."""
+    with running_server() as server:
+        garden = Shell(server.address)
+        handle = garden("create").strip()
+        script = "i=0; while [ $i -lt 200000 ]; do echo line $i; i=$((i+1)); done; exit 6"
+        running = garden.begin("run", handle, "sh", "-c", script)
+        assert running.stdout is not None
+        first = running.stdout.readline()
+        server.kill()
+        server.start()
+        rest, err = running.communicate(timeout=60)
+        assert first + rest == b"".join(b"line %d\n" % number for number in range(200_000))
+        assert running.returncode == 6, err
+
+
+def test_doctor_finds_this_host_able(tmp_path: Path) -> None:
+    """The tests of this directory make containers here, so nothing may be FAIL; and trials leave nothing."""
+    done = subprocess.run(
+        [*GARDEN, "doctor", "--json", "--state-dir", str(tmp_path / "state")],
+        capture_output=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+    findings = json.loads(done.stdout)
+    assert [finding for finding in findings if finding["level"] == "FAIL"] == []
+    assert done.returncode == 0
+    assert list(tmp_path.iterdir()) == []
