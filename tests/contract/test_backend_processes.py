@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 
 import pytest
 from kit.stage import Stage, eventually, exit_of, output_of, read_all, read_exactly
@@ -128,7 +129,7 @@ async def test_signal_all_reaches_every_process(stage: Stage) -> None:
     handle = await stage.create()
     processes = [await stage.start(handle, "sleep", "1000") for _ in range(3)]
     assert stage.backend.workload_count(handle) == 3
-    await stage.backend.signal_all(handle, 9)
+    await stage.backend.signal_all(handle, signal.SIGKILL)  # an IntEnum, as callers have it
     assert [await exit_of(process) for process in processes] == [(None, 9)] * 3
     await eventually(lambda: stage.backend.workload_count(handle) == 0, "an empty workload")
     assert await exit_of(await stage.start(handle, "true")) == (0, None)

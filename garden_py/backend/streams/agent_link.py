@@ -229,12 +229,12 @@ class AgentLink:
 
     async def signal(self, process_id: str, number: int, *, group: bool) -> bool:
         """Send a signal; False if the process is gone."""
-        answer = await self._tell({"op": "signal", "id": process_id, "signal": number, "group": group})
+        answer = await self._tell({"op": "signal", "id": process_id, "signal": int(number), "group": group})
         return answer is not None and answer.get("delivered") is True
 
     async def signal_all(self, number: int) -> None:
         """Signal every process of the container but PID 1."""
-        await self._tell({"op": "signal_all", "signal": number})
+        await self._tell({"op": "signal_all", "signal": int(number)})
 
     async def close_stdin(self, process_id: str) -> None:
         """Have the agent drop its duplicate of stdin, so that the process sees the end."""
