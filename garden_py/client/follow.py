@@ -142,18 +142,27 @@ class Follower:
 
 
 class StdinJournal:
-    """What was written to a process's stdin, by offset, with the end of it kept for a replay."""
+    """What was written to a process's stdin, by offset, with the end of it kept for a replay.
 
-    def __init__(self) -> None:
-        self.offset = 0
+    Args:
+        addressed: we write the process's stdin from its first byte on, so our offsets are the server's. A reader
+            that joined later does not know how much others have written: its input has no offsets and is not
+            replayed, so it arrives at most once.
+    """
+
+    def __init__(self, *, addressed: bool) -> None:
         self.closed = False
+        self._addressed = addressed
+        self._offset = 0
         self._tail: deque[pb.Stdin] = deque()
         self._tail_bytes = 0
 
     def write(self, data: bytes) -> pb.ProcessInput:
         """The message that carries data, which the caller has cut to a fitting size."""
-        stdin = pb.Stdin(data=data, offset=self.offset)
-        self.offset += len(data)
+        if not self._addressed:
+            return pb.ProcessInput(stdin=pb.Stdin(data=data))
+        stdin = pb.Stdin(data=data, offset=self._offset)
+        self._offset += len(data)
         self._tail.append(stdin)
         self._tail_bytes += len(data)
         while self._tail_bytes > _MAX_REPLAY_BYTES:
@@ -173,7 +182,7 @@ class StdinJournal:
         return messages
 
     def _closing(self) -> pb.Stdin:
-        return pb.Stdin(close=True, offset=self.offset)
+        return pb.Stdin(close=True, offset=self._offset) if self._addressed else pb.Stdin(close=True)
 
 
 def stdin_is_closed(process_id: str) -> FailedPrecondition:

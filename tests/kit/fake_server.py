@@ -426,9 +426,10 @@ class FakeGarden(garden_pb2_grpc.GardenServicer):
                     return
                 stdin_left -= 1
                 accepted = len(process.stdin)
-                if message.stdin.HasField("offset") and message.stdin.offset > accepted:
+                offset = message.stdin.offset if message.stdin.HasField("offset") else accepted
+                if offset > accepted:
                     raise AssertionError("the client left a gap in stdin")
-                process.stdin += message.stdin.data[accepted - message.stdin.offset :]
+                process.stdin += message.stdin.data[accepted - offset :]
                 process.stdin_closed |= message.stdin.close
             elif message.HasField("window"):
                 process.windows.append((message.window.rows, message.window.columns))

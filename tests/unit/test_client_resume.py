@@ -64,6 +64,19 @@ def test_input_written_into_a_breaking_stream_arrives_once(fake: RunningFake, cl
     assert len(fake.garden.containers["c"].processes[process.id].attaches) == 2
 
 
+def test_a_second_writer_does_not_reuse_offsets(fake: RunningFake, client: GardenClient) -> None:
+    """Who joins later does not know how much was written before; its first byte is not the stream's first."""
+    container = client.container("c")
+    first = container.run(["cat"])
+    first.stdin.write(b"first ")
+    assert next(iter(first)).data == b"first "
+    first.close()
+    second = container.attach(first.id)
+    second.stdin.write(b"second")
+    second.stdin.close()
+    assert second.output().stdout == b"first second"
+
+
 async def test_the_asynchronous_client_resumes_output_and_input(fake: RunningFake) -> None:
     """Both faces make the same promise."""
     fake.garden.breaks.extend([3, 1])

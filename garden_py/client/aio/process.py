@@ -60,7 +60,7 @@ class AsyncProcess:
         self.stdin = AsyncProcessStdin(self)
         self._link = link
         self._follower = follower
-        self._journal = StdinJournal()
+        self._journal = StdinJournal(addressed=request_type is pb.RunProcessRequest)
         self._retry = retry
         self._patience = Patience(retry)
         self._exchange: AsyncExchange | None = opened
@@ -275,21 +275,19 @@ class AsyncProcess:
                 return  # the process is gone; its stdin is as closed as it can be
 
     async def _send_input(self, message: pb.ProcessInput) -> None:
-        """Hand over input that the journal (or _window) already holds, so that a new stream repeats it."""
-        async with self._opening:
-            exchange = self._exchange
-            if exchange is None:
+        """Hand over input; over a new stream if need be, to which the server compares offsets."""
+        while True:
+            async with self._opening:
                 if self._follower.ended or self._closed:
                     raise stdin_is_closed(self.id)
-                self._open_again()
+                exchange = self._exchange or self._open_again()
+                request = self._request_type(input=message)
+            if await exchange.send(request):
                 return
-            request = self._request_type(input=message)
-        if await exchange.send(request):
-            return
-        failure = await exchange.failure()
-        if failure is None or self._closed or self._follower.exit is not None:
-            raise stdin_is_closed(self.id)
-        await self._reopen_after(exchange, failure)
+            failure = await exchange.failure()
+            if failure is None or self._closed or self._follower.exit is not None:
+                raise stdin_is_closed(self.id)
+            await self._reopen_after(exchange, failure)
 
     async def _ask_for_exit(
         self,

@@ -9,8 +9,6 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Final, Self
 
-from google.protobuf.message import Message
-
 from garden_py.api._pb import garden_pb2 as pb
 from garden_py.client import calls, convert
 from garden_py.client.address import CHUNK_BYTES
@@ -37,6 +35,9 @@ class ProcessStdin:
 
     def write(self, data: bytes) -> None:
         """Feed data, all of it, in order.
+
+        Over a broken connection each byte is still fed once if this reader started the process (`run`), and at
+        most once if it joined it (`attach`).
 
         Raises:
             FailedPrecondition: stdin is closed or the process has ended (code STDIN_CLOSED).
@@ -73,7 +74,7 @@ class Process:
         self.stdin = ProcessStdin(self)
         self._link = link
         self._follower = follower
-        self._journal = StdinJournal()
+        self._journal = StdinJournal(addressed=request_type is pb.RunProcessRequest)
         self._retry = retry
         self._patience = Patience(retry)
         self._exchange: Exchange | None = opened
@@ -296,21 +297,19 @@ class Process:
                 return  # the process is gone; its stdin is as closed as it can be
 
     def _send_input(self, message: pb.ProcessInput) -> None:
-        """Hand over input that the journal (or _window) already holds, so that a new stream repeats it."""
-        with self._opening:
-            exchange = self._exchange
-            if exchange is None:
+        """Hand over input; over a new stream if need be, to which the server compares offsets."""
+        while True:
+            with self._opening:
                 if self._follower.ended or self._closed:
                     raise stdin_is_closed(self.id)
-                self._open_again()
+                exchange = self._exchange or self._open_again()
+                request = self._request_type(input=message)
+            if exchange.send(request):
                 return
-            request: Message = self._request_type(input=message)
-        if exchange.send(request):
-            return
-        failure = exchange.failure()
-        if failure is None or self._closed or self._follower.exit is not None:
-            raise stdin_is_closed(self.id)
-        self._reopen_after(exchange, error_from_rpc(failure))
+            failure = exchange.failure()
+            if failure is None or self._closed or self._follower.exit is not None:
+                raise stdin_is_closed(self.id)
+            self._reopen_after(exchange, error_from_rpc(failure))
 
     def _ask_for_exit(self, timeout: timedelta | None) -> ExitStatus:
         patience = Patience(self._retry)
