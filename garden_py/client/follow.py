@@ -15,7 +15,7 @@ from typing import Final
 
 from garden_py.api._pb import garden_pb2 as pb
 from garden_py.client import convert
-from garden_py.client.errors import DataLoss, ErrorDetails, FailedPrecondition, ProcessFailed
+from garden_py.client.errors import DataLoss, ErrorDetails, FailedPrecondition, GardenError, ProcessFailed
 from garden_py.client.values import ExitStatus, Output, OutputChunk, ProcessInfo, Stream
 
 # Unread output kept while somebody only waits for the exit. Beyond it the chunks are let go and asked for
@@ -26,6 +26,9 @@ _MAX_BUFFERED_BYTES: Final = 4 << 20
 # into HTTP/2 flow control and the server's own buffers; if ever more is missing, the server answers
 # OUT_OF_RANGE.
 _MAX_REPLAY_BYTES: Final = 8 << 20
+
+STDIN_CLOSED: Final = "STDIN_CLOSED"
+"""Code of the error for input that no process will read."""
 
 
 class Follower:
@@ -153,6 +156,7 @@ class StdinJournal:
     def __init__(self, *, addressed: bool) -> None:
         self.closed = False
         self._addressed = addressed
+        self.given_up = False
         self._offset = 0
         self._tail: deque[pb.Stdin] = deque()
         self._tail_bytes = 0
@@ -174,10 +178,21 @@ class StdinJournal:
         self.closed = True
         return pb.ProcessInput(stdin=self._closing())
 
+    def give_up(self, error: GardenError) -> bool:
+        """Whether the stream broke only because stdin is closed; then nothing more is sent or replayed.
+
+        That ends a stream for a reason that does not concern its output, which can be read on over a new one.
+        """
+        if error.code != STDIN_CLOSED or self.given_up:
+            return False
+        self.closed = self.given_up = True
+        self._tail.clear()
+        return True
+
     def replay(self) -> list[pb.ProcessInput]:
         """What a new stream must be told: the server skips the bytes that it has already accepted."""
         messages = [pb.ProcessInput(stdin=stdin) for stdin in self._tail]
-        if self.closed:
+        if self.closed and not self.given_up:
             messages.append(pb.ProcessInput(stdin=self._closing()))
         return messages
 
@@ -187,7 +202,7 @@ class StdinJournal:
 
 def stdin_is_closed(process_id: str) -> FailedPrecondition:
     """The error of a write that no process will read."""
-    return FailedPrecondition(f"stdin of process {process_id} is closed", ErrorDetails(code="STDIN_CLOSED"))
+    return FailedPrecondition(f"stdin of process {process_id} is closed", ErrorDetails(code=STDIN_CLOSED))
 
 
 def require_success(process_id: str, output: Output) -> None:

@@ -50,6 +50,7 @@ class FakeProcess:
     exit: pb.ExitStatus | None = None
     attaches: list[pb.AttachProcessRequest.Attach] = field(default_factory=list)
     version: int = 0
+    refusals: int = 0  # streams ended because input came after the end of stdin
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
     def step(self) -> None:
@@ -365,6 +366,7 @@ class FakeGarden(garden_pb2_grpc.GardenServicer):
     ) -> AsyncIterator[pb.ProcessEvent]:
         breaks = bool(self.breaks)
         answers_left = self.breaks.popleft() if breaks else -1
+        refusals = process.refusals
         broken = asyncio.Event()
         reader = asyncio.create_task(self._take_input(process, requests, broken))
         try:
@@ -374,6 +376,8 @@ class FakeGarden(garden_pb2_grpc.GardenServicer):
                 answers_left -= 1
                 if answers_left <= 0 and breaks:
                     await context.abort(grpc.StatusCode.UNAVAILABLE, "broken by the test")
+            if broken.is_set() and process.refusals > refusals:
+                await refuse(context, "FAILED_PRECONDITION", "STDIN_CLOSED", "stdin is closed")
             if broken.is_set():
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "broken by the test")
         finally:
@@ -421,6 +425,11 @@ class FakeGarden(garden_pb2_grpc.GardenServicer):
             message = request.input
             if message.HasField("stdin"):
                 if stdin_left == 0:
+                    broken.set()
+                    await notify(process)
+                    return
+                if process.stdin_closed and message.stdin.data:
+                    process.refusals += 1
                     broken.set()
                     await notify(process)
                     return

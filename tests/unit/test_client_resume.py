@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from garden_py.client import (
     FailedPrecondition,
     GardenClient,
     OutOfRange,
+    Output,
     ProcessFailed,
     RetryPolicy,
     Stream,
@@ -28,6 +29,16 @@ from garden_py.client.values import OutputChunk
 
 IMPATIENT = RetryPolicy(first_delay_s=0.001, max_delay_s=0.001, total_s=0.01)
 QUICK = RetryPolicy(first_delay_s=0.001, max_delay_s=0.01, total_s=5.0)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for something that another thread does."""
+    pause = threading.Event()
+    for _ in range(1000):
+        if condition():
+            return
+        pause.wait(0.01)
+    raise AssertionError("it did not happen within 10 s")
 
 
 @pytest.fixture
@@ -62,6 +73,26 @@ def test_input_written_into_a_breaking_stream_arrives_once(fake: RunningFake, cl
     process.stdin.close()
     assert process.output().stdout == data
     assert len(fake.garden.containers["c"].processes[process.id].attaches) == 2
+
+
+def test_a_replay_that_comes_too_late_does_not_cost_the_output(
+    fake: RunningFake, client: GardenClient
+) -> None:
+    """The server may refuse input after the end of stdin, and ends the stream with it; the output goes on."""
+    process = client.container("c").run(["sleep"])
+    seen_by_server = fake.garden.containers["c"].processes[process.id]
+    process.stdin.write(b"all of it")
+    process.stdin.close()
+    until(lambda: seen_by_server.stdin_closed)
+    with pytest.raises(TimeoutError):
+        process.wait(timedelta(0))  # leaves the stream; reading needs a new one
+    outputs: list[Output] = []
+    reader = threading.Thread(target=lambda: outputs.append(process.output()))
+    reader.start()
+    until(lambda: seen_by_server.refusals == 1)
+    assert process.signal("TERM")
+    reader.join(timeout=30)
+    assert outputs[0].exit.signal == 15
 
 
 def test_a_second_writer_does_not_reuse_offsets(fake: RunningFake, client: GardenClient) -> None:
@@ -156,12 +187,7 @@ def test_closing_the_client_leaves_no_thread(fake: RunningFake) -> None:
         with GardenClient(fake.address) as client, client.create() as container:
             container.run(["emit", "a", "b", "0"]).output()
             container.run(["sleep"])
-    deadline = threading.Event()
-    for _ in range(100):
-        if threading.active_count() <= before:
-            break
-        deadline.wait(0.05)  # gRPC's own threads end a moment after the channel
-    assert threading.active_count() <= before
+    until(lambda: threading.active_count() <= before)  # gRPC's own threads end a moment after the channel
 
 
 def test_bytes_no_longer_kept_are_an_error_that_says_which_are(

@@ -267,7 +267,8 @@ class Process:
         with self._opening:
             if self._exchange is not broken:
                 return  # the other side of the stream (reader or writer) was first
-            time.sleep(self._patience.next_delay_s(error))
+            if not self._journal.give_up(error):
+                time.sleep(self._patience.next_delay_s(error))
             if not self._closed:
                 self._open_again()
 
@@ -300,7 +301,7 @@ class Process:
         """Hand over input; over a new stream if need be, to which the server compares offsets."""
         while True:
             with self._opening:
-                if self._follower.ended or self._closed:
+                if self._follower.ended or self._closed or self._journal.given_up:
                     raise stdin_is_closed(self.id)
                 exchange = self._exchange or self._open_again()
                 request = self._request_type(input=message)
