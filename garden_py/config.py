@@ -137,8 +137,8 @@ class Config(BaseModel):
     @field_validator("network_pool")
     @classmethod
     def _room_for_containers(cls, pool: ipaddress.IPv4Network) -> ipaddress.IPv4Network:
-        if not 8 <= pool.prefixlen <= 30:
-            raise ValueError("must be a network of /8 to /30")
+        if not 8 <= pool.prefixlen <= 29:
+            raise ValueError("must be a network of /8 to /29")
         return pool
 
     @field_validator("socket_mode")

@@ -24,18 +24,15 @@ class ServerProcess:
     """A server under test.
 
     Attributes:
-        address: of its gRPC door.
+        address: of its gRPC door; empty if only a client with certificates can use it.
         place: holds `state`, `run` and `log`.
         flags: command line after `garden server`.
     """
 
     place: Path
     flags: list[str]
+    address: str
     process: subprocess.Popen[str] | None = field(default=None)
-
-    @property
-    def address(self) -> str:
-        return f"unix:{self.place}/run/garden.sock"
 
     @property
     def pid(self) -> int:
@@ -53,7 +50,7 @@ class ServerProcess:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line.startswith("garden server ready on "):
-            self.process.wait(READY_TIMEOUT_S)
+            self._reap()
             raise AssertionError(f"the server did not start: {line}\n{self.log()[-4000:]}")
 
     def log(self) -> str:
@@ -81,7 +78,9 @@ class ServerProcess:
 
 
 @contextlib.contextmanager
-def running_server(*extra: str, network_pool: str = "") -> Iterator[ServerProcess]:
+def running_server(
+    *extra: str, network_pool: str = "", address: str | None = None
+) -> Iterator[ServerProcess]:
     """A server with directories, addresses, ports and uids of its own; at the end its containers are destroyed."""
     number = next(_numbers)
     place = Path(tempfile.mkdtemp(prefix="gt-", dir="/var/tmp"))
@@ -97,14 +96,15 @@ def running_server(*extra: str, network_pool: str = "") -> Iterator[ServerProces
         "--uid-pool-size", "300",
         *extra,
     ]  # fmt: skip
-    server = ServerProcess(place, flags)
+    server = ServerProcess(place, flags, f"unix:{place}/run/garden.sock" if address is None else address)
     try:
         server.start()
         yield server
     finally:
         try:
             if server.process is not None:
-                destroy_all(server.address)
+                if server.address:
+                    destroy_all(server.address)
                 status = server.stop()
                 assert status == 0, f"the server ended with {status}\n{server.log()[-4000:]}"
         finally:

@@ -18,7 +18,7 @@ class ProcessIdentity:
     start: int
 
     def open(self) -> int | None:
-        """A pidfd of exactly this process; None if it is gone. The caller closes it."""
+        """A pidfd of exactly this process; None if it has ended, reaped or not. The caller closes it."""
         try:
             fd = os.pidfd_open(self.pid)
         except ProcessLookupError:
@@ -30,21 +30,28 @@ class ProcessIdentity:
 
 
 def read_start_time(pid: int) -> int | None:
-    """A process's start time in clock ticks since boot; None if there is no such process."""
+    """A process's start time in clock ticks since boot; None if there is no such process, or only its zombie."""
+    fields = _read_stat(pid)
+    return int(fields[19]) if fields and fields[0] not in "ZX" else None
+
+
+def _read_stat(pid: int) -> list[str]:
+    """Fields of /proc/PID/stat from the third (state) on; empty if there is no such process.
+
+    The second field is the command name in parentheses, which may hold anything, parentheses too.
+    """
     try:
-        text = Path(f"/proc/{pid}/stat").read_text()
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
-        return None
-    # The second field is the command name in parentheses, which may hold anything, parentheses too.
-    return int(text.rpartition(")")[2].split()[19])
+        return []
 
 
 def read_wait_channel(pid: int) -> str:
     """Where in the kernel a process sleeps, as far as we may know; for messages."""
+    fields = _read_stat(pid)
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        return f"state {state}, wait channel {Path(f'/proc/{pid}/wchan').read_text() or 'unknown'}"
-    except (FileNotFoundError, ProcessLookupError):
+        return f"state {fields[0]}, wait channel {Path(f'/proc/{pid}/wchan').read_text() or 'unknown'}"
+    except (IndexError, FileNotFoundError, ProcessLookupError):
         return "gone"
 
 

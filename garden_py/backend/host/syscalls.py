@@ -24,7 +24,7 @@ MS_REC, MS_SLAVE, MS_NOSUID, MS_NODEV, MS_NOEXEC = 0x4000, 0x80000, 2, 4, 8  # s
 MNT_DETACH = 2
 CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET = 0x00020000, 0x10000000, 0x40000000  # sched.h
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV, MOUNT_ATTR_IDMAP = 0x1, 0x2, 0x4, 0x0010_0000
-PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
 
 
 def _fail(path: str | Path | None = None) -> OSError:
@@ -56,9 +56,9 @@ def unshare(flags: int) -> None:
         raise _fail()
 
 
-def die_with_parent(signal: int) -> None:
-    """Have the kernel send this process a signal when its parent thread ends. PR_SET_PDEATHSIG, prctl(2)."""
-    if _libc.prctl(PR_SET_PDEATHSIG, signal, 0, 0, 0) != 0:
+def adopt_orphans() -> None:
+    """Become the parent of descendants whose parent ends. Source: PR_SET_CHILD_SUBREAPER, prctl(2)."""
+    if _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise _fail()
 
 

@@ -27,6 +27,7 @@ def main() -> None:
     os.dup2(null, AGENT_LISTENER_FD, inheritable=False)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # workers leave no zombies; they set it back for themselves
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C on the terminal is the server's to handle
+    syscalls.adopt_orphans()  # containers' PID 1, so that they leave no zombies where the host's init is slow
     enter_private_mounts(mount_dir, without_hybrid="--without-hybrid-cgroup" in sys.argv[4:])
     outlive_predecessor(lock_path)
     control.send(b"ready")
