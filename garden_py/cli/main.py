@@ -100,9 +100,9 @@ def server(context: typer.Context) -> None:
 )
 def doctor(context: typer.Context) -> None:
     """Check what this host can do for containers; needs no server."""
-    from garden_py.cli.doctor import command
+    from garden_py.cli.doctor.command import doctor as examine
 
-    _hand_over(context, command.doctor)
+    _hand_over(context, examine)
 
 
 def _hand_over(context: typer.Context, function: Any) -> None:

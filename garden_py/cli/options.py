@@ -51,6 +51,8 @@ def connect(context: typer.Context, address: str | None) -> GardenClient:
         raise AssertionError("the main callback has set the options")
     tls = None
     if settings.tls_ca is not None:
+        if (settings.tls_cert is None) != (settings.tls_key is None):
+            raise parse.BadInput("--tls-cert and --tls-key go together: give both or neither")
         tls = Tls(settings.tls_ca, settings.tls_cert, settings.tls_key, settings.tls_server_name)
     elif settings.tls_cert is not None or settings.tls_key is not None:
         raise parse.BadInput("--tls-cert and --tls-key need --tls-ca: whose signature shall the server show?")
