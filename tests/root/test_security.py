@@ -11,7 +11,7 @@ import pytest
 from kit.garden import code_of, sh, text_of
 from kit.server import ServerProcess
 
-from garden_py.client import Container, ContainerSpec, GardenClient, WindowSize
+from garden_py.client import Container, ContainerSpec, GardenClient, Tty
 
 pytestmark = pytest.mark.root
 
@@ -205,5 +205,5 @@ def test_hosts_and_resolv_conf_are_private_and_of_root(shared_box: Container, ga
 
 def test_attached_terminal_is_the_containers_own(shared_box: Container) -> None:
     """The pty comes from the container's devpts, so no terminal of the host is reachable (CVE-2016-9962 class)."""
-    process = shared_box.run(sh("tty; stat -c %u $(tty)"), tty=WindowSize(24, 80))
+    process = shared_box.run(sh("tty; stat -c %u $(tty)"), tty=Tty(24, 80))
     assert process.output().stdout.replace(b"\r", b"").split() == [b"/dev/pts/0", b"0"]
