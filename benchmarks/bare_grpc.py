@@ -59,7 +59,10 @@ def running_bare_server(place: Path) -> Iterator[garden_pb2_grpc.GardenStub]:
     """Start the server on a socket in place; a stub of it."""
     path = place / "bare.sock"
     process = subprocess.Popen(
-        [sys.executable, __file__, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, __file__, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
     )
     assert process.stdin is not None
     assert process.stdout is not None

@@ -8,11 +8,13 @@ has another name. Namespaces, mounts, capabilities, seccomp and the agent as PID
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from typing import Any
 from stopwatch import Stopwatch, running_stopwatch
 
 CGROUP = f"garden-bench-{os.getpid()}"
+_BUSY_TIMEOUT_S = 5.0
 _numbers = itertools.count()
 
 # crun refuses a hybrid host whose v2 hierarchy holds a controller ("cgroups in hybrid mode not supported"). The
@@ -149,7 +152,8 @@ class BareRuntime:
         return str(self.place / "log")
 
     def delete_all(self) -> None:
-        """Remove whatever a failed run has left."""
+        """Remove whatever a failed or interrupted run has left."""
+        self.stopwatch.finish()
         root = self.place / "root"
         for directory in sorted(root.iterdir()) if root.exists() else ():
             self.delete_ms(directory.name)
@@ -166,13 +170,23 @@ def bare_runtime(program: str, place: Path, bundle: Path) -> Iterator[BareRuntim
             yield runtime
         finally:
             runtime.delete_all()
-            remove_cgroups()
 
 
 def remove_cgroups() -> None:
-    """The runtimes remove their containers' cgroups, not the one above them."""
+    """The runtimes remove their containers' cgroups, not the one above them.
+
+    rmdir answers EBUSY until the last task below has really left, cgroups(7).
+    """
+    deadline = time.monotonic() + _BUSY_TIMEOUT_S
     for parent in cgroups():
-        parent.rmdir()
+        while True:
+            try:
+                parent.rmdir()
+                break
+            except OSError as error:
+                if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
 
 
 def cgroups() -> list[Path]:

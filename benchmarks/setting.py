@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from bare_grpc import running_bare_server
-from bare_runtime import BareRuntime, bare_runtime, prepare_bundle
+from bare_runtime import BareRuntime, bare_runtime, prepare_bundle, remove_cgroups
 from cell import Cell, running_cell
 
 from garden_py.api._pb import garden_pb2_grpc
@@ -48,6 +48,7 @@ def open_setting(*, runtime: str, rounds: int) -> Iterator[Setting]:
         bundle = place / "bare-bundle"
         with cell.container() as handle:
             prepare_bundle(bundle, server_config=cell.config_of(handle), image=cell.image, agents=cell.agents)
+        stack.callback(remove_cgroups)  # after both runtimes have let go of theirs
         yield Setting(
             cell=cell,
             runc=stack.enter_context(bare_runtime("runc", place, bundle)),

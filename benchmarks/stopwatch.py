@@ -1,9 +1,11 @@
 """A small process that times command lines, apart from the one that speaks gRPC.
 
 Run as `python stopwatch.py`, perhaps behind `unshare`; the commands then run in those namespaces. One JSON object a
-line comes in on stdin and one goes out on stdout; `Stopwatch` is the other side.
+line comes in on stdin and one goes out on stdout; `Stopwatch` is the other side. An answer repeats the request's `id`,
+so that one whose asker was interrupted is not taken for the next.
 
     {"op": "time", "argv", "log", "listener"?, "hello"?, "leave"?}       -> {"ms", "hello_ms"?}
+    {"op": "nothing"}                                                    -> {}
     {"op": "cycles", "cycles": [[argv, ...], ...], "in_flight", "log", "listener"} -> {"ms"}
 
 `listener` is a path: a socket that listens there is descriptor 3 of the command, as for the agent. `hello`: also
@@ -46,8 +48,13 @@ class Stopwatch:
 
     def __init__(self, prefix: Sequence[str] = ()) -> None:
         self._process = subprocess.Popen(
-            [*prefix, sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [*prefix, sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            start_new_session=True,  # a Ctrl-C ends us, who then need it to clean up
         )
+        self._asked = 0
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """Have something timed.
@@ -56,18 +63,28 @@ class Stopwatch:
             CommandFailed: the command failed, with the end of its log.
         """
         assert self._process.stdin is not None
+        self._asked += 1
+        self._process.stdin.write(json.dumps({**request, "id": self._asked}).encode() + b"\n")
+        while (answer := self._next_answer(request))["id"] != self._asked:
+            pass
+        if "error" in answer:
+            raise CommandFailed(answer["error"])
+        return answer
+
+    def _next_answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        # Unbuffered: a second answer in a buffer of ours would be one that select(2) does not see.
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
         if not select.select([self._process.stdout], [], [], 4 * COMMAND_TIMEOUT_S)[0]:
             raise CommandFailed(f"no answer to {request}")
         line = self._process.stdout.readline()
         if not line:
             raise CommandFailed(f"the stopwatch ended at {request}")
         answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise CommandFailed(answer["error"])
         return answer
+
+    def finish(self) -> None:
+        """Wait until it is not busy any more, should an asker have been interrupted."""
+        self.ask(op="nothing")
 
     def close(self) -> None:
         """End the process; safe twice."""
@@ -95,14 +112,18 @@ def main() -> None:
     """Answer requests until the end of stdin."""
     # From here on descriptor 3 is taken, and only ever replaced: nothing else of ours can get that number.
     os.dup2(sys.stdin.fileno(), LISTENER_FD, inheritable=False)
-    operations: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"time": _time, "cycles": _cycles}
+    operations: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+        "time": _time,
+        "cycles": _cycles,
+        "nothing": lambda request: {},
+    }
     for line in sys.stdin:
         request = json.loads(line)
         try:
             answer = operations[request["op"]](request)
         except (CommandFailed, OSError, subprocess.TimeoutExpired) as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), flush=True)
+        print(json.dumps({**answer, "id": request["id"]}), flush=True)
 
 
 def _time(request: dict[str, Any]) -> dict[str, Any]:
