@@ -239,6 +239,7 @@ def process_from_pb(message: pb.Process) -> v.ProcessInfo:
         stderr_bytes=message.stderr_bytes,
         stdout_closed=message.stdout_closed,
         stderr_closed=message.stderr_closed,
+        stdin_bytes=message.stdin_bytes if message.HasField("stdin_bytes") else None,
     )
 
 

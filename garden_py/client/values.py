@@ -269,7 +269,12 @@ class ExitStatus:
 
 @dataclass(frozen=True, slots=True)
 class ProcessInfo:
-    """A process as it was when the server answered; `exit` None means it was running."""
+    """A process as it was when the server answered.
+
+    Attributes:
+        exit: None means it was running.
+        stdin_bytes: taken so far; None when the server was restarted since the start.
+    """
 
     id: str
     handle: str
@@ -281,6 +286,7 @@ class ProcessInfo:
     stderr_bytes: int
     stdout_closed: bool
     stderr_closed: bool
+    stdin_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

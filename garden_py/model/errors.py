@@ -251,6 +251,19 @@ class LimitRefused(GardenError):
         self.field = field
 
 
+class OffsetUnknown(GardenError):
+    """An offset was given, but how much stdin had been fed is not known since the server was restarted."""
+
+    code = "offset_unknown"
+
+    def __init__(self, process_id: str) -> None:
+        super().__init__(
+            f"the server was restarted since process {process_id} started; how much of its stdin had been fed is not "
+            "known, so input can only be sent without an offset"
+        )
+        self.process_id = process_id
+
+
 class EtagMismatch(GardenError):
     """Somebody else changed the value since it was read; read again and retry."""
 

@@ -199,6 +199,10 @@ class RunningProcess(Protocol):
     def exit(self) -> ExitStatus | None:
         """How it ended; None while it runs."""
 
+    @property
+    def stdin_bytes(self) -> int | None:
+        """Bytes of stdin taken so far; None when that is not known (after a restart of the server)."""
+
     def output(self, stream: OutputStream) -> OutputLog:
         """One of its stored output streams."""
 
@@ -211,6 +215,7 @@ class RunningProcess(Protocol):
         Raises:
             StdinClosed: it was closed before.
             OffsetOutOfRange: offset leaves a gap.
+            OffsetUnknown: the server was restarted since the process started.
         """
 
     async def close_stdin(self) -> None:

@@ -223,6 +223,10 @@ class FakeProcess:
         assert self.exit is not None
         return self.exit
 
+    @property
+    def stdin_bytes(self) -> int | None:
+        return self._accepted
+
     async def write_stdin(self, data: bytes, offset: int | None) -> None:
         if self._stdin_closed:
             raise StdinClosed(self.id)

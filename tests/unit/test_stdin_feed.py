@@ -8,7 +8,7 @@ import os
 import pytest
 
 from garden_py.backend.streams.stdin import StdinFeed
-from garden_py.model.errors import NoTty, OffsetOutOfRange, StdinClosed
+from garden_py.model.errors import NoTty, OffsetOutOfRange, OffsetUnknown, StdinClosed
 from garden_py.model.process import WindowSize
 
 
@@ -80,9 +80,19 @@ async def test_offsets_make_a_retry_harmless() -> None:
     assert os.read(read_fd, 100) == b"abcdef"
     await feed.close()
     assert not await feed.close()
+    await feed.write(b"abc", 0)  # a late repetition, no new byte
     with pytest.raises(StdinClosed):
-        await feed.write(b"abc", 0)
+        await feed.write(b"g", 6)
     os.close(read_fd)
+
+
+async def test_offset_is_refused_when_the_count_is_not_known() -> None:
+    """After a restart of the server a byte must not be fed twice on a guess."""
+    feed = StdinFeed("p", -1, is_tty=False, counted=False)
+    assert feed.accepted is None
+    with pytest.raises(OffsetUnknown):
+        await feed.write(b"abc", 0)
+    await feed.write(b"abc", None)
 
 
 async def test_pipe_has_no_window() -> None:

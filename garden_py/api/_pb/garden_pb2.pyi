@@ -248,7 +248,7 @@ class ContainerSpec(_message.Message):
     EGRESS_FIELD_NUMBER: _builtins.int
     HOSTNAME_FIELD_NUMBER: _builtins.int
     handle: _builtins.str
-    """1 to 128 characters of A-Z a-z 0-9 . _ - and neither "." nor "..". Empty: the server makes a UUID."""
+    """1 to 128 characters of A-Z a-z 0-9 . _ - beginning with a letter, a digit or _. Empty: the server makes a UUID."""
     image: _builtins.str
     """Root file system: an absolute directory (also `raw:///dir`). Empty: the server's default root file system.
     The directory is shared and never written: each container has its own writable layer above it.
@@ -1489,6 +1489,7 @@ class Process(_message.Message):
     STDERR_BYTES_FIELD_NUMBER: _builtins.int
     STDOUT_CLOSED_FIELD_NUMBER: _builtins.int
     STDERR_CLOSED_FIELD_NUMBER: _builtins.int
+    STDIN_BYTES_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     handle: _builtins.str
     pid: _builtins.int
@@ -1498,6 +1499,8 @@ class Process(_message.Message):
     stderr_bytes: _builtins.int
     stdout_closed: _builtins.bool
     stderr_closed: _builtins.bool
+    stdin_bytes: _builtins.int
+    """Offset after the last byte of stdin taken so far; unset when the server was restarted since the start."""
     @_builtins.property
     def spec(self) -> Global___ProcessSpec:
         """env values are not returned"""
@@ -1521,12 +1524,15 @@ class Process(_message.Message):
         stderr_bytes: _builtins.int = ...,
         stdout_closed: _builtins.bool = ...,
         stderr_closed: _builtins.bool = ...,
+        stdin_bytes: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["exit", b"exit", "spec", b"spec", "started_at", b"started_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_stdin_bytes", b"_stdin_bytes", "exit", b"exit", "spec", b"spec", "started_at", b"started_at", "stdin_bytes", b"stdin_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["exit", b"exit", "handle", b"handle", "id", b"id", "pid", b"pid", "spec", b"spec", "started_at", b"started_at", "stderr_bytes", b"stderr_bytes", "stderr_closed", b"stderr_closed", "stdout_bytes", b"stdout_bytes", "stdout_closed", b"stdout_closed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_stdin_bytes", b"_stdin_bytes", "exit", b"exit", "handle", b"handle", "id", b"id", "pid", b"pid", "spec", b"spec", "started_at", b"started_at", "stderr_bytes", b"stderr_bytes", "stderr_closed", b"stderr_closed", "stdin_bytes", b"stdin_bytes", "stdout_bytes", b"stdout_bytes", "stdout_closed", b"stdout_closed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__stdin_bytes: _TypeAlias = _typing.Literal["stdin_bytes"]  # noqa: Y015
+    _WhichOneofArgType__stdin_bytes: _TypeAlias = _typing.Literal["_stdin_bytes", b"_stdin_bytes"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__stdin_bytes) -> _WhichOneofReturnType__stdin_bytes | None: ...
 
 Global___Process: _TypeAlias = Process  # noqa: Y015
 
@@ -1578,7 +1584,8 @@ class Stdin(_message.Message):
     data: _builtins.bytes
     offset: _builtins.int
     """Offset of data's first byte in stdin. If given, bytes below what was already accepted are skipped, so a retried
-    chunk is never fed twice; a gap is OUT_OF_RANGE.
+    chunk is never fed twice; a gap is OUT_OF_RANGE. After a restart of the server the count is not known any more and
+    an offset is FAILED_PRECONDITION (OFFSET_UNKNOWN).
     """
     close: _builtins.bool
     """after data"""

@@ -318,6 +318,7 @@ def process_to(handle: str, process: RunningProcess) -> pb.Process:
         stderr_bytes=stderr.end_offset,
         stdout_closed=stdout.closed,
         stderr_closed=stderr.closed,
+        stdin_bytes=process.stdin_bytes,
     )
     if spec.tty is not None:
         message.spec.tty.CopyFrom(pb.Tty(rows=spec.tty.rows, columns=spec.tty.columns))

@@ -34,6 +34,7 @@ CODES: dict[type[errors.GardenError], StatusCode] = {
     errors.NoTty: StatusCode.FAILED_PRECONDITION,
     errors.OffsetOutOfRange: StatusCode.OUT_OF_RANGE,
     errors.LimitRefused: StatusCode.FAILED_PRECONDITION,
+    errors.OffsetUnknown: StatusCode.FAILED_PRECONDITION,
     errors.EtagMismatch: StatusCode.ABORTED,
     errors.CopyFailed: StatusCode.FAILED_PRECONDITION,
     errors.NotSupported: StatusCode.UNIMPLEMENTED,

@@ -72,6 +72,7 @@ class LinuxProcess:
         self.started_ns = started_ns
         self.exit: ExitStatus | None = None
         self.own_group = not spec.limits.empty()
+        self._recovered = recover
         self._link = link
         self._oom = oom
         self._describe_oom = describe_oom
@@ -80,7 +81,7 @@ class LinuxProcess:
         self._killed_by_caller = False
         self._exited = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._stdin = StdinFeed(spec.id, -1, is_tty=spec.tty is not None)
+        self._stdin = StdinFeed(spec.id, -1, is_tty=spec.tty is not None, counted=not recover)
         self._pumps: dict[OutputStream, Pump] = {}
         retention = spec.output_retention_bytes or retention_bytes
         self.logs = {
@@ -96,7 +97,12 @@ class LinuxProcess:
 
     def connect(self, spawned: Spawned, on_error: Callable[[str], None]) -> None:
         """Take over the process's stream descriptors; streams without one are closed."""
-        self._stdin = StdinFeed(self.spec.id, spawned.fds.get("stdin", -1), is_tty=self.spec.tty is not None)
+        self._stdin = StdinFeed(
+            self.spec.id,
+            spawned.fds.get("stdin", -1),
+            is_tty=self.spec.tty is not None,
+            counted=not self._recovered,
+        )
         for stream, log in self.logs.items():
             fd = spawned.fds.get(stream.value)
             if fd is None:
@@ -192,6 +198,11 @@ class LinuxProcess:
     async def write_stdin(self, data: bytes, offset: int | None) -> None:
         """Feed stdin."""
         await self._stdin.write(data, offset)
+
+    @property
+    def stdin_bytes(self) -> int | None:
+        """Bytes of stdin taken so far; None after a restart of the server."""
+        return self._stdin.accepted
 
     async def close_stdin(self) -> None:
         """End stdin."""

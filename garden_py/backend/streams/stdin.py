@@ -9,7 +9,7 @@ import struct
 import termios
 from functools import partial
 
-from garden_py.model.errors import NoTty, OffsetOutOfRange, StdinClosed
+from garden_py.model.errors import NoTty, OffsetOutOfRange, OffsetUnknown, StdinClosed
 from garden_py.model.process import WindowSize
 
 _END_OF_TRANSMISSION = b"\x04"  # VEOF of the default line discipline, termios(3)
@@ -28,9 +28,10 @@ class StdinFeed:
     Args:
         fd: owned from here on; -1 when it is gone already.
         is_tty: it is a terminal's master.
+        counted: nothing has been fed before; else how much was fed is not known, and offsets cannot be honoured.
     """
 
-    def __init__(self, process_id: str, fd: int, *, is_tty: bool) -> None:
+    def __init__(self, process_id: str, fd: int, *, is_tty: bool, counted: bool = True) -> None:
         self._process_id = process_id
         self._fd = fd
         self._is_tty = is_tty
@@ -38,9 +39,15 @@ class StdinFeed:
         self._grown = is_tty
         self._turn = asyncio.Lock()
         self._room: asyncio.Future[None] | None = None
-        self.accepted = 0
+        self._counted = counted
+        self._accepted = 0
         if fd >= 0:
             os.set_blocking(fd, False)
+
+    @property
+    def accepted(self) -> int | None:
+        """Bytes taken so far; None if that is not known."""
+        return self._accepted if self._counted else None
 
     async def write(self, data: bytes, offset: int | None) -> None:
         """Feed data; see service.ports.RunningProcess.write_stdin.
@@ -48,20 +55,28 @@ class StdinFeed:
         Data for a process that does not read any more is dropped, like a shell pipeline does after SIGPIPE.
         """
         async with self._turn:
+            if offset is not None:
+                data = self._without_fed(data, offset)
+                if not data:
+                    return  # all of it is a repetition, which is fine after the end of stdin, too
             if self._closed:
                 raise StdinClosed(self._process_id)
-            if offset is not None:
-                if offset > self.accepted:
-                    raise OffsetOutOfRange(offset, 0, self.accepted)
-                data = data[self.accepted - offset :]
             await self._write_all(memoryview(data))
+
+    def _without_fed(self, data: bytes, offset: int) -> bytes:
+        """The part of data that has not been fed yet."""
+        if not self._counted:
+            raise OffsetUnknown(self._process_id)
+        if offset > self._accepted:
+            raise OffsetOutOfRange(offset, 0, self._accepted)
+        return data[self._accepted - offset :]
 
     async def _write_all(self, view: memoryview) -> None:
         if len(view) >= _GROW_AT_BYTES and not self._grown and self._fd >= 0:
             self._grow()
         while view:
             if self._fd < 0:
-                self.accepted += len(view)
+                self._accepted += len(view)
                 return
             try:
                 written = os.write(self._fd, view)
@@ -71,7 +86,7 @@ class StdinFeed:
             except OSError:  # EPIPE: no reader; EIO: the terminal's other side is gone
                 self.release()
                 continue
-            self.accepted += written
+            self._accepted += written
             view = view[written:]
 
     def _grow(self) -> None:
