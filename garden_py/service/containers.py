@@ -306,14 +306,24 @@ class Containers:
         wanted = self._complete(policy)
         with self._usable(handle, "given an egress policy") as container:
             async with container.changing:
-                current = egress_etag(self._complete(container.spec.egress))
+                current = self._etag(container)
                 if etag and etag != current:
                     raise errors.EtagMismatch(etag, current)
                 await self._backend.set_egress(handle, wanted)
                 container.spec = replace(container.spec, egress=wanted)
+                container.egress_etag = egress_etag(wanted)
                 self._registry.save(container)
-        self._events.publish(EventKind.EGRESS_CHANGED, handle, etag=egress_etag(wanted))
+        self._events.publish(EventKind.EGRESS_CHANGED, handle, etag=container.egress_etag)
         return wanted
+
+    def egress_etag(self, handle: str) -> str:
+        """The etag of the policy in force."""
+        return self._etag(self._registry.get(handle))
+
+    def _etag(self, container: Container) -> str:
+        if not container.egress_etag:
+            container.egress_etag = egress_etag(self._complete(container.spec.egress))
+        return container.egress_etag
 
     def _usable(self, handle: str, wanted: str) -> AbstractContextManager[Container]:
         container = self._registry.get(handle)

@@ -33,6 +33,7 @@ class Container:
         facts: the backend's, for the journal.
         notable: things of its life for people, e.g. "Out of memory", the latest thousand.
         uses: calls and streams that name it right now; while there are any it does not expire.
+        egress_etag: of the policy in force; empty until somebody asks for it.
         changing: held by whoever changes its limits, egress, ports or properties.
     """
 
@@ -49,6 +50,7 @@ class Container:
     expiry: asyncio.TimerHandle | None = None
     destroy_retry: asyncio.TimerHandle | None = None
     destroy_tries: int = 0
+    egress_etag: str = ""
     changing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property

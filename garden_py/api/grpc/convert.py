@@ -141,13 +141,15 @@ def _rule_from(message: pb.EgressRule, field: str) -> netrule.EgressRule:
         )
 
 
-def policy_to(policy: netrule.EgressPolicy, counts: EgressCounts | None = None) -> pb.EgressPolicy:
+def policy_to(
+    policy: netrule.EgressPolicy, counts: EgressCounts | None = None, *, etag: str = ""
+) -> pb.EgressPolicy:
     """An egress policy as a message, with counts where there are any."""
     default_allow = policy.default_action is netrule.DefaultAction.ALLOW
     message = pb.EgressPolicy(
         default_action=pb.EgressPolicy.ALLOW if default_allow else pb.EgressPolicy.DENY,
         rules=[_rule_to(rule) for rule in policy.rules],
-        etag=egress_etag(policy),
+        etag=etag or egress_etag(policy),
     )
     if counts is not None:
         message.default_packets, message.default_bytes = counts.default.packets, counts.default.bytes

@@ -157,13 +157,14 @@ class GardenServicer(garden_pb2_grpc.GardenServicer):
     async def GetEgress(self, request: pb.GetEgressRequest, context: Context) -> pb.EgressPolicy:
         """See the proto."""
         policy, counts = await self._core.containers.egress(request.handle)
-        return convert.policy_to(policy, counts)
+        etag = self._core.containers.egress_etag(request.handle)
+        return convert.policy_to(policy, counts, etag=etag)
 
     async def SetEgress(self, request: pb.SetEgressRequest, context: Context) -> pb.EgressPolicy:
         """See the proto."""
         policy = convert.policy_from(request.policy, self._core.default_egress, "policy")
         now = await self._core.containers.set_egress(request.handle, policy, request.policy.etag)
-        return convert.policy_to(now)
+        return convert.policy_to(now, etag=self._core.containers.egress_etag(request.handle))
 
     # --- files
 

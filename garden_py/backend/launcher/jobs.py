@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,13 @@ RUNTIME_TIMEOUT_S = 60
 
 @dataclass
 class Bench:
-    """What a worker keeps between jobs."""
+    """What a worker keeps between jobs.
 
+    Attributes:
+        afterwards: what is left to do when the answer to a job is out.
+    """
+
+    afterwards: list[Callable[[], None]] = field(default_factory=list)
     net: net_jobs.NetBench = field(default_factory=net_jobs.NetBench)
 
 
@@ -33,7 +39,7 @@ def launch(bench: Bench, params: dict[str, Any], fds: list[int]) -> dict[str, An
     """Mount a container's root file system and start it.
 
     Args:
-        bench: unused.
+        bench: of this worker.
         params: `plan` (MountPlan as a dict), `id`, `bundle`, `runtime`, `root`, `log`, `agent_log`.
         fds: the agent's listening socket.
 
@@ -49,11 +55,16 @@ def launch(bench: Bench, params: dict[str, Any], fds: list[int]) -> dict[str, An
         runtime = Runtime(params["runtime"], Path(params["root"]))
         argv = runtime.run_argv(params["id"], bundle=bundle, pid_file=pid_file, log=Path(params["log"]))
         _call_runtime(runtime, argv, log=Path(params["log"]), stderr=Path(params["agent_log"]))
-        return {"pid": int(pid_file.read_text())}
+        pid = int(pid_file.read_text())
+    except BaseException:
+        mounts.release(plan.directory)
+        raise
     finally:
         with open(os.devnull, "rb") as null:
             os.dup2(null.fileno(), AGENT_LISTENER_FD, inheritable=False)
-        mounts.release(plan.directory)
+    # The container has its own copy of the mounts by now; letting go of ours takes milliseconds nobody need wait for.
+    bench.afterwards.append(partial(mounts.release, plan.directory))
+    return {"pid": pid}
 
 
 def delete(bench: Bench, params: dict[str, Any], fds: list[int]) -> dict[str, Any]:

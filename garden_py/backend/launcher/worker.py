@@ -28,6 +28,8 @@ def serve(sock: socket.socket) -> None:
             for fd in job_fds:
                 os.close(fd)
             _answer(sock, wire.encode_frame(kind, frame.id, value))
+            while bench.afterwards:
+                bench.afterwards.pop()()
 
 
 def _answer(sock: socket.socket, data: bytes) -> None:

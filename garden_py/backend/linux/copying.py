@@ -12,7 +12,7 @@ from garden_py.backend.cgroup import groups
 from garden_py.backend.linux.container import COPY_PREFIX, LinuxContainer
 from garden_py.backend.streams.agent_link import AgentExit, Spawned
 from garden_py.backend.streams.stdin import StdinFeed
-from garden_py.model.errors import CopyFailed
+from garden_py.model.errors import CopyFailed, InvalidField
 from garden_py.model.process import ProcessSpec
 
 CHUNK_BYTES = 256 << 10
@@ -81,6 +81,8 @@ async def _helper(container: LinuxContainer, program: str, path: str, user: str)
             spawned = await container.link.spawn(
                 spec, (), cgroup_fds, bounding=None, program=program, program_path=path
             )
+        except InvalidField as error:  # the agent names the fields of a spawn; the caller has sent a path
+            raise InvalidField("path", error.problem) from error
         finally:
             for fd in cgroup_fds:
                 os.close(fd)
