@@ -45,7 +45,12 @@ class ServerProcess:
         argv = [sys.executable, "-m", "garden_py", "server", "--log-level", "debug", "--log-format", "json"]
         with log:
             self.process = subprocess.Popen(
-                [*argv, *self.flags], stdout=subprocess.PIPE, stderr=log, text=True, stdin=subprocess.DEVNULL
+                [*argv, *self.flags],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # a Ctrl-C is the test's; the server must live to destroy its containers
             )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
