@@ -13,6 +13,7 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from garden_py.model.lifecycle import State
 from garden_py.service.ports import ContainerRow, ProcessRow
@@ -130,6 +131,13 @@ class Journal:
                 json.dumps(row.spec), None if row.exit is None else json.dumps(row.exit),
             ),
         )  # fmt: skip
+
+    def save_exit(self, handle: str, process_id: str, pid: int, status: dict[str, Any]) -> None:
+        """Complete a process's row with its pid and how it ended."""
+        self._db.execute(
+            "UPDATE processes SET pid = ?, exit = ? WHERE handle = ? AND id = ?",
+            (pid, json.dumps(status), handle, process_id),
+        )
 
     def forget_process(self, handle: str, process_id: str) -> None:
         """Remove a process's row; absent is fine."""

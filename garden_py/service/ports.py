@@ -63,6 +63,9 @@ class Records(Protocol):
     def save_process(self, row: ProcessRow) -> None:
         """Insert or replace a process's row."""
 
+    def save_exit(self, handle: str, process_id: str, pid: int, status: dict[str, Any]) -> None:
+        """Complete a process's row with its pid and how it ended; one that is not there stays so."""
+
     def forget_process(self, handle: str, process_id: str) -> None:
         """Remove a process's row."""
 

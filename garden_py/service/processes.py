@@ -134,17 +134,7 @@ class Processes:
         """Write an exit into the journal, then tell of it."""
         status = process.exit
         assert status is not None
-        request_id = container.processes[process.id].request_id
-        row = ProcessRow(
-            container.handle,
-            process.id,
-            request_id,
-            process.started_ns,
-            process.pid,
-            dump_process_spec(process.spec),
-            dump_exit(status),
-        )
-        self._registry.records.save_process(row)
+        self._registry.records.save_exit(container.handle, process.id, process.pid, dump_exit(status))
         process.exit_recorded()
         self._events.publish(EventKind.PROCESS_EXITED, container.handle, process_id=process.id, exit=status)
         log.info("process.exited", handle=container.handle, process_id=process.id, status=status.shell_code())

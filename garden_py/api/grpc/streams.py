@@ -51,25 +51,25 @@ class ProcessFeed:
             if self._failure is not None:
                 raise self._failure
             idle = True
-            for stream, reader in list(unclosed.items()):
-                closed = self._process.output(stream).closed
+            for stream, reader in unclosed.items():
                 if data := reader.read_nowait(CHUNK_BYTES):
                     idle = False
                     yield _output(stream, reader.offset - len(data), data)
-                elif closed:
-                    idle = False
-                    del unclosed[stream]
-                    length = self._process.output(stream).end_offset
-                    yield pb.ProcessEvent(
-                        closed=pb.StreamClosed(stream=convert.STREAMS_OUT[stream], length=length)
-                    )
             if not exit_sent and (status := self._process.exit) is not None:
                 ends = ends or {stream: self._process.output(stream).end_offset for stream in self._readers}
                 if all(reader.offset >= ends[stream] for stream, reader in self._readers.items()):
                     exit_sent, idle = True, False
                     yield pb.ProcessEvent(exited=convert.exit_to(status))
+            for stream in [stream for stream in unclosed if self._is_at_end(stream)]:
+                del unclosed[stream]
+                idle = False
+                yield _closed(stream, self._readers[stream].offset)
             if idle:
                 await self._wake.wait()
+
+    def _is_at_end(self, stream: OutputStream) -> bool:
+        log = self._process.output(stream)
+        return log.closed and self._readers[stream].offset >= log.end_offset
 
     def fail(self, error: Exception) -> None:
         """End the events with this error: the caller's input was bad."""
@@ -86,6 +86,10 @@ def _output(stream: OutputStream, offset: int, data: bytes) -> pb.ProcessEvent:
     return pb.ProcessEvent(
         output=pb.OutputChunk(stream=convert.STREAMS_OUT[stream], offset=offset, data=data)
     )
+
+
+def _closed(stream: OutputStream, length: int) -> pb.ProcessEvent:
+    return pb.ProcessEvent(closed=pb.StreamClosed(stream=convert.STREAMS_OUT[stream], length=length))
 
 
 async def feed_input(
