@@ -314,12 +314,12 @@ class LinuxBackend:
             retention_bytes=self._config.output_retention_bytes,
             alive=True,
         )
-        cgroup_fds = groups.open_procs(container.cgroup, leaf)
         container.spawning.add(spec.id)
         try:
-            spawned = await container.link.spawn(
-                spec, env, cgroup_fds, bounding=self._bounding(container, spec)
-            )
+            with container.group_fds(leaf) as cgroup_fds:
+                spawned = await container.link.spawn(
+                    spec, env, cgroup_fds, bounding=self._bounding(container, spec)
+                )
             process.pid = spawned.pid
             process.connect(
                 spawned, lambda reason: log.warning("stream.failed", handle=handle, reason=reason)
@@ -333,8 +333,6 @@ class LinuxBackend:
             raise
         finally:
             container.spawning.discard(spec.id)
-            for fd in cgroup_fds:
-                os.close(fd)
         return process
 
     def _bounding(self, container: LinuxContainer, spec: ProcessSpec) -> int | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +89,7 @@ class LinuxContainer:
         self._early_exits: dict[str, AgentExit] = {}
         self._watches: dict[str, OomWatch] = {}
         self._pidfd = -1
+        self._default_group: list[int] = []
         self._shared_oom = self._oom_account(cgroup.leaf(None))
 
     def _oom_account(self, leaf: tuple[str, ...]) -> OomAccount:
@@ -168,6 +171,8 @@ class LinuxContainer:
             asyncio.get_running_loop().remove_reader(self._pidfd)
             os.close(self._pidfd)
             self._pidfd = -1
+        while self._default_group:
+            os.close(self._default_group.pop())
 
     def let_go(self) -> None:
         """Close everything without touching the container; for a server that stops."""
@@ -226,6 +231,21 @@ class LinuxContainer:
             describe_oom=lambda: describe_memory_limit(read_limits(self.cgroup, leaf=limit_leaf(leaf))),
             drop_group=lambda: self.drop_process_group(spec.id),
         )
+
+    @contextmanager
+    def group_fds(self, leaf: tuple[str, ...]) -> Iterator[list[int]]:
+        """Descriptors through which a process joins leaf. Those of the common leaf stay open from one to the next."""
+        if leaf == self.cgroup.leaf(None):
+            if not self._default_group:
+                self._default_group = groups.open_procs(self.cgroup, leaf)
+            yield self._default_group
+            return
+        fds = groups.open_procs(self.cgroup, leaf)
+        try:
+            yield fds
+        finally:
+            for fd in fds:
+                os.close(fd)
 
     def leaf_of(self, spec: ProcessSpec) -> tuple[str, ...]:
         """The cgroup that a process's tasks go to."""

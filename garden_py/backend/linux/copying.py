@@ -8,7 +8,6 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 
-from garden_py.backend.cgroup import groups
 from garden_py.backend.linux.container import COPY_PREFIX, LinuxContainer
 from garden_py.backend.streams.agent_link import AgentExit, Spawned
 from garden_py.backend.streams.stdin import StdinFeed
@@ -75,17 +74,15 @@ async def _helper(container: LinuxContainer, program: str, path: str, user: str)
     container.helpers[helper_id] = exited
     helper: _Helper | None = None
     try:
-        cgroup_fds = groups.open_procs(container.cgroup, container.cgroup.leaf(None))
+        spec = ProcessSpec(path=program, id=helper_id, user=user)
         try:
-            spec = ProcessSpec(path=program, id=helper_id, user=user)
-            spawned = await container.link.spawn(
-                spec, (), cgroup_fds, bounding=None, program=program, program_path=path
-            )
+            with container.group_fds(container.cgroup.leaf(None)) as cgroup_fds:
+                spawned = await container.link.spawn(
+                    spec, (), cgroup_fds, bounding=None, program=program, program_path=path
+                )
         except InvalidField as error:  # the agent names the fields of a spawn; the caller has sent a path
-            raise InvalidField("path", error.problem) from error
-        finally:
-            for fd in cgroup_fds:
-                os.close(fd)
+            field = "path" if error.field == "spec.dir" else error.field.removeprefix("spec.")
+            raise InvalidField(field, error.problem) from error
         helper = _Helper(helper_id, spawned, exited)
         for fd in spawned.fds.values():
             os.set_blocking(fd, False)

@@ -207,6 +207,8 @@ class AgentLink:
                 return errors.ProcessIdInUse(self._handle, spec.id)
             case "bad_rlimit":
                 return errors.InvalidField("spec.rlimits", message)
+            case "bad_user":
+                return errors.InvalidField("spec.user", message)
             case "bad_directory":
                 return errors.InvalidField("spec.dir", message)
             case "invalid_request":
