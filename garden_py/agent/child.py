@@ -226,7 +226,7 @@ class _Child:
         except users.GroupNotFound as error:
             raise Refusal("group_not_found", str(error)) from error
         except users.IdOutOfRange as error:
-            raise Refusal("invalid_request", str(error)) from error
+            raise Refusal("bad_user", str(error)) from error
 
     def _enter_directory(self) -> None:
         plan, identity = self._plan, self._identity

@@ -201,7 +201,7 @@ def test_unknown_users_and_groups_are_refused(agent: AgentClient) -> None:
     """U5, U9."""
     assert code_of(agent, [b"true"], user="hans").code == "user_not_found"
     assert code_of(agent, [b"true"], user="root:hans").code == "group_not_found"
-    assert code_of(agent, [b"true"], user="2147483648").code == "invalid_request"
+    assert code_of(agent, [b"true"], user="2147483648").code == "bad_user"
 
 
 def test_limits_hold_for_the_process_and_not_for_the_next(agent: AgentClient) -> None:
