@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -43,9 +44,7 @@ def parse_apt_source(directory: Path) -> tuple[str, str]:
                 return fields["uris"].split()[0], fields["suites"].split()[0]
     for file in (directory / "sources.list", *sorted(directory.glob("sources.list.d/*.list"))):
         for line in file.read_text().splitlines() if file.exists() else []:
-            words = [
-                word for word in line.split() if not word.startswith(("[", "#")) and not word.endswith("]")
-            ]
+            words = re.sub(r"#.*|\[[^]]*\]", "", line).split()
             if words[:1] == ["deb"] and len(words) > 2:
                 return words[1], words[2]
     raise AssertionError(f"no Debian archive is configured in {directory}")
