@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
 from typing import Any
 
 from garden_py.agent.rtnetlink import Rtnetlink, VethEnd
@@ -164,6 +165,9 @@ class Lab:
         self._add_uplink()
         self.network = HostNetwork(self.plan)
         undo.callback(self.network.close)
+        # A new namespace copies the setting of the host (ip-sysctl.rst, devconf_inherit_init_net), where another
+        # server may have turned it on.
+        Path("/proc/sys/net/ipv4/ip_forward").write_text("0")
         self.report = self.network.ensure_host(HostPolicy())
 
     def container(self, number: int, policy: EgressPolicy, *, privileged: bool = False) -> Container:
