@@ -51,7 +51,7 @@ class _Helper:
         message = b""
         while len(message) < _MESSAGE_MAX and (data := await self.read("stderr", _MESSAGE_MAX)):
             message += data
-        told = await self.exited
+        told = await asyncio.shield(self.exited)  # a cancelled wait must not cancel the fact
         if os.WIFEXITED(told.status) and os.WEXITSTATUS(told.status) == 0:
             return
         text = "".join(c if c.isprintable() else " " for c in message.decode(errors="replace")).strip()
@@ -111,19 +111,27 @@ async def stream_in(container: LinuxContainer, path: str, user: str, chunks: Asy
     async with _helper(container, "tar-in", path, user) as helper:
         feed = StdinFeed("tar-in", helper.fds.pop("stdin"), is_tty=False)
         finishing = asyncio.ensure_future(helper.finish())
+        feeding = asyncio.ensure_future(_feed(container, helper.id, feed, chunks))
         try:
-            async for data in chunks:
-                if finishing.done():
-                    break  # it gave up; its reason is more telling than ours
-                await feed.write(data, None)
-            await feed.close()
-            await container.link.close_stdin(helper.id)
+            # Whichever ends first: an archiver that gives up must not wait for a caller that sends no more.
+            await asyncio.wait([finishing, feeding], return_when=asyncio.FIRST_COMPLETED)
+            if not finishing.done():
+                await feeding
             await finishing
         finally:
+            for task in (feeding, finishing):
+                task.cancel()
+            await asyncio.gather(feeding, finishing, return_exceptions=True)
             feed.release()
-            if not finishing.done():
-                finishing.cancel()
-                await asyncio.wait([finishing])
+
+
+async def _feed(
+    container: LinuxContainer, helper_id: str, feed: StdinFeed, chunks: AsyncIterator[bytes]
+) -> None:
+    async for data in chunks:
+        await feed.write(data, None)
+    await feed.close()
+    await container.link.close_stdin(helper_id)
 
 
 async def stream_out(container: LinuxContainer, path: str, user: str) -> AsyncGenerator[bytes, None]:
