@@ -15,6 +15,7 @@ from typing import Any
 from garden_py import wire
 
 _RECEIVE_BYTES = 256 << 10
+_SEND_PATIENCE_S = 5.0
 _CMSG_SPACE = socket.CMSG_SPACE(wire.MAX_FDS * array.array("i").itemsize)
 
 
@@ -138,7 +139,8 @@ class FramedLink:
         self._waiting[number] = future
         try:
             async with asyncio.timeout(timeout_s):
-                await self._send(wire.encode_frame(wire.REQUEST, number, value, len(fds or ())), fds or [])
+                frame = wire.encode_frame(wire.REQUEST, number, value, len(fds or ()))
+                await self._send_whole(frame, fds or [])
                 return await future
         finally:
             self._waiting.pop(number, None)
@@ -148,6 +150,17 @@ class FramedLink:
     def _abandoned(self) -> bool:
         task = asyncio.current_task()
         return task is not None and task.cancelling() > 0
+
+    async def _send_whole(self, data: bytes, fds: list[int]) -> None:
+        """Send a frame to its end even if the asker leaves meanwhile: half a frame would garble all that follow."""
+        sending = asyncio.ensure_future(self._send(data, fds))
+        try:
+            await asyncio.shield(sending)
+        except asyncio.CancelledError:
+            await asyncio.wait([sending], timeout=_SEND_PATIENCE_S)
+            if not sending.done():
+                self._end("the other side does not read")
+            raise
 
     async def _send(self, data: bytes, fds: list[int]) -> None:
         async with self._send_lock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,6 +16,7 @@ from garden_py.model.errors import CopyFailed, InvalidField
 from garden_py.model.process import ProcessSpec
 
 CHUNK_BYTES = 256 << 10
+_KILL_PATIENCE_S = 5.0
 _MESSAGE_MAX = 4096
 _REASONS = ("no_such_path", "permission_denied", "broken_archive", "no_space", "io_error")
 
@@ -90,7 +92,8 @@ async def _helper(container: LinuxContainer, program: str, path: str, user: str)
     finally:
         if helper is not None:
             helper.close()
-            await asyncio.shield(_end(container, helper_id, exited))
+        # Also when we left before the agent had answered: it may have started the helper all the same.
+        await asyncio.shield(_end(container, helper_id, exited))
         container.helpers.pop(helper_id, None)
         if exited.done() and not exited.cancelled():
             exited.exception()  # seen, also when nobody waited for it
@@ -99,9 +102,8 @@ async def _helper(container: LinuxContainer, program: str, path: str, user: str)
 async def _end(container: LinuxContainer, helper_id: str, exited: asyncio.Future[AgentExit]) -> None:
     if container.broken_because:
         return
-    if not exited.done():
-        await container.link.signal(helper_id, 9, group=True)
-        await asyncio.wait([exited], timeout=5)
+    if not exited.done() and await container.link.signal(helper_id, signal.SIGKILL, group=True):
+        await asyncio.wait([exited], timeout=_KILL_PATIENCE_S)
     if not container.broken_because:
         await container.link.release(helper_id)
 
