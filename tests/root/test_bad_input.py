@@ -39,17 +39,14 @@ class Traces:
 
 def traces(stub: Stub, server: ServerProcess) -> Traces:
     listed = stub.ListContainers(pb.ListContainersRequest(all_states=True), timeout=10).containers
+    tag = load_config({"state_dir": str(server.place / "state")}, environ={}).tag
     return Traces(
         frozenset(container.handle for container in listed),
-        frozenset(path.name for path in Path("/sys/class/net").iterdir() if path.name.startswith("g")),
+        frozenset(path.name for path in Path("/sys/class/net").iterdir() if tag in path.name),
         frozenset(path.name for path in (server.place / "state" / "containers").iterdir()),
-        frozenset(path for path in cgroups_of("*") if _tag_of(server) in str(path)),
+        frozenset(path for path in cgroups_of("*") if f"garden-{tag}/" in str(path)),
         stub.GetCapacity(pb.GetCapacityRequest(), timeout=10).ports_in_use,
     )
-
-
-def _tag_of(server: ServerProcess) -> str:
-    return f"garden-{load_config({'state_dir': str(server.place / 'state')}, environ={}).tag}/"
 
 
 def refused(call: Callable[[], Any]) -> grpc.RpcError:
