@@ -208,7 +208,8 @@ class FramedLink:
         if frame.kind == wire.EVENT:
             reply.close_fds()
             if self._on_event is not None:
-                self._on_event(frame.value)
+                # Not called from here: should it raise, the frames behind it still find their descriptors.
+                self._loop.call_soon(self._on_event, frame.value)
             return
         future = self._waiting.get(frame.id)
         if future is None or future.done():

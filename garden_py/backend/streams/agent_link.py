@@ -6,6 +6,7 @@ descriptors are accepted only if they are what was asked for.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import stat
@@ -119,7 +120,10 @@ class AgentLink:
             The processes it holds, with the exits of those that have ended.
         """
         greeting = {"op": "hello", "server": server, "wire": [wire.VERSION, wire.VERSION]}
-        reply = await self._ask(greeting, timeout_s=timeout_s)
+        try:
+            reply = await self._ask(greeting, timeout_s=timeout_s)
+        except RequestRefused as error:
+            raise self._refused(error) from error
         reply.close_fds()
         found: dict[str, AgentExit | None] = {}
         for record in _list(reply.value, "processes"):
@@ -173,8 +177,14 @@ class AgentLink:
 
     async def attach(self, process_id: str, *, is_tty: bool) -> Spawned:
         """Our ends of a running or finished process's streams again, those not yet dropped."""
-        reply = await self._ask({"op": "attach", "id": process_id}, timeout_s=REQUEST_TIMEOUT_S)
+        try:
+            reply = await self._ask({"op": "attach", "id": process_id}, timeout_s=REQUEST_TIMEOUT_S)
+        except RequestRefused as error:
+            raise self._refused(error) from error
         return self._parse_spawned(reply, is_tty=is_tty)
+
+    def _refused(self, error: RequestRefused) -> errors.ContainerBroken:
+        return errors.ContainerBroken(self._handle, f"its agent refuses: {_printable(str(error))}")
 
     def _parse_spawned(self, reply: Reply, *, is_tty: bool) -> Spawned:
         try:
@@ -187,9 +197,13 @@ class AgentLink:
             found = {str(name): fd for name, fd in zip(names, reply.fds, strict=True)}
             for name, fd in found.items():
                 _check_stream(fd, is_terminal=is_tty and name == "stdin")
+                _own_description(fd, name)
         except AgentMisbehaved as error:
             reply.close_fds()
             raise errors.ContainerBroken(self._handle, f"its agent misbehaves: {error}") from error
+        except OSError as error:
+            reply.close_fds()
+            raise errors.HostFault("take over streams", str(error)) from error
         reply.fds.clear()  # taken over
         ended = _parse_exit(reply.value) if reply.value.get("exited") is True else None
         return Spawned(pid, found, ended)
@@ -223,9 +237,7 @@ class AgentLink:
         except RequestRefused as error:
             if error.code in ("process_not_found", "still_running", "no_tty"):
                 return None
-            raise errors.ContainerBroken(
-                self._handle, f"its agent refuses: {_printable(str(error))}"
-            ) from error
+            raise self._refused(error) from error
         reply.close_fds()
         return reply.value
 
@@ -272,6 +284,27 @@ def _check_stream(fd: int, *, is_terminal: bool) -> None:
             raise AgentMisbehaved("a descriptor that is no terminal")
     elif not stat.S_ISFIFO(found.st_mode):
         raise AgentMisbehaved("a descriptor that is no pipe")
+
+
+def _own_description(fd: int, name: str) -> None:
+    """Put a pipe opened anew in fd's place; a stdin that nobody can read any more becomes /dev/null.
+
+    The agent holds the same open file description as fd, so it could clear O_NONBLOCK (fcntl(2), F_SETFL) and hold the
+    whole server in one write. A terminal's master cannot be opened a second time: /dev/ptmx makes a new pair (pts(4)).
+    """
+    if not stat.S_ISFIFO(os.fstat(fd).st_mode):
+        return
+    mode = os.O_WRONLY if name == "stdin" else os.O_RDONLY
+    try:
+        own = os.open(f"/proc/self/fd/{fd}", mode | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # a pipe without a reader, fifo(7)
+            raise
+        own = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.dup2(own, fd, inheritable=False)
+    finally:
+        os.close(own)
 
 
 def _printable(text: str) -> str:
