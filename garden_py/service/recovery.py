@@ -5,7 +5,7 @@ from __future__ import annotations
 import structlog
 
 from garden_py.model.codec import load_container_spec, load_process_spec
-from garden_py.model.errors import GardenError, ProcessNotFound
+from garden_py.model.errors import ContainerBroken, GardenError, ProcessNotFound
 from garden_py.model.lifecycle import USABLE, State
 from garden_py.service.containers import Containers
 from garden_py.service.events import EventHub, EventKind
@@ -50,7 +50,7 @@ class Recovery:
                     self._broken(row.handle, lost[row.handle])
             elif row.state in USABLE:
                 await self._restore_processes(container, connected=True)
-                self._containers.expiry.arm(container)
+            self._containers.expiry.arm(container)  # also a broken one goes when its grace time has passed
         for container in doomed:
             self._containers.resume_destroy(container)
         if rows:
@@ -78,6 +78,11 @@ class Recovery:
             except ProcessNotFound:
                 self._registry.records.forget_process(container.handle, row.id)
                 continue
+            except ContainerBroken as error:
+                self._broken(
+                    container.handle, error.reason
+                )  # the next one would wait for the same agent in vain
+                return
             except GardenError as error:
                 log.error("process.lost", handle=container.handle, process_id=row.id, error=str(error))
                 continue

@@ -371,7 +371,7 @@ class LinuxBackend:
             process.connect(
                 spawned, lambda reason: log.warning("stream.failed", handle=handle, reason=reason)
             )
-            ended = container.held[spec.id]
+            ended = container.held[spec.id] or spawned.exit  # it may have ended since the agent was greeted
             if ended is not None and process.exit is None:
                 process.ended(ended)
         else:
