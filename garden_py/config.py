@@ -88,7 +88,7 @@ class Config(BaseModel):
         61_001
     )
     port_pool_size: Annotated[
-        int, Field(ge=0, le=64_512, description="Number of host ports in the pool.")
+        int, Field(ge=1, le=64_512, description="Number of host ports in the pool.")
     ] = 4_534
     external_ip: Annotated[
         str, Field(description="Address that mapped ports are reported under; empty: the host's own.")

@@ -179,7 +179,7 @@ def talk(tour: Tour) -> None:
     fetch = ["sh", "-c", f"printf 'GET /index.html HTTP/1.0\\n\\n' | nc -w 3 {address} 8080"]
     with tour.step("Denied: a process in the first container cannot connect"):
         out = tour.garden("run", "first", *fetch, expect=1)
-        tour.check("the connection was refused", "No route to host" in out or "refused" in out)
+        tour.check("the connection was refused", "refused" in out)
     with tour.step("Allowed: a rule is set on the running container"):
         tour.garden("egress", "add", "first", f"tcp:{address}:8080")
         out = tour.garden("run", "first", *fetch)
@@ -187,7 +187,7 @@ def talk(tour: Tour) -> None:
     with tour.step("Denied again: the rule is removed"):
         tour.garden("egress", "remove", "first", f"tcp:{address}:8080")
         out = tour.garden("run", "first", *fetch, expect=1)
-        tour.check("the connection was refused", "No route to host" in out or "refused" in out)
+        tour.check("the connection was refused", "refused" in out)
 
 
 def copy(tour: Tour) -> None:

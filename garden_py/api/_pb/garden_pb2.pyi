@@ -453,14 +453,14 @@ class EgressPolicy(_message.Message):
         """default_action: the server's default; a rule: ALLOW"""
         ALLOW: EgressPolicy._Action.ValueType  # 1
         DENY: EgressPolicy._Action.ValueType  # 2
-        """refused visibly (ICMP administratively prohibited)"""
+        """refused visibly: TCP by a reset, the rest by ICMP administratively prohibited"""
 
     class Action(_Action, metaclass=_ActionEnumTypeWrapper): ...
     ACTION_UNSPECIFIED: EgressPolicy.Action.ValueType  # 0
     """default_action: the server's default; a rule: ALLOW"""
     ALLOW: EgressPolicy.Action.ValueType  # 1
     DENY: EgressPolicy.Action.ValueType  # 2
-    """refused visibly (ICMP administratively prohibited)"""
+    """refused visibly: TCP by a reset, the rest by ICMP administratively prohibited"""
 
     DEFAULT_ACTION_FIELD_NUMBER: _builtins.int
     RULES_FIELD_NUMBER: _builtins.int

@@ -21,8 +21,13 @@ CONTAINER_TABLE = "garden"
 LOG_GROUP = 0x6764
 """NFLOG group of logged connections ("gd"); a group per namespace, see nfnetlink_log in libnetfilter_log."""
 
-REJECT = "reject with icmpx admin-prohibited"
-"""Refuse visibly: an error at once where a silent drop would cost a time-out (RFC 1812 §5.2.7.1)."""
+REJECT = "goto refuse"
+REFUSE = ["meta l4proto tcp reject with tcp reset", "reject with icmpx admin-prohibited"]
+"""What chain `refuse` does: an error at once where a silent drop would cost a time-out (RFC 1812 §5.2.7.1).
+
+A TCP connect gets a reset: the kernel drops an ICMP error that meets the connecting socket still locked
+(tcp_v4_err, LockDroppedIcmps), and the caller would wait for the retransmission, a second later.
+"""
 
 DNS_PORT = 53
 _LAST_IPV4 = IPv4Address("255.255.255.255")
@@ -44,6 +49,7 @@ def compile_container_ruleset(policy: EgressPolicy, *, dns_servers: Sequence[IPv
         f"add table inet {CONTAINER_TABLE}",  # so that the delete finds one
         f"delete table inet {CONTAINER_TABLE}",
         f"table inet {CONTAINER_TABLE} {{",
+        *chain("refuse", "", REFUSE),
         *chain("output", "type filter hook output priority filter; policy drop;", body),
         *chain("forward", "type filter hook forward priority filter; policy drop;", []),
         "}",

@@ -22,7 +22,7 @@ from enum import Enum
 from ipaddress import IPv4Address
 from typing import Any
 
-from garden_py.backend.net.firewall import DNS_PORT, REJECT, chain, compile_policy
+from garden_py.backend.net.firewall import DNS_PORT, REFUSE, REJECT, chain, compile_policy
 from garden_py.backend.net.plan import HostPlan, LinkPlan
 from garden_py.model.netrule import EgressPolicy
 
@@ -93,6 +93,7 @@ def compile_host_base(host: HostPlan, policy: HostPolicy) -> str:
     """
     ours = f'"{host.link_prefix}*"'
     chains = {
+        "refuse": ("", REFUSE),
         "antispoof": ("type filter hook prerouting priority raw; policy accept;", _antispoof(ours)),
         "judge": ("type filter hook prerouting priority mangle; policy accept;", _judge(ours)),
         "map_ports": ("type nat hook prerouting priority dstnat; policy accept;", [_MAP_PORTS]),
