@@ -155,6 +155,7 @@ class StdinJournal:
 
     def __init__(self, *, addressed: bool) -> None:
         self.closed = False
+        self.used = False
         self._addressed = addressed
         self.given_up = False
         self._offset = 0
@@ -163,6 +164,7 @@ class StdinJournal:
 
     def write(self, data: bytes) -> pb.ProcessInput:
         """The message that carries data, which the caller has cut to a fitting size."""
+        self.used = True
         if not self._addressed:
             return pb.ProcessInput(stdin=pb.Stdin(data=data))
         stdin = pb.Stdin(data=data, offset=self._offset)
@@ -175,7 +177,7 @@ class StdinJournal:
 
     def close(self) -> pb.ProcessInput:
         """The message that closes stdin."""
-        self.closed = True
+        self.closed = self.used = True
         return pb.ProcessInput(stdin=self._closing())
 
     def give_up(self, error: GardenError) -> bool:

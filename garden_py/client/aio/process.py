@@ -160,8 +160,9 @@ class AsyncProcess:
             async with self._reading:
                 if timeout is None:
                     await self._receive_until_exit()
-                else:
-                    # An attached reader that does not read would hold the process up once retention is full.
+                elif not self._journal.used:
+                    # An attached reader that does not read would hold the process up once retention is full. With
+                    # input on its way we stay all the same: leaving would drop what has not been sent yet.
                     self._leave_exchange()
         known = self.exit
         return known if known is not None else await self._ask_for_exit(timeout)

@@ -174,8 +174,9 @@ class Process:
             try:
                 if timeout is None:
                     self._receive_until_exit()
-                else:
-                    # An attached reader that does not read would hold the process up once retention is full.
+                elif not self._journal.used:
+                    # An attached reader that does not read would hold the process up once retention is full. With
+                    # input on its way we stay all the same: leaving would drop what has not been sent yet.
                     self._leave_exchange()
             finally:
                 self._reading.release()
