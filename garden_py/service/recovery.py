@@ -44,12 +44,10 @@ class Recovery:
             container = self._restore(row)
             if row.state is State.CREATING or row.state in (State.DESTROYING, State.UNKILLABLE):
                 doomed.append(container)
-            elif row.handle in lost:
-                await self._restore_processes(container, connected=False)
-                if row.state is not State.BROKEN:
-                    self._broken(row.handle, lost[row.handle])
-            elif row.state in USABLE:
-                await self._restore_processes(container, connected=True)
+                continue
+            await self._restore_processes(container)
+            if row.handle in lost:
+                self._broken(row.handle, lost[row.handle])
             self._containers.expiry.arm(container)  # also a broken one goes when its grace time has passed
         for container in doomed:
             self._containers.resume_destroy(container)
@@ -68,9 +66,8 @@ class Recovery:
         self._registry.add(container)
         return container
 
-    async def _restore_processes(self, container: Container, *, connected: bool) -> None:
-        if not connected:
-            return
+    async def _restore_processes(self, container: Container) -> None:
+        """Bring a container's processes back: of a broken one, their exits and what is kept of their output."""
         for row in self._registry.records.processes(container.handle):
             spec = load_process_spec(row.spec)
             try:

@@ -106,6 +106,9 @@ def test_container_whose_pid_1_died_meanwhile_is_broken_and_can_go(server: Serve
     """What cannot be taken over is reported with its reason, and destroy works."""
     with GardenClient(server.address) as garden:
         container = garden.create()
+        done = container.run(sh("echo kept; exit 3"))
+        assert done.output().exit.code == 3
+        running = container.start(["sleep", "100"])
         pid = container.info().pid
         server.kill()
         subprocess.run(["kill", "-KILL", str(pid)], check=True)
@@ -113,6 +116,13 @@ def test_container_whose_pid_1_died_meanwhile_is_broken_and_can_go(server: Serve
         info = container.info()
         assert info.state is ContainerState.BROKEN
         assert "PID 1" in info.state_reason
+        assert container.wait(done.id).code == 3
+        assert b"".join(chunk.data for chunk in container.read_output(done.id)) == b"kept\n"
+        assert container.wait(running.id).signal == 9
+        assert "broken" in container.wait(running.id).reason
+        server.kill()
+        server.start()
+        assert container.wait(done.id).code == 3
         container.destroy()
         assert list(garden.list(all_states=True)) == []
 

@@ -36,7 +36,7 @@ from garden_py.model.errors import (
     ProcessNotFound,
     Unkillable,
 )
-from garden_py.model.lifecycle import USABLE
+from garden_py.model.lifecycle import USABLE, State
 from garden_py.model.limits import Limits
 from garden_py.model.netrule import EgressPolicy
 from garden_py.model.process import ProcessSpec
@@ -125,7 +125,19 @@ class LinuxBackend:
         usable = [row for row in rows if row.state in USABLE and row.handle not in lost]
         results = await asyncio.gather(*(self._reconnect(row) for row in usable))
         lost.update({row.handle: reason for row, reason in zip(usable, results, strict=True) if reason})
+        for row in rows:
+            if row.facts and (row.state is State.BROKEN or row.handle in lost):
+                self._keep_broken(row, lost.get(row.handle, row.state_reason))
         return lost
+
+    def _keep_broken(self, row: ContainerRow, reason: str) -> None:
+        """A container that can only be destroyed; until then its processes' exits and output can be asked for."""
+        facts, site = ContainerFacts.from_json(row.facts), self._site
+        container = LinuxContainer(
+            row.handle, facts, site.cgroup(row.handle), site.depot.directory(row.handle), self._events
+        )
+        container.broken_because = reason or "its agent is gone"
+        self._containers[row.handle] = container
 
     async def _reconnect(self, row: ContainerRow) -> str:
         """Connect to a running container's agent; the reason if that fails."""
@@ -281,8 +293,8 @@ class LinuxBackend:
             await self._network.map_port(container.facts.lease, leased)
         except BaseException:
             container.facts.lease = before
-            record(container.facts.to_json())
             self._network.release_port(leased)
+            record(container.facts.to_json())
             raise
         return leased
 
@@ -351,7 +363,7 @@ class LinuxBackend:
         """
         container = self._get(handle)
         held = spec.id in container.held
-        if not held and row.exit is None:
+        if not held and row.exit is None and not container.broken_because:
             raise ProcessNotFound(handle, spec.id)
         process = container.make_process(
             spec,
@@ -371,12 +383,16 @@ class LinuxBackend:
             process.connect(
                 spawned, lambda reason: log.warning("stream.failed", handle=handle, reason=reason)
             )
+            if process.own_group and process.exit is None:
+                container.watch_oom(spec.id, container.leaf_of(spec))
             ended = container.held[spec.id] or spawned.exit  # it may have ended since the agent was greeted
             if ended is not None and process.exit is None:
                 process.ended(ended)
         else:
             for output in process.logs.values():
                 output.close()
+            if process.exit is None:
+                process.lost(f"container broken: {container.broken_because}", time.time_ns())
         return process
 
     async def forget_process(self, handle: str, process_id: str) -> None:
