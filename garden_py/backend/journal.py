@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from garden_py.model.errors import HostFault
 from garden_py.model.lifecycle import State
 from garden_py.service.ports import ContainerRow, ProcessRow
 
@@ -40,7 +41,8 @@ class JournalTooNew(RuntimeError):
 class Journal:
     """Rows of containers and processes; see service/ports.py for their meaning.
 
-    Values are JSON made by `model`'s codecs (service/codec.py); this module does not look into them.
+    Values are JSON made by `model`'s codecs (model/codec.py); this module does not look into them. Every method that
+    reads or writes rows raises HostFault when SQLite cannot, e.g. on a full disk; nothing has changed then.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -77,21 +79,27 @@ class Journal:
             raise
         self._db.execute("COMMIT")
 
+    def _execute(self, statement: str, values: tuple[Any, ...] = ()) -> sqlite3.Cursor:
+        try:
+            return self._db.execute(statement, values)
+        except sqlite3.OperationalError as error:
+            raise HostFault("journal", str(error)) from error
+
     def read_meta(self, key: str) -> str | None:
         """A value that belongs to the whole server."""
-        row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        row = self._execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
         return None if row is None else str(row["value"])
 
     def write_meta(self, key: str, value: str) -> None:
         """Set such a value."""
-        self._db.execute(
+        self._execute(
             "INSERT INTO meta VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value",
             (key, value),
         )
 
     def save_container(self, row: ContainerRow) -> None:
         """Insert or replace a container's row."""
-        self._db.execute(
+        self._execute(
             "INSERT INTO containers VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (handle) DO UPDATE SET "
             "state = excluded.state, state_reason = excluded.state_reason, "
             "spec = excluded.spec, facts = excluded.facts",
@@ -103,11 +111,11 @@ class Journal:
 
     def forget_container(self, handle: str) -> None:
         """Remove a container's row and those of its processes; absent is fine."""
-        self._db.execute("DELETE FROM containers WHERE handle = ?", (handle,))
+        self._execute("DELETE FROM containers WHERE handle = ?", (handle,))
 
     def containers(self) -> list[ContainerRow]:
         """All containers, oldest first."""
-        rows = self._db.execute("SELECT * FROM containers ORDER BY created_ns, handle")
+        rows = self._execute("SELECT * FROM containers ORDER BY created_ns, handle")
         return [
             ContainerRow(
                 handle=row["handle"],
@@ -123,7 +131,7 @@ class Journal:
 
     def save_process(self, row: ProcessRow) -> None:
         """Insert or replace a process's row."""
-        self._db.execute(
+        self._execute(
             "INSERT INTO processes VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (handle, id) DO UPDATE SET "
             "pid = excluded.pid, exit = excluded.exit",
             (
@@ -134,18 +142,18 @@ class Journal:
 
     def save_exit(self, handle: str, process_id: str, pid: int, status: dict[str, Any]) -> None:
         """Complete a process's row with its pid and how it ended."""
-        self._db.execute(
+        self._execute(
             "UPDATE processes SET pid = ?, exit = ? WHERE handle = ? AND id = ?",
             (pid, json.dumps(status), handle, process_id),
         )
 
     def forget_process(self, handle: str, process_id: str) -> None:
         """Remove a process's row; absent is fine."""
-        self._db.execute("DELETE FROM processes WHERE handle = ? AND id = ?", (handle, process_id))
+        self._execute("DELETE FROM processes WHERE handle = ? AND id = ?", (handle, process_id))
 
     def processes(self, handle: str) -> list[ProcessRow]:
         """A container's processes, oldest first."""
-        rows = self._db.execute("SELECT * FROM processes WHERE handle = ? ORDER BY started_ns, id", (handle,))
+        rows = self._execute("SELECT * FROM processes WHERE handle = ? ORDER BY started_ns, id", (handle,))
         return [
             ProcessRow(
                 handle=row["handle"],

@@ -7,8 +7,8 @@ import hashlib
 import json
 import signal
 import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,6 +38,7 @@ log = structlog.get_logger()
 STOP_GRACE_S = 10.0
 _STOP_POLL_S = 0.02
 _STOP_REPEAT_S = 1.0
+_CHANGE_PATIENCE_S = 5.0
 _RETRY_DESTROY_S = (1.0, 2.0, 5.0, 10.0, 30.0)
 
 
@@ -160,20 +161,32 @@ class Containers:
         try:
             await self._backend.create(container.spec, record)
         except errors.Unkillable as error:
-            self._registry.move(container, State.DESTROYING)
+            self._leave(container, State.DESTROYING)
             self._unkillable(container, error)
             raise
         except BaseException as error:
-            self._registry.remove(container)
             log.warning("container.create_failed", handle=container.handle, error=str(error))
+            self._forget_unmade(container)
             raise
         ports = self._backend.facts_of_network(container.handle).mapped_ports
         container.spec = replace(container.spec, port_mappings=ports)
-        self._registry.move(container, State.ACTIVE)
+        try:
+            self._registry.move(container, State.ACTIVE)
+        except errors.HostFault:
+            await self._demolish(container)  # the next server would take it for half made
+            raise
         self.expiry.arm(container)
         self._events.publish(EventKind.CONTAINER_CREATED, container.handle)
         log.info("container.created", handle=container.handle, took_ms=_ms_since(started))
         return container
+
+    def _forget_unmade(self, container: Container) -> None:
+        container.gone = True
+        try:
+            self._registry.remove(container)
+        except errors.HostFault as error:
+            self._leave(container, State.DESTROYING)
+            self._unkillable(container, error)
 
     # --- look
 
@@ -264,11 +277,10 @@ class Containers:
         """Change limits of a running container; those in force afterwards."""
         if found := limit_violations(limits, "limits"):
             raise errors.InvalidRequest(found)
-        with self._usable(handle, "limited") as container:
-            async with container.changing:
-                now = await self._backend.update_limits(handle, limits)
-                container.spec = replace(container.spec, limits=limits.over(container.spec.limits))
-                self._registry.save(container)
+        async with self._changing(handle, "limited") as container:
+            now = await self._backend.update_limits(handle, limits)
+            container.spec = replace(container.spec, limits=limits.over(container.spec.limits))
+            self._registry.save(container)
         self._events.publish(EventKind.LIMITS_CHANGED, handle)
         return now
 
@@ -276,18 +288,15 @@ class Containers:
         """Map one more port of a running container."""
         if found := port_violations((mapping,), "mapping"):
             raise errors.InvalidRequest([replace(v, field=v.field.replace("[0]", "")) for v in found])
-        with self._usable(handle, "given a port") as container:
+        async with self._changing(handle, "given a port") as container:
 
             def record(facts: dict[str, Any]) -> None:
                 container.facts = facts
                 self._registry.save(container)
 
-            async with container.changing:
-                mapped = await self._backend.map_port(handle, mapping, record)
-                container.spec = replace(
-                    container.spec, port_mappings=(*container.spec.port_mappings, mapped)
-                )
-                self._registry.save(container)
+            mapped = await self._backend.map_port(handle, mapping, record)
+            container.spec = replace(container.spec, port_mappings=(*container.spec.port_mappings, mapped))
+            self._registry.save(container)
         self._events.publish(EventKind.PORT_MAPPED, handle, host_port=str(mapped.host_port))
         return mapped
 
@@ -304,15 +313,14 @@ class Containers:
             EtagMismatch: etag is given and is not the current one's.
         """
         wanted = self._complete(policy)
-        with self._usable(handle, "given an egress policy") as container:
-            async with container.changing:
-                current = self._etag(container)
-                if etag and etag != current:
-                    raise errors.EtagMismatch(etag, current)
-                await self._backend.set_egress(handle, wanted)
-                container.spec = replace(container.spec, egress=wanted)
-                container.egress_etag = egress_etag(wanted)
-                self._registry.save(container)
+        async with self._changing(handle, "given an egress policy") as container:
+            current = self._etag(container)
+            if etag and etag != current:
+                raise errors.EtagMismatch(etag, current)
+            await self._backend.set_egress(handle, wanted)
+            container.spec = replace(container.spec, egress=wanted)
+            container.egress_etag = egress_etag(wanted)
+            self._registry.save(container)
         self._events.publish(EventKind.EGRESS_CHANGED, handle, etag=container.egress_etag)
         return wanted
 
@@ -329,6 +337,14 @@ class Containers:
         container = self._registry.get(handle)
         container.require_usable(wanted)
         return self.expiry.use(container)
+
+    @asynccontextmanager
+    async def _changing(self, handle: str, wanted: str) -> AsyncIterator[Container]:
+        """One change at a time, and none once a destroy has begun: that one removes what it finds recorded."""
+        with self._usable(handle, wanted) as container:
+            async with container.changing:
+                container.require_usable(wanted)
+                yield container
 
     # --- stop and destroy
 
@@ -377,21 +393,31 @@ class Containers:
         if container.destroy_retry is not None:
             container.destroy_retry.cancel()
         if container.state is not State.DESTROYING:
-            self._registry.move(container, State.DESTROYING)
+            self._leave(container, State.DESTROYING)
+        await _until_free(container.changing)
         try:
-            await self._backend.destroy(container.handle, container.facts)
+            if not container.gone:
+                await self._backend.destroy(container.handle, container.facts)
+                container.gone = True  # its leases may be another container's from here on
+            self._registry.remove(container)
         except errors.GardenError as error:
             self._unkillable(container, error)
             raise
-        self._registry.remove(container)
         self._events.publish(EventKind.CONTAINER_DESTROYED, container.handle)
         log.info("container.destroyed", handle=container.handle, took_ms=_ms_since(started))
 
     def _unkillable(self, container: Container, error: errors.GardenError) -> None:
-        self._registry.move(container, State.UNKILLABLE, str(error))
+        self._leave(container, State.UNKILLABLE, str(error))
         self._events.publish(EventKind.CONTAINER_UNKILLABLE, container.handle, reason=str(error))
         log.error("container.unkillable", handle=container.handle, error=str(error))
         self._retry_later(container)
+
+    def _leave(self, container: Container, state: State, reason: str = "") -> None:
+        """Change its state on the way out, which a full disk must not stop: destroying is what makes room again."""
+        try:
+            self._registry.move(container, state, reason)
+        except errors.HostFault as error:
+            log.error("container.state_not_recorded", handle=container.handle, error=str(error))
 
     def _retry_later(self, container: Container) -> None:
         """Try again to destroy what the kernel did not let go: after 1 s, then ever more rarely, at last every 30 s."""
@@ -412,6 +438,15 @@ class Containers:
     def _demolish_unasked(self, container: Container) -> None:
         if not self._guard.closing and self._guard.running("destroy", container.handle) is None:
             self._guard.start("destroy", container.handle, self._demolish(container))
+
+
+async def _until_free(lock: asyncio.Lock) -> None:
+    """Wait for a change under way, but not for one that hangs: a destroy ends in any case."""
+    try:
+        async with asyncio.timeout(_CHANGE_PATIENCE_S), lock:
+            return
+    except TimeoutError:
+        return
 
 
 def _ms_since(started: float) -> float:

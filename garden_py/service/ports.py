@@ -49,7 +49,10 @@ class ProcessRow:
 
 
 class Records(Protocol):
-    """Where rows are kept; see backend/journal.py. A row is durable against SIGKILL when the call returns."""
+    """Where rows are kept; see backend/journal.py. A row is durable against SIGKILL when the call returns.
+
+    HostFault from any of them: it could not be done, e.g. because the disk is full; nothing has changed.
+    """
 
     def save_container(self, row: ContainerRow) -> None:
         """Insert or replace a container's row."""

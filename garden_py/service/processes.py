@@ -20,6 +20,7 @@ from garden_py.service.ports import Backend, ProcessRow, RunningProcess
 from garden_py.service.registry import Container, ProcessEntry, Registry
 
 log = structlog.get_logger()
+_SAVE_AGAIN_S = 1.0
 
 
 class Processes:
@@ -134,10 +135,22 @@ class Processes:
         """Write an exit into the journal, then tell of it."""
         status = process.exit
         assert status is not None
-        self._registry.records.save_exit(container.handle, process.id, process.pid, dump_exit(status))
-        process.exit_recorded()
+        self._save_exit(container, process, status)
         self._events.publish(EventKind.PROCESS_EXITED, container.handle, process_id=process.id, exit=status)
         log.info("process.exited", handle=container.handle, process_id=process.id, status=status.shell_code())
+
+    def _save_exit(self, container: Container, process: RunningProcess, status: ExitStatus) -> None:
+        """On a full disk, later: until it is written, the agent keeps the exit for the next server to ask for."""
+        if self._registry.find(container.handle) is not container:
+            return
+        try:
+            self._registry.records.save_exit(container.handle, process.id, process.pid, dump_exit(status))
+        except errors.HostFault as error:
+            log.error("process.exit_not_recorded", handle=container.handle, error=str(error))
+            loop = asyncio.get_running_loop()
+            loop.call_later(_SAVE_AGAIN_S, self._save_exit, container, process, status)
+            return
+        process.exit_recorded()
 
 
 def _finished(container: Container, process_id: str, job: asyncio.Future[ProcessEntry]) -> None:

@@ -33,6 +33,7 @@ class Container:
         facts: the backend's, for the journal.
         notable: things of its life for people, e.g. "Out of memory", the latest thousand.
         uses: calls and streams that name it right now; while there are any it does not expire.
+        gone: nothing of it is left on the host; only its row is still to be removed.
         egress_etag: of the policy in force; empty until somebody asks for it.
         changing: held by whoever changes its limits, egress, ports or properties.
     """
@@ -50,6 +51,7 @@ class Container:
     expiry: asyncio.TimerHandle | None = None
     destroy_retry: asyncio.TimerHandle | None = None
     destroy_tries: int = 0
+    gone: bool = False
     egress_etag: str = ""
     changing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -104,12 +106,23 @@ class Registry:
         return container
 
     def add(self, container: Container) -> None:
-        """Make a container known."""
+        """Make a container known; if it cannot be written down, it is not."""
         self._containers[container.handle] = container
-        self.save(container)
+        try:
+            self.save(container)
+        except BaseException:
+            del self._containers[container.handle]
+            raise
 
     def save(self, container: Container) -> None:
-        """Write a container's row."""
+        """Write a container's row.
+
+        Raises:
+            ContainerNotFound: it has been removed meanwhile. Its row must not come back: it would name leases, perhaps
+                even the handle, of a later container.
+        """
+        if self._containers.get(container.handle) is not container:
+            raise ContainerNotFound(container.handle)
         self.records.save_container(
             ContainerRow(
                 handle=container.handle,

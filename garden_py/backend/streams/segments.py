@@ -27,6 +27,8 @@ from garden_py.model.errors import OffsetOutOfRange
 SEGMENT_BYTES = 8 << 20
 SPLICE_BYTES = 1 << 20
 _NAME_DIGITS = 20
+# What passes by itself: until then the pipe holds the process back, and no byte is lost. So do descriptors run out.
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE})
 
 
 class Intake(Enum):
@@ -114,7 +116,12 @@ class SegmentLog:
                 return Intake.CLOSED
             if not self._make_room():
                 return Intake.HELD
-            self._open_segment()
+            try:
+                self._open_segment()
+            except OSError as error:
+                if error.errno in _FULL:
+                    return Intake.DISK_FULL
+                raise
         at = self.end_offset - self._starts[-1]
         if self._write_fd < 0:
             self._write_fd = os.open(self._path(self._starts[-1]), os.O_RDWR | os.O_CLOEXEC)
@@ -125,7 +132,7 @@ class SegmentLog:
         except BlockingIOError:
             return Intake.EMPTY
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno in _FULL:
                 return Intake.DISK_FULL
             raise
         if moved == 0:
