@@ -57,9 +57,12 @@ def test_host_user_outside_the_group_is_refused(no_trace: None) -> None:
 def test_loopback_door_without_tls_when_said(no_trace: None) -> None:
     """For development: only loopback, only with the flag."""
     port = free_port()
-    with running_server(
-        "--listen", f"127.0.0.1:{port}", "--insecure-loopback", address=f"127.0.0.1:{port}"
-    ) as server, open_stub(server.address) as stub:
+    with (
+        running_server(
+            "--listen", f"127.0.0.1:{port}", "--insecure-loopback", address=f"127.0.0.1:{port}"
+        ) as server,
+        open_stub(server.address) as stub,
+    ):
         assert stub.Ping(pb.PingRequest()).server_version
 
 
