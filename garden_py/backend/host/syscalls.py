@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import struct
 from pathlib import Path
 
@@ -24,7 +25,7 @@ MS_REC, MS_SLAVE, MS_NOSUID, MS_NODEV, MS_NOEXEC = 0x4000, 0x80000, 2, 4, 8  # s
 MNT_DETACH = 2
 CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET = 0x00020000, 0x10000000, 0x40000000  # sched.h
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV, MOUNT_ATTR_IDMAP = 0x1, 0x2, 0x4, 0x0010_0000
-PR_SET_CHILD_SUBREAPER = 36
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 
 def _fail(path: str | Path | None = None) -> OSError:
@@ -53,6 +54,12 @@ def unshare(flags: int) -> None:
     Source: unshare(2).
     """
     if _libc.unshare(flags) != 0:
+        raise _fail()
+
+
+def die_with_parent() -> None:
+    """Be killed when the thread that forked us ends; for the time after fork. Source: PR_SET_PDEATHSIG, prctl(2)."""
+    if _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise _fail()
 
 

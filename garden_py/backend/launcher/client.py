@@ -36,6 +36,7 @@ class Launcher:
         self._idle: list[FramedLink] = []
         self._slots = asyncio.Semaphore(workers)
         self._starting = asyncio.Lock()
+        self._starts = 0
 
     async def start(self) -> None:
         """Start the process and one worker, so that the first job finds it warm.
@@ -67,7 +68,12 @@ class Launcher:
             )
         ours.settimeout(START_TIMEOUT_S)
         self._control = ours
-        if not ours.recv(16):
+        try:
+            ready = ours.recv(16)
+        except TimeoutError as error:
+            self._shut_down()
+            raise HostFault("start launcher", "workers of its predecessor have not ended yet") from error
+        if not ready:
             raise HostFault("start launcher", f"it exited with status {self._process.wait()}")
 
     async def _new_worker(self) -> FramedLink:
@@ -78,6 +84,7 @@ class Launcher:
                 for link in self._idle:  # workers of a dead launcher; a new one waits for their end
                     link.close()
                 self._idle.clear()
+                self._starts += 1
                 log.warning("launcher.restarted", pid=self._process.pid if self._process else None)
                 await asyncio.to_thread(self._spawn)
                 fd = await asyncio.to_thread(self._ask_for_worker)
@@ -114,18 +121,26 @@ class Launcher:
     ) -> dict[str, Any]:
         async with self._slots:
             link = self._take_idle() or await self._new_worker()
+            starts = self._starts
             try:
                 reply: Reply = await link.request({"op": op, **params}, fds, timeout_s=timeout_s)
             except RequestRefused as error:
-                self._idle.append(link)
+                self._put_back(link, starts)
                 raise _rebuild(op, error) from error
             except LinkClosed as error:
                 raise HostFault(op, f"the launcher's worker died: {error}") from error
             except BaseException:
                 link.close()  # an answer may still come; nobody may take it for the next job's
                 raise
-            self._idle.append(link)
+            self._put_back(link, starts)
             return reply.value
+
+    def _put_back(self, link: FramedLink, starts: int) -> None:
+        """Keep a worker for the next job; not one of a dead launcher, whose successor waits for its end."""
+        if starts == self._starts:
+            self._idle.append(link)
+        else:
+            link.close()
 
     def _take_idle(self) -> FramedLink | None:
         while self._idle:

@@ -15,6 +15,7 @@ from typing import Any
 
 import sh
 
+from garden_py.backend.host import syscalls
 from garden_py.backend.net import jobs as net_jobs
 from garden_py.backend.rootfs import mounts
 from garden_py.backend.runtime.command import AGENT_LISTENER_FD, Runtime, cause_of_failure
@@ -108,6 +109,8 @@ def _call_runtime(runtime: Runtime, argv: list[str], *, log: Path, stderr: Path)
                 _tty_out=False,
                 _bg=True,
                 _bg_exc=False,
+                # Or it would go on making what the server, told of our end, is taking away already.
+                _preexec_fn=syscalls.die_with_parent,
             )
             # sh's own _timeout polls every 100 ms, which would be most of a create.
             watchdog = threading.Timer(RUNTIME_TIMEOUT_S, command.kill)

@@ -174,7 +174,12 @@ class Construction:
             "log": str(directory / "runtime.log"),
             "agent_log": str(directory / "agent.log"),
         }
-        answer = await self._launcher.run("container.launch", params, [listener.fileno()])
+        try:
+            answer = await self._launcher.run("container.launch", params, [listener.fileno()])
+        except HostFault:
+            # A worker that was killed in the middle has left its mounts in the launcher's namespace.
+            await self._launcher.run("container.release_mounts", {"directory": str(plan.directory)})
+            raise
         return int(answer["pid"])
 
 
