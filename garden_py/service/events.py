@@ -55,7 +55,7 @@ class EventHub:
 
     def __init__(self) -> None:
         self._kept: deque[Event] = deque(maxlen=KEPT_EVENTS)
-        self._waiters: list[asyncio.Future[None]] = []
+        self._waiters: set[asyncio.Future[None]] = set()
         self.cursor = 0
 
     def publish(
@@ -70,7 +70,7 @@ class EventHub:
         """Tell of something that has happened."""
         self.cursor += 1
         self._kept.append(Event(self.cursor, time.time_ns(), kind, handle, process_id, exit, details))
-        waiters, self._waiters = self._waiters, []
+        waiters, self._waiters = self._waiters, set()
         for future in waiters:
             if not future.done():
                 future.set_result(None)
@@ -98,5 +98,8 @@ class EventHub:
                 after = event.cursor
             if after == self.cursor:
                 future = asyncio.get_running_loop().create_future()
-                self._waiters.append(future)
-                await future
+                self._waiters.add(future)
+                try:
+                    await future
+                finally:
+                    self._waiters.discard(future)

@@ -25,7 +25,10 @@ class Guard:
 
     def running(self, kind: str, handle: str) -> asyncio.Task[Any] | None:
         """The job of a kind for a handle, if one is under way."""
-        return self._jobs.get((kind, handle))
+        job = self._jobs.get((kind, handle))
+        return (
+            None if job is None or job.done() else job
+        )  # one that is done is forgotten a turn of the loop later
 
     async def run(self, kind: str, handle: str, work: Coroutine[Any, Any, T]) -> T:
         """Start a job and wait for it; leaving does not stop it."""
@@ -40,14 +43,15 @@ class Guard:
         if self._closing:
             work.close()
             raise ShuttingDown
-        assert (kind, handle) not in self._jobs
+        assert self.running(kind, handle) is None
         task = asyncio.ensure_future(work)
         self._jobs[kind, handle] = task
         task.add_done_callback(lambda done: self._finished(kind, handle, done))
         return task
 
     def _finished(self, kind: str, handle: str, task: asyncio.Task[Any]) -> None:
-        self._jobs.pop((kind, handle), None)
+        if self._jobs.get((kind, handle)) is task:
+            del self._jobs[kind, handle]
         if not task.cancelled():
             task.exception()  # seen, also when every caller has left
 

@@ -1,0 +1,41 @@
+"""Moments in which two things happen in one turn of the event loop, and things that pile up over many."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from kit.core import Server
+from kit.virtual_clock import in_virtual_time, settle
+
+from garden_py.model import errors
+from garden_py.model.spec import ContainerSpec
+from garden_py.service.events import EventHub
+
+
+@in_virtual_time
+async def test_create_in_the_turn_in_which_another_of_that_handle_fails() -> None:
+    """The handle is free as soon as the failed one is forgotten, not one turn of the loop later."""
+    server = Server()
+    core = await server.start()
+    server.backend.create_gate.clear()
+    server.backend.create_failure = errors.HostFault("test", "no")
+    failing = asyncio.ensure_future(core.containers.create(ContainerSpec(handle="box")))
+    await settle()
+    server.backend.create_gate.set()
+    following = asyncio.ensure_future(core.containers.create(ContainerSpec(handle="box")))
+    results = await asyncio.gather(failing, following, return_exceptions=True)
+    assert isinstance(results[0], errors.HostFault)
+    assert not isinstance(results[1], AssertionError)
+
+
+async def test_watchers_that_leave_a_quiet_server_leave_nothing() -> None:
+    """A client that watches for a second at a time would fill a server that nothing happens on."""
+    hub = EventHub()
+    for _ in range(10):
+        watching = asyncio.ensure_future(anext(hub.watch(0)))
+        await asyncio.sleep(0)
+        watching.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await watching
+    assert not hub._waiters
