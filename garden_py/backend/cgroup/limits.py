@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from garden_py.backend.cgroup.layout import WORK, ContainerCgroup
@@ -113,6 +113,21 @@ def write_limits(cgroup: ContainerCgroup, limits: Limits, *, leaf: tuple[str, ..
                 problem = f"the kernel refuses {write.value} for {write.file}: {error.strerror}"
                 raise LimitRefused(f"limits.{write.field}", problem) from error
             raise HostFault("write limits", f"{path}: {error.strerror}") from error
+
+
+def change_limits(cgroup: ContainerCgroup, limits: Limits) -> None:
+    """Put a container's limits in force, all of them or none.
+
+    Raises:
+        LimitRefused, HostFault: as write_limits; those in force before are again.
+    """
+    before = read_limits(cgroup)
+    asked = {name for name, value in asdict(limits).items() if value is not None}
+    try:
+        write_limits(cgroup, limits)
+    except (LimitRefused, HostFault):
+        write_limits(cgroup, Limits(**{n: value for n, value in asdict(before).items() if n in asked}))
+        raise
 
 
 def _raises_memory_limit(directory: Path, limits: Limits) -> bool:

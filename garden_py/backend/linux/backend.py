@@ -13,7 +13,7 @@ from typing import Any
 import structlog
 
 from garden_py.backend.cgroup import groups
-from garden_py.backend.cgroup.limits import read_limits, write_limits
+from garden_py.backend.cgroup.limits import change_limits, read_limits
 from garden_py.backend.cgroup.stats import read_usage
 from garden_py.backend.launcher.client import Launcher
 from garden_py.backend.linux import copying
@@ -277,7 +277,7 @@ class LinuxBackend:
     async def update_limits(self, handle: str, limits: Limits) -> Limits:
         """Change limits; those in force afterwards."""
         cgroup = self._get(handle).cgroup
-        write_limits(cgroup, limits.over(_period_of(limits, read_limits(cgroup))))
+        change_limits(cgroup, limits.over(_period_of(limits, read_limits(cgroup))))
         return read_limits(cgroup)
 
     async def map_port(
