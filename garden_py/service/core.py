@@ -38,4 +38,5 @@ class Core:
     async def close(self) -> None:
         """Finish jobs under way, then let go of every container without touching it."""
         await self.guard.close()
+        await self.processes.close()
         await self.backend.close()

@@ -123,6 +123,12 @@ class Processes:
             except TimeoutError:
                 return None
 
+    async def close(self) -> None:
+        """Wait for starts under way: one given up now would be forgotten here, and run in its container."""
+        starting = [job for container in self._registry for job in container.starting.values()]
+        if starting:
+            await asyncio.wait(starting)
+
     # --- what the backend reports
 
     def exited(self, handle: str, process: RunningProcess) -> None:

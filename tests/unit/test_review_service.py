@@ -9,6 +9,7 @@ from kit.core import Server
 from kit.virtual_clock import in_virtual_time, settle
 
 from garden_py.model import errors
+from garden_py.model.process import ProcessSpec
 from garden_py.model.spec import ContainerSpec
 from garden_py.service.events import EventHub
 
@@ -39,3 +40,24 @@ async def test_watchers_that_leave_a_quiet_server_leave_nothing() -> None:
         with pytest.raises(asyncio.CancelledError):
             await watching
     assert not hub._waiters
+
+
+@in_virtual_time
+async def test_server_that_stops_knows_what_it_has_just_started() -> None:
+    """A start cut off by the stop would be forgotten in the journal, while the process runs on."""
+    server = Server()
+    core = await server.start()
+    await core.containers.create(ContainerSpec(handle="box"))
+    server.backend.start_gate.clear()
+    starting = asyncio.ensure_future(
+        core.processes.start("box", ProcessSpec(path="sleep", id="p", args=("1000",)))
+    )
+    await settle()
+    closing = asyncio.ensure_future(core.close())
+    await settle()
+    assert not closing.done()
+    server.backend.start_gate.set()
+    await closing
+    assert (await starting).id == "p"
+    core = await server.start()
+    assert core.processes.get("box", "p").exit is None
