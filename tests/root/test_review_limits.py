@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from garden_py.client import ContainerSpec, FailedPrecondition, GardenClient, Limits
@@ -28,3 +30,12 @@ def test_refused_change_of_several_limits_changes_none(garden: GardenClient) -> 
             )
         assert refused.value.metadata["field"] == "limits.cpu_quota_us"
         assert box.limits() == in_force
+
+
+def test_process_whose_limits_are_refused_leaves_no_group(garden: GardenClient) -> None:
+    """The group is made before its limits are written; ids that are refused would pile up until the destroy."""
+    with garden.create() as box:
+        with pytest.raises(FailedPrecondition):
+            box.start(["true"], id="p", limits=Limits(cpu_quota_us=QUOTA_TOO_LARGE_US))
+        assert not [*Path("/sys/fs/cgroup").glob(f"**/garden-*/{box.handle}/work/p-*")]
+        assert box.run(["true"], id="p").output().exit.code == 0

@@ -316,18 +316,18 @@ class LinuxBackend:
         """Start a process; see service.ports."""
         container = self._get(handle)
         leaf = container.leaf_of(spec)
-        if not spec.limits.empty():
-            groups.add_process_group(container.cgroup, spec.id, spec.limits)
-        process = container.make_process(
-            spec,
-            pid=0,
-            started_ns=time.time_ns(),
-            directory=self._site.depot.streams(handle, spec.id),
-            retention_bytes=self._config.output_retention_bytes,
-            alive=True,
-        )
         container.spawning.add(spec.id)
         try:
+            if not spec.limits.empty():
+                groups.add_process_group(container.cgroup, spec.id, spec.limits)
+            process = container.make_process(
+                spec,
+                pid=0,
+                started_ns=time.time_ns(),
+                directory=self._site.depot.streams(handle, spec.id),
+                retention_bytes=self._config.output_retention_bytes,
+                alive=True,
+            )
             with container.group_fds(leaf) as cgroup_fds:
                 spawned = await container.link.spawn(
                     spec, env, cgroup_fds, bounding=self._bounding(container, spec)
