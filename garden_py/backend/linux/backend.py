@@ -232,9 +232,16 @@ class LinuxBackend:
             raise ContainerNotFound(handle)
         return container
 
+    def _get_whole(self, handle: str) -> LinuxContainer:
+        """A container that is up: what is said of a broken one's pid and addresses would be out of date."""
+        container = self._get(handle)
+        if container.broken_because:
+            raise ContainerNotFound(handle)
+        return container
+
     def facts_of_network(self, handle: str) -> NetworkFacts:
         """A container's addresses."""
-        lease = self._get(handle).facts.lease
+        lease = self._get_whole(handle).facts.lease
         return NetworkFacts(
             container_ip=str(lease.address),
             host_ip=str(self._network.host.gateway),
@@ -244,7 +251,7 @@ class LinuxBackend:
 
     def pid(self, handle: str) -> int:
         """PID 1 as the host numbers it."""
-        return self._get(handle).facts.pid
+        return self._get_whole(handle).facts.pid
 
     async def signal_all(self, handle: str, number: int) -> None:
         """Signal everything in the container but PID 1."""
