@@ -13,6 +13,7 @@ from garden_py.service.ports import OutputReader, RunningProcess
 
 # Throughput of python gRPC streams rises up to about this size and memory with it (benchmarks/streams).
 CHUNK_BYTES = 256 << 10
+_EXIT_FOLLOWS_S = 0.003
 
 
 class ProcessFeed:
@@ -60,12 +61,27 @@ class ProcessFeed:
                 if all(reader.offset >= ends[stream] for stream, reader in self._readers.items()):
                     exit_sent, idle = True, False
                     yield pb.ProcessEvent(exited=convert.exit_to(status))
-            for stream in [stream for stream in unclosed if self._is_at_end(stream)]:
+            at_end = [stream for stream in unclosed if self._is_at_end(stream)]
+            if at_end and not exit_sent and await self._exit_follows():
+                continue
+            for stream in at_end:
                 del unclosed[stream]
                 idle = False
                 yield _closed(stream, self._readers[stream].offset)
             if idle:
                 await self._wake.wait()
+
+    async def _exit_follows(self) -> bool:
+        """Whether the exit comes within moments of a stream's end, as it mostly does; then it is told first."""
+        try:
+            async with asyncio.timeout(_EXIT_FOLLOWS_S):
+                while self._process.exit is None:
+                    self._wake.clear()
+                    await self._wake.wait()
+        except TimeoutError:
+            self._wake.set()  # what woke us may have been more output
+            return False
+        return True
 
     def _is_at_end(self, stream: OutputStream) -> bool:
         log = self._process.output(stream)

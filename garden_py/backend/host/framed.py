@@ -16,6 +16,7 @@ from garden_py import wire
 
 _RECEIVE_BYTES = 256 << 10
 _SEND_PATIENCE_S = 5.0
+_AT_ONCE_BYTES = 4096
 _CMSG_SPACE = socket.CMSG_SPACE(wire.MAX_FDS * array.array("i").itemsize)
 
 
@@ -140,7 +141,8 @@ class FramedLink:
         try:
             async with asyncio.timeout(timeout_s):
                 frame = wire.encode_frame(wire.REQUEST, number, value, len(fds or ()))
-                await self._send_whole(frame, fds or [])
+                if not self._send_at_once(frame, fds or []):
+                    await self._send_whole(frame, fds or [])
                 return await future
         finally:
             self._waiting.pop(number, None)
@@ -150,6 +152,26 @@ class FramedLink:
     def _abandoned(self) -> bool:
         task = asyncio.current_task()
         return task is not None and task.cancelling() > 0
+
+    def _send_at_once(self, data: bytes, fds: list[int]) -> bool:
+        """Send a small frame without a turn of the event loop; False if it has to wait for its turn or for room.
+
+        A unix stream socket takes what fits one buffer as a whole or not at all (unix_stream_sendmsg in net/unix).
+        """
+        if len(data) > _AT_ONCE_BYTES or self._send_lock.locked():
+            return False
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        try:
+            sent = self._sock.sendmsg([data], rights)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            self._end(f"sending failed: {error.strerror}")
+            raise LinkClosed(self._closed_because) from error
+        if sent != len(data):
+            self._end("a frame was cut")
+            raise LinkClosed(self._closed_because)
+        return True
 
     async def _send_whole(self, data: bytes, fds: list[int]) -> None:
         """Send a frame to its end even if the asker leaves meanwhile: half a frame would garble all that follow."""
