@@ -68,18 +68,6 @@ def launch(bench: Bench, params: dict[str, Any], fds: list[int]) -> dict[str, An
     return {"pid": pid}
 
 
-def delete(bench: Bench, params: dict[str, Any], fds: list[int]) -> dict[str, Any]:
-    """Have the runtime forget a container; one it does not know is fine."""
-    runtime = Runtime(params["runtime"], Path(params["root"]))
-    if not (runtime.root / params["id"]).exists():
-        return {}
-    log = Path(params["log"])
-    _call_runtime(
-        runtime, runtime.delete_argv(params["id"], log=log), log=log, stderr=log.with_suffix(".stderr")
-    )
-    return {}
-
-
 def release_mounts(bench: Bench, params: dict[str, Any], fds: list[int]) -> dict[str, Any]:
     """Let go of a launch's mounts, should its worker have been killed in the middle."""
     mounts.release(Path(params["directory"]))
@@ -138,7 +126,6 @@ Job = Callable[[Bench, dict[str, Any], list[int]], dict[str, Any]]
 
 JOBS: dict[str, Job] = {
     "container.launch": launch,
-    "container.delete": delete,
     "container.release_mounts": release_mounts,
     **{name: _net_job(job) for name, job in net_jobs.JOBS.items()},
 }

@@ -136,10 +136,6 @@ class LinuxNetwork:
         """Remove it, after the last container."""
         await self._job("remove_host", {})
 
-    async def leftovers(self) -> dict[str, Any]:
-        """Links and tables of this server on the host."""
-        return await self._job("list_leftovers", {})
-
     def _link(self, lease: NetworkLease, handle: str) -> LinkPlan:
         return plan_link(self.host, lease.address, handle=handle, mtu_bytes=self._mtu)
 

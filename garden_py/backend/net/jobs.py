@@ -42,11 +42,6 @@ def remove_host(net: HostNetwork, params: dict[str, Any], fds: list[int]) -> dic
     return {}
 
 
-def list_leftovers(net: HostNetwork, params: dict[str, Any], fds: list[int]) -> dict[str, Any]:
-    """What of this server's tag is on the host."""
-    return net.list_leftovers().to_json()
-
-
 def attach(net: HostNetwork, params: dict[str, Any], fds: list[int]) -> dict[str, Any]:
     """Connect a container, then map its ports."""
     netns_fd, userns_fd = _namespaces(fds)
@@ -93,7 +88,6 @@ NetJob = Callable[[HostNetwork, dict[str, Any], list[int]], dict[str, Any]]
 JOBS: dict[str, NetJob] = {
     "net.ensure_host": ensure_host,
     "net.remove_host": remove_host,
-    "net.list_leftovers": list_leftovers,
     "net.attach": attach,
     "net.detach": detach,
     "net.set_egress": set_egress,

@@ -1,6 +1,6 @@
 """Command lines of an OCI runtime, and what its log says when one fails. Pure.
 
-Source: runc(8), runc-run(8), runc-delete(8); crun(1) takes the same arguments.
+Source: runc(8), runc-run(8); crun(1) takes the same arguments.
 """
 
 from __future__ import annotations
@@ -32,20 +32,6 @@ class Runtime:
             "run", "--detach", "--preserve-fds", "1", "--bundle", str(bundle), "--pid-file", str(pid_file),
             container_id,
         ]  # fmt: skip
-
-    def delete_argv(self, container_id: str, *, log: Path) -> list[str]:
-        """Arguments that remove a container's state and cgroups, killing what is left of it."""
-        return [
-            "--root",
-            str(self.root),
-            "--log",
-            str(log),
-            "--log-format",
-            "json",
-            "delete",
-            "--force",
-            container_id,
-        ]
 
 
 def cause_of_failure(log_text: str, stderr_text: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 from garden_py import wire
 from garden_py.backend.host.framed import FramedLink, LinkClosed, Reply, RequestRefused
 from garden_py.model import errors
-from garden_py.model.process import ProcessSpec, WindowSize
+from garden_py.model.process import ProcessSpec
 
 REQUEST_TIMEOUT_S = 10.0
 SPAWN_TIMEOUT_S = 30.0
@@ -253,10 +253,6 @@ class AgentLink:
     async def close_stdin(self, process_id: str) -> None:
         """Have the agent drop its duplicate of stdin, so that the process sees the end."""
         await self._tell({"op": "close_stdin", "id": process_id})
-
-    async def resize(self, process_id: str, size: WindowSize) -> None:
-        """Set a terminal's size."""
-        await self._tell({"op": "resize", "id": process_id, "rows": size.rows, "columns": size.columns})
 
     async def release(self, process_id: str) -> None:
         """Let the agent forget a finished process whose exit is in the journal."""
