@@ -26,6 +26,7 @@ import bare_runtime
 import lifecycle
 import processes
 import queries
+import restart
 import streams
 from report import Row, format_table, row_to_json
 from setting import Setting, open_setting
@@ -41,6 +42,7 @@ MEASUREMENTS: dict[str, Callable[[Setting], Iterator[Row]]] = {
     "queries": queries.measure_queries,
     "agent": agent.measure_agent,
     "load": lifecycle.measure_load,
+    "restart": restart.measure_restart,
 }
 
 

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from garden_py.model.errors import FieldViolation, InvalidRequest
+from garden_py.observe.failpoints import parse_fail_point
 
 ENV_PREFIX = "GARDEN_"
 # systemd leaves 0x70000000 to 0x7fffffff unassigned (UIDS-GIDS.md), above its own and subuid(5)'s ranges.
@@ -72,6 +73,12 @@ class Config(BaseModel):
     destroy_timeout_s: Annotated[
         float, Field(gt=0, description="Seconds until a destroy that the kernel blocks answers UNKILLABLE.")
     ] = 10.0
+    agent_patience_s: Annotated[
+        float, Field(gt=0, description="Seconds until an agent that does not answer breaks its container.")
+    ] = 20.0
+    agent_check_s: Annotated[
+        float, Field(gt=0, description="Seconds between questions whether a silent agent still answers.")
+    ] = 60.0
     uid_pool_start: Annotated[
         int,
         Field(ge=65_536, le=0xFFFF_0000, description="First host uid given to containers' user namespaces."),
@@ -104,6 +111,21 @@ class Config(BaseModel):
     ] = ()
     mtu: Annotated[int, Field(ge=0, le=65_535, description="MTU of containers' links; 0: the uplink's.")] = 0
 
+    # -- observe: api/metrics.py, service/janitor.py
+    metrics: Annotated[
+        str, Field(description="HOST:PORT to serve /metrics on, for Prometheus; empty: nowhere.")
+    ] = ""
+    metrics_insecure: Annotated[
+        bool,
+        Field(description="Allow --metrics on an address that others can reach: it asks for no password."),
+    ] = False
+    janitor_interval_s: Annotated[
+        float,
+        Field(
+            ge=0, description="Seconds between two searches for leaks, which are removed; 0: never search."
+        ),
+    ] = 60.0
+
     # -- service
     max_containers: Annotated[
         int, Field(ge=0, description="Most containers at a time; 0: as many as the pools allow.")
@@ -122,6 +144,21 @@ class Config(BaseModel):
     log_format: Annotated[
         Literal["auto", "json", "text"], Field(description="Form of log lines; auto: text on a terminal.")
     ] = "auto"
+
+    # -- tests: observe/failpoints.py
+    fail_points: Annotated[
+        tuple[str, ...],
+        Field(
+            description="For testers: POINT:ACTION to fail once at a step (docs/debugging.md); repeatable."
+        ),
+    ] = ()
+
+    @field_validator("fail_points")
+    @classmethod
+    def _known_fail_points(cls, points: tuple[str, ...]) -> tuple[str, ...]:
+        for point in points:
+            parse_fail_point(point)
+        return points
 
     @field_validator("state_dir", "run_dir")
     @classmethod

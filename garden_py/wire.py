@@ -8,7 +8,7 @@ Frame: a header of 16 bytes, little endian, then the payload::
 
     offset  size  field
     0       2     magic b"GA"
-    2       1     version, 1
+    2       1     framing, 1: the version of this layout and of the encoding of values
     3       1     kind: 1 request, 2 reply, 3 error, 4 event
     4       4     id: of the request, repeated by its reply or error; 0 in events
     8       4     payload length in bytes, at most MAX_PAYLOAD
@@ -19,13 +19,22 @@ The payload is one encoded dict. Descriptors are attached to the `sendmsg` that 
 byte, so they have always arrived when the frame is complete; a receiver queues them and every frame takes its
 `nfds` from the head.
 
+Versions. What the messages below may hold is the wire version, VERSION; which one is spoken is agreed in `hello`. A
+server speaks OLDEST to VERSION, that is, with agents of its own and of the previous version; an agent speaks VERSION
+alone, for it is replaced when its server is (`upgrade`). Framing and the shape of `hello` never change with it.
+
+    1   the first one; a terminal's stdin was its master
+    2   ping, cancel, upgrade, keep, gated spawns, `build` in hello; a terminal's stdin is a pipe
+
 Starting a process::
 
     server                         agent (PID 1)                     child
       |  request spawn + cgroup fds   |                                |
       |------------------------------>|  pipes or pty, fork            |
       |                               |------------------------------->|  cgroups, setsid, stdio, user,
-      |                               |                                |  directory, limits, capabilities
+      |  (journals it)                |                                |  directory, limits, capabilities
+      |  gate: one byte, straight through a pipe                       |
+      |--------------------------------------------------------------->|
       |                               |    status pipe: failure        |
       |  error {code, message}        |<- - - - - - - - - - - - - - - -|  _exit, no record is left
       |<- - - - - - - - - - - - - - - |                                |
@@ -42,22 +51,34 @@ Starting a process::
 Requests (`->` what the reply holds). `id` names a process and is chosen by the server::
 
     hello        server: str, wire: [lowest, highest] version
-                 -> agent: str (version), wire: int, processes: [record]
+                 -> agent: str (version), wire: int, build: str (name of its bundle), processes: [record]
+    ping         -> nothing
     list         -> processes: [record]
     spawn        id: str, argv: [bytes], env: [bytes "K=V"], dir: bytes, user: str,
                  tty: None | {rows: int, columns: int}, rlimits: {name: value | [soft, hard]},
                  bounding: int | None (mask of the capabilities kept), no_new_privs: bool,
-                 program: None | "tar-in" | "tar-out", program_args: {path: bytes}
-                 + descriptors: open cgroup.procs files, which the child joins
+                 program: None | "tar-in" | "tar-out", program_args: {path: bytes}, gated: bool
+                 + descriptors: open cgroup.procs files, which the child joins; if gated, one more at the end: the
+                 read end of a pipe from which the child must get one byte before exec. Its end without one
+                 (the server is gone, or thought better of it) means that the program never runs: not_released
                  -> pid: int, fds: [name] + these descriptors. Without tty: stdin (write end), stdout and
-                 stderr (read ends). With tty: stdin (the pty master, non-blocking), stdout (a read end)
+                 stderr (read ends). With tty: stdin (write end) and stdout (read end); the agent moves the bytes
     attach       id -> record, fds: [name] + those of the descriptors above that are still held
+    keep         id + a descriptor, the spool of its stdin, which attach gives back; once per process -> nothing
     close_stdin  id -> closed: bool (False with a tty, or if done before)
     drop_output  id, stream: "stdout" | "stderr" -> dropped: bool
     signal       id, signal: int, group: bool -> delivered: bool
     signal_all   signal: int -> delivered: bool
     resize       id, rows: int, columns: int (0 = the default) -> nothing
     release      id -> nothing
+    cancel       id -> found: bool. The process is not wanted: if it lives, it is killed, and no exit is told;
+                 if it is starting, its spawn is answered with `cancelled`. It is forgotten as soon as it is reaped
+    upgrade      build: str, argv: [bytes], env: [bytes]: the program that is to take PID 1's place (execve(2)).
+                 It is run beside PID 1 first, with `check` and the number of a descriptor added to argv: it must exit
+                 with 0, else the answer is `upgrade_failed` and nothing has changed. Then PID 1 executes it with
+                 `resume` and such a descriptor. The descriptor is a memfd with all that the agent knows
+                 (agent/handover.py); connections, streams and children stay
+                 -> agent, wire, build: as hello, from the new program, on the same connection
 
 A record is {id, pid, started_ns, starting, exited, status, ended_ns, tty}: times are ns of CLOCK_REALTIME,
 `status` is the raw wait status of waitpid(2), None while the process lives, `starting` is True before exec.
@@ -68,8 +89,8 @@ no_such_path, permission_denied, broken_archive, no_space or io_error.
 
 An error is {code: str, message: str, field: str if a field is to blame, step and errno (names) if the system
 refused}. Codes: invalid_request, unsupported_wire, process_exists, process_not_found, still_running, no_tty,
-not_init, executable_not_found, not_executable, user_not_found, group_not_found, bad_directory, bad_rlimit,
-out_of_memory, too_many_processes, spawn_failed, internal.
+not_kept, not_init, executable_not_found, not_executable, user_not_found, group_not_found, bad_directory, no_space,
+bad_rlimit, out_of_memory, too_many_processes, not_released, spawn_failed, cancelled, upgrade_failed, internal.
 
 Event, sent to every connection: {event: "exited", process: id, status, ended_ns}. It follows the reply of
 the process's spawn, never precedes it.
@@ -89,7 +110,9 @@ if TYPE_CHECKING:  # `typing` costs the agent 3 ms at start-up and is never need
 
     Value: TypeAlias = "bool | int | bytes | str | list[Value] | dict[str, Value] | None"
 
-VERSION = 1
+VERSION = 2
+OLDEST = 1
+FRAMING = 1
 HEADER_SIZE = 16
 MAX_PAYLOAD = 1 << 20
 MAX_FDS = 16
@@ -149,7 +172,7 @@ def encode_frame(kind: int, id: int, value: object, nfds: int = 0) -> bytes:
     payload = encode(value)
     if len(payload) > MAX_PAYLOAD:
         raise WireError(f"payload of {len(payload)} bytes exceeds {MAX_PAYLOAD}")
-    header = b"%b%c%c%b%b%c\0\0\0" % (_MAGIC, VERSION, kind, _u32(id), _u32(len(payload)), nfds)
+    header = b"%b%c%c%b%b%c\0\0\0" % (_MAGIC, FRAMING, kind, _u32(id), _u32(len(payload)), nfds)
     return header + payload
 
 
@@ -158,16 +181,21 @@ class Decoder:
 
     After a `WireError` the stream has lost its framing: every further `feed` raises again, and the caller
     closes the connection. At most one frame (header + MAX_PAYLOAD) and one `feed` are buffered.
+
+    Attributes:
+        limits: largest payload in bytes, by kind of frame. Decoding a payload of a million values takes most of a
+            second, so a receiver with other things to do accepts no more than it asked for.
     """
 
     def __init__(self) -> None:
         self._buffer = bytearray()
         self._failure: str | None = None
+        self.limits = dict.fromkeys((REQUEST, REPLY, ERROR, EVENT), MAX_PAYLOAD)
 
     @property
-    def is_idle(self) -> bool:
-        """True between frames: nothing is buffered."""
-        return not self._buffer
+    def buffered(self) -> bytes:
+        """The beginning of a frame that is not complete yet; empty between frames."""
+        return bytes(self._buffer)
 
     def feed(self, data: bytes) -> Iterator[Frame]:
         """Take the next bytes of the stream; the iterator yields the frames that are complete now.
@@ -199,14 +227,14 @@ class Decoder:
             return None
         if buffer[:2] != _MAGIC:
             raise WireError("not a frame: bad magic")
-        if buffer[2] != VERSION:
-            raise WireError(f"wire version {buffer[2]} is not {VERSION}")
+        if buffer[2] != FRAMING:
+            raise WireError(f"framing version {buffer[2]} is not {FRAMING}")
         kind, nfds = buffer[3], buffer[12]
         if not REQUEST <= kind <= EVENT:
             raise WireError(f"unknown frame kind {kind}")
         length = _u32_at(buffer, 8)
-        if length > MAX_PAYLOAD:
-            raise WireError(f"payload of {length} bytes exceeds {MAX_PAYLOAD}")
+        if length > self.limits[kind]:
+            raise WireError(f"payload of {length} bytes exceeds {self.limits[kind]}")
         if nfds > MAX_FDS:
             raise WireError(f"{nfds} descriptors exceed {MAX_FDS}")
         if any(buffer[13:HEADER_SIZE]):

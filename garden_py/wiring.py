@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import json
 import os
 import signal
 import socket
+import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import cast
@@ -18,16 +22,24 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 import structlog
 
+from garden_py.api.activation import take_inherited_socket
 from garden_py.api.grpc.server import GrpcDoor
-from garden_py.backend.journal import Journal
+from garden_py.api.metrics import MetricsDoor
+from garden_py.backend.boot import remember_boot, was_rebooted
+from garden_py.backend.journal import SETTINGS, Journal, open_journal
 from garden_py.config import Config
-from garden_py.model.errors import GardenError, InvalidField
+from garden_py.model.errors import GardenError, HostFault, InvalidField
+from garden_py.model.lifecycle import State
 from garden_py.model.netrule import DefaultAction
+from garden_py.observe import failpoints
+from garden_py.observe.metrics import Metrics
+from garden_py.observe.tasks import dump_tasks_on_signal
 from garden_py.service.containers import Containers, Defaults
 from garden_py.service.core import Core
 from garden_py.service.events import EventHub
 from garden_py.service.files import Files
 from garden_py.service.guard import Guard
+from garden_py.service.janitor import Janitor
 from garden_py.service.ports import Backend, Records
 from garden_py.service.processes import Processes
 from garden_py.service.recovery import Recovery
@@ -59,17 +71,20 @@ def load_backend(config: Config) -> Backend:
 
 def build_core(config: Config, backend: Backend, records: Records) -> Core:
     """The service over a backend and a journal."""
-    registry, guard, events = Registry(records), Guard(), EventHub()
+    registry, guard, metrics = Registry(records), Guard(), Metrics()
+    events = EventHub(first_cursor=time.time_ns() // 1000)  # no server tells a million events a second
     default_egress = DefaultAction(config.default_egress)
     containers = Containers(
         backend,
         registry,
         guard,
         events,
+        metrics,
         Defaults(config.max_containers, default_egress),
         config.default_grace_time_s,
     )
     processes = Processes(backend, registry, events, containers.expiry)
+    metrics.watch("garden_containers", "Containers by state.", "state", partial(count_by_state, registry))
     return Core(
         backend=backend,
         registry=registry,
@@ -79,14 +94,26 @@ def build_core(config: Config, backend: Backend, records: Records) -> Core:
         processes=processes,
         files=Files(backend, registry, containers.expiry),
         recovery=Recovery(backend, registry, containers, processes, events),
+        janitor=Janitor(backend, registry, guard, events, metrics, interval_s=config.janitor_interval_s),
+        metrics=metrics,
         default_egress=default_egress,
         version=version("garden-py"),
     )
 
 
+def count_by_state(registry: Registry) -> dict[str, float]:
+    """How many containers are in each state; states without any are 0, so that an alarm can be set on them."""
+    counts = Counter(container.state for container in registry)
+    return {state.value: counts[state] for state in State}
+
+
 @asynccontextmanager
-async def running_server(config: Config) -> AsyncIterator[str]:
+async def running_server(config: Config, inherited: socket.socket | None = None) -> AsyncIterator[str]:
     """A server that serves while the context is open; its address.
+
+    Args:
+        config: its settings.
+        inherited: a listening socket to serve in place of `config.listen`.
 
     Raises:
         GardenError: it cannot start; the message says what to change.
@@ -94,14 +121,21 @@ async def running_server(config: Config) -> AsyncIterator[str]:
     config.state_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
     lock = lock_state_dir(config.state_dir)
     try:
-        journal = Journal(config.state_dir / "journal.db")
+        rebooted = was_rebooted(config.state_dir)
+        journal = open_journal(config.state_dir / "journal.db", rebooted=rebooted)
+        remember_settings(journal, config, inherited)
         core = build_core(config, load_backend(config), journal)
-        await core.recovery.run()
-        door = GrpcDoor(core, config)
+        await core.recovery.run(rebooted=rebooted)
+        remember_boot(config.state_dir)
+        door, metrics_door = GrpcDoor(core, config, inherited), MetricsDoor(core.metrics, config)
         try:
-            yield await door.start()
+            await metrics_door.start()
+            address = await door.start()
+            core.janitor.start()
+            yield address
         finally:
             await door.stop()
+            await metrics_door.stop()
             await core.close()
             journal.close()
     finally:
@@ -128,13 +162,27 @@ def lock_state_dir(state_dir: Path) -> int:
     return fd
 
 
+def remember_settings(journal: Journal, config: Config, inherited: socket.socket | None) -> None:
+    """Write down what somebody who has only the state directory must know to find the rest; see stopped.py."""
+    names = ("backend", "network_pool", "run_dir", "runtime")
+    address = config.listen_address if inherited is None else f"unix:{inherited.getsockname()}"
+    settings = json.dumps({"address": address, **{name: str(getattr(config, name)) for name in names}})
+    try:
+        if journal.read_meta(SETTINGS) != settings:
+            journal.write_meta(SETTINGS, settings)
+    except HostFault as error:  # a full disk is no reason not to serve what is there
+        log.warning("settings.not_recorded", error=str(error))
+
+
 async def serve(config: Config) -> None:
     """Run a server until SIGTERM or SIGINT; containers keep running when it stops."""
+    failpoints.arm(config.fail_points)
+    dump_tasks_on_signal()
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    async with running_server(config) as address:
+    async with running_server(config, take_inherited_socket(os.environ)) as address:
         print(f"garden server ready on {address}", flush=True)
         notify_systemd("READY=1")
         log.info("server.ready", address=address, state_dir=str(config.state_dir), tag=config.tag)

@@ -13,7 +13,8 @@ The order matters:
 5. all strings for exec are built, for after the limits even a small allocation may fail;
 6. bounding set, which needs CAP_SETPCAP, and limits, while raising one may still be permitted;
 7. groups, gid, uid, in this order: each needs what the next takes away;
-8. no_new_privs, exec.
+8. no_new_privs;
+9. the gate: by now the server has mostly opened it; exec.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class Plan:
         stdio: descriptors that become 0, 1, 2; empty with a terminal.
         master: the pty master, or -1.
         cgroup_fds: open cgroup.procs files.
+        gate_fd: read end of a pipe that gives one byte when the program may run, or -1.
         nofile: (soft, hard) limit of open files a process starts with.
         proc_fd: descriptor of /proc if the OOM adjustment must be reset, else -1.
     """
@@ -63,6 +65,7 @@ class Plan:
         "cgroup_fds",
         "dir",
         "env",
+        "gate_fd",
         "limits",
         "master",
         "no_new_privs",
@@ -87,6 +90,7 @@ class Plan:
         self.stdio: list[int] = []
         self.master = -1
         self.cgroup_fds: list[int] = []
+        self.gate_fd = -1
         self.nofile = (1024, 4096)
         self.proc_fd = -1
 
@@ -106,6 +110,7 @@ def run(plan: Plan, status_fd: int) -> NoReturn:
     exit_code = EXIT_BEFORE_EXEC
     try:
         child.prepare()
+        child.pass_gate()
         if plan.program is None:
             child.execute()
         else:
@@ -203,12 +208,12 @@ class _Child:
         # PID 1 holds 0..3 open, so none of the descriptors above can be one of the targets.
         posix.dup2(self._status_fd, _STATUS_FD, inheritable=False)
         self._status_fd = _STATUS_FD
-        first_unused = _STATUS_FD + 1
-        if slave >= 0:
-            posix.dup2(slave, first_unused, inheritable=False)
-            slave = first_unused
-            first_unused += 1
-        posix.closerange(first_unused, self._plan.nofile[1])
+        unused = _STATUS_FD + 1
+        for kept in sorted((slave, self._plan.gate_fd)):  # close-on-exec, both of them
+            if kept >= 0:
+                posix.closerange(unused, kept)
+                unused = kept + 1
+        posix.closerange(unused, self._plan.nofile[1])
         return slave
 
     def _read_databases(self) -> tuple[bytes, bytes]:
@@ -244,11 +249,13 @@ class _Child:
             if not posix.getcwd().startswith("/"):
                 raise Refusal("bad_directory", f"directory {_shown(directory)}: outside the container")
         except OSError as error:
-            raise Refusal("bad_directory", f"directory {_shown(directory)}: {error.strerror}") from error
+            code = "no_space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "bad_directory"
+            raise Refusal(code, f"directory {_shown(directory)}: {error.strerror}") from error
 
     def _drop_privileges(self) -> None:
         plan, identity = self._plan, self._identity
         self.step = "capabilities"
+        syscalls.drop_inheritable_capabilities()
         if plan.bounding is not None:
             syscalls.limit_bounding_set(plan.bounding)
         self._set_limits()
@@ -270,6 +277,12 @@ class _Child:
                 syscalls.set_resource_limit(number, soft, hard)
             except OSError as error:
                 raise Refusal("bad_rlimit", f"resource limit {name}={hard}: {error.strerror}") from error
+
+    def pass_gate(self) -> None:
+        """Wait until the server lets the program run."""
+        self.step = "gate"
+        if self._plan.gate_fd >= 0 and not posix.read(self._plan.gate_fd, 1):
+            raise Refusal("not_released", "the server has not let it run")
 
     def execute(self) -> NoReturn:
         """Exec the first candidate that can be; like execvp(3), but with a reason for each failure."""

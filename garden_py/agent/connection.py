@@ -11,8 +11,10 @@ from garden_py.agent.loop import READABLE, WRITABLE
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
     from garden_py.agent.loop import Loop
+    from garden_py.wire import Value
 
 MAX_CONNECTIONS = 4
 MAX_QUEUED_BYTES = 4 << 20
@@ -73,6 +75,25 @@ class Connection:
         self._queue.clear()
         self._on_close(self)
 
+    def hand_over(self, keep: Callable[[int], int]) -> dict[str, Value]:
+        """All there is to it, for `take_over` in the next program; `keep` is told every descriptor."""
+        return {
+            "fd": keep(self._socket.fileno()),
+            "buffered": self._decoder.buffered,
+            "fds": [keep(fd) for fd in self._received_fds],
+            "queue": [[data, [keep(fd) for fd in fds]] for data, fds in self._queue],
+        }
+
+    def take_over(self, state: dict[str, Any]) -> None:
+        """Go on where `hand_over` was called; the socket is the constructor's."""
+        # What was buffered is less than a frame, so no frame comes out of this.
+        tuple(self._decoder.feed(state["buffered"]))
+        self._received_fds = state["fds"]
+        self._queue = [(data, fds) for data, fds in state["queue"]]
+        self._queued_bytes = sum(len(data) for data, _ in self._queue)
+        if self._queue:
+            self._loop.change(self._socket.fileno(), READABLE | WRITABLE)
+
     def _on_ready(self, events: int) -> None:
         if events & WRITABLE:
             self._flush()
@@ -129,7 +150,7 @@ class Connection:
                 self._deliver(frame)
                 if not self.is_open:
                     return
-            if self._received_fds and self._decoder.is_idle:
+            if self._received_fds and not self._decoder.buffered:
                 raise wire.WireError("descriptors without a frame")
         except wire.WireError:
             self.close()
@@ -165,13 +186,17 @@ class Acceptor:
             fd, _ = self._listener._accept()  # type: ignore[attr-defined]  # what socket.accept() wraps
         except OSError:  # the peer left again, or no descriptor is free: nothing to serve now
             return
-        socket = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, fd)
         if len(self.connections) >= MAX_CONNECTIONS:
-            socket.close()
+            posix.close(fd)
             return
-        self.connections.append(
-            Connection(socket, self._loop, self._on_frame, on_close=self.connections.remove)
-        )
+        self.add(fd)
+
+    def add(self, fd: int) -> Connection:
+        """Serve a connected socket, which is owned from here on."""
+        socket = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, fd)
+        connection = Connection(socket, self._loop, self._on_frame, on_close=self.connections.remove)
+        self.connections.append(connection)
+        return connection
 
     def broadcast(self, frame: bytes) -> None:
         """Send to every connection; one that cannot take it is closed on the way."""

@@ -6,8 +6,13 @@ import posix
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import TypeAlias
+
+    from garden_py.agent.connection import Connection
     from garden_py.agent.pty import Terminal
     from garden_py.wire import Value
+
+    Asker: TypeAlias = tuple[Connection, int]
 
 # Bounds a record list to one frame: 2048 records of at most 255 bytes id and 150 bytes else.
 MAX_PROCESSES = 2048
@@ -20,23 +25,38 @@ class Process:
         id: the server's name for it.
         pid: valid for signals while `exited` is False: not reaped means not reused.
         ends: the server's ends of its streams that are still held, by name, in the order stdin, stdout,
-            stderr. With a terminal, stdin is the pty master and stderr is missing.
-        terminal: moves a pty's output into the stdout pipe; None without tty.
-        starting: the child has not executed its program yet.
+            stderr. With a terminal, stderr is missing.
+        terminal: moves bytes between a pty and those pipes; None without tty.
+        status_fd: where the child tells that it could not start; -1 once it has executed its program.
+        asker: the connection and the id of the spawn request to be answered; None once it was.
+        cancelled: nobody wants it any more; it is forgotten when it is reaped.
         status: raw wait status, None until reaped.
     """
 
     def __init__(
-        self, id: str, pid: int, started_ns: int, ends: dict[str, int], terminal: Terminal | None
+        self,
+        id: str,
+        pid: int,
+        started_ns: int,
+        ends: dict[str, int],
+        terminal: Terminal | None,
+        status_fd: int = -1,
     ) -> None:
         self.id = id
         self.pid = pid
         self.started_ns = started_ns
         self.ends = ends
         self.terminal = terminal
-        self.starting = True
+        self.status_fd = status_fd
+        self.asker: Asker | None = None
+        self.cancelled = False
         self.status: int | None = None
         self.ended_ns: int | None = None
+
+    @property
+    def starting(self) -> bool:
+        """The child has not executed its program yet."""
+        return self.status_fd >= 0
 
     @property
     def exited(self) -> bool:
@@ -64,28 +84,29 @@ class Process:
         posix.close(fd)
         return True
 
-    def close(self) -> None:
-        """Give up everything; a terminal first moves what the pty still holds. Idempotent."""
-        if self.terminal is not None:
-            if self.terminal.finish_alone():
-                self.ends.pop("stdin", None)
-            else:
-                self.terminal.close()
+    def close_ends(self) -> None:
+        """Give up all of them. Idempotent."""
         for name in tuple(self.ends):
             self.close_end(name)
 
 
 class ProcessTable:
-    """Processes by the server's id and, while they live, by pid."""
+    """Processes by the server's id and, while they live, by pid.
+
+    Attributes:
+        loose: terminals of processes that were forgotten before all output had been moved.
+    """
 
     def __init__(self) -> None:
         self.by_id: dict[str, Process] = {}
         self._by_pid: dict[int, Process] = {}
+        self.loose: list[Terminal] = []
 
     def add(self, process: Process) -> None:
-        """Register a process that was just forked."""
+        """Register a process that was just forked, or that an earlier program has handed over."""
         self.by_id[process.id] = process
-        self._by_pid[process.pid] = process
+        if not process.exited:
+            self._by_pid[process.pid] = process
 
     def take_reaped(self, pid: int) -> Process | None:
         """The process of a reaped pid, which is free for reuse from now on; None for an orphan."""
@@ -96,7 +117,14 @@ class ProcessTable:
         self.by_id.pop(process.id, None)
         if self._by_pid.get(process.pid) is process:
             del self._by_pid[process.pid]
-        process.close()
+        if process.terminal is not None:
+            self.let_finish(process.terminal)
+        process.close_ends()
+
+    def let_finish(self, terminal: Terminal) -> None:
+        """Keep a terminal until it has moved what the pty still holds."""
+        if terminal.finish_alone(self.loose.remove):
+            self.loose.append(terminal)
 
     def records(self) -> list[Value]:
         """All records, oldest first."""

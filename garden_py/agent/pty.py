@@ -1,4 +1,4 @@
-"""Pseudo-terminals: made through devpts, and pumped into a pipe so that output survives the server."""
+"""Pseudo-terminals: made through devpts, and pumped from and into pipes so that nothing is lost with the server."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from garden_py.agent.loop import READABLE, WRITABLE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
     from garden_py.agent.loop import Loop
+    from garden_py.wire import Value
 
 # asm-generic/ioctls.h; x86, arm, riscv and s390 use these numbers. The module `termios` knows them too, but
 # is one more shared library to ship and load.
@@ -22,6 +26,7 @@ _TIOCGPTPEER = 0x5441
 DEFAULT_ROWS = 24
 DEFAULT_COLUMNS = 80
 
+_TYPED_BYTES = 4 << 10  # N_TTY's buffer of a line, termios(3) "canonical mode"
 _CHUNK_BYTES = 16 << 10  # a pty rarely holds more, and splice allocates pages for all of it
 
 
@@ -54,49 +59,93 @@ def set_size(master: int, rows: int, columns: int) -> None:
 
 
 class Terminal:
-    """Moves what a pty master yields into a pipe whose read end is the server's.
+    """Moves bytes between a pty master and two pipes whose other ends are the server's.
 
     The kernel buffers only 4 KiB for a pty and offers no way to keep them; a pipe holds 1 MiB and lives on
     while the server is away. When it is full the master is not read, so the writer blocks: nothing is lost.
+
+    Input takes the same way, for two reasons. Whoever holds the master can have anybody else who writes to it wait
+    (F_SETFL clears O_NONBLOCK for all holders of one open file description, fcntl(2)), so the server must not hold what
+    the container's PID 1 holds; a pipe can be opened anew. And what the server has written is here even if it dies.
+
+    Args:
+        fds: four descriptors, owned from here on: the master; the write end of the pipe that the server reads; the read
+            end of the pipe that the server writes; and a duplicate of the master to wait for room in it, since the
+            loop has one handler for each descriptor. All are -1 for a terminal that has been closed.
     """
 
-    def __init__(self, master: int, pipe_write: int, loop: Loop) -> None:
-        self._master = master
-        self._pipe = pipe_write
+    def __init__(self, fds: list[int], loop: Loop) -> None:
+        self._master, self._output, self._input, self._typing = fds
         self._loop = loop
-        self._unwritten = b""  # only where splice is refused
+        self._on_end: Callable[[Terminal], None] | None = None
+        self._unwritten = b""  # output; only where splice is refused
+        self._untyped = b""  # input that the master had no room for
         self._can_splice = True
         self._is_pumping = False
-        self._owns_master = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether output may still come."""
+        return self._output >= 0
 
     def start(self) -> None:
         """Begin to pump; once the child has opened the slave, for a master without one reads as hung up."""
-        if not self._is_pumping and self._pipe >= 0:
+        if not self._is_pumping and self.is_open:
             self._is_pumping = True
             self._loop.watch(self._master, READABLE, self._on_ready)
+            self._watch_input()
 
     def resize(self, rows: int, columns: int) -> None:
-        """See `set_size`."""
-        set_size(self._master, rows, columns)
+        """See `set_size`; nothing happens when the terminal has been closed."""
+        if self.is_open:
+            set_size(self._master, rows, columns)
 
-    def finish_alone(self) -> bool:
-        """Take over the master and close it when all output has been moved; False if that is the case now.
+    def finish_alone(self, on_end: Callable[[Terminal], None]) -> bool:
+        """Go on until all output has been moved, then close and call `on_end`; False if that is the case now.
 
         For a process that is forgotten while its last output is in the pty, which closing would discard.
         """
-        self._owns_master = self._is_pumping and self._pipe >= 0
-        return self._owns_master
+        if not self._is_pumping or not self.is_open:
+            self.close()
+            return False
+        self._on_end = on_end
+        self._stop_input()
+        return True
 
     def close(self) -> None:
-        """Stop pumping and close the pipe's write end; the master is the caller's. Idempotent."""
-        if self._pipe < 0:
+        """Stop pumping and close everything. Idempotent."""
+        if not self.is_open:
             return
+        self._stop_input()
         self._loop.forget(self._master)
-        self._loop.forget(self._pipe)
-        posix.close(self._pipe)
-        self._pipe = -1
-        if self._owns_master:
-            posix.close(self._master)
+        self._loop.forget(self._output)
+        posix.close(self._output)
+        posix.close(self._master)
+        posix.close(self._typing)
+        self._output = self._master = self._typing = -1
+        if self._on_end is not None:
+            self._on_end(self)
+
+    def hand_over(self, keep: Callable[[int], int]) -> dict[str, Value]:
+        """All there is to it, for `take_over` in the next program; `keep` is told every descriptor."""
+        return {
+            "fds": [keep(fd) for fd in (self._master, self._output, self._input, self._typing)],
+            "unwritten": self._unwritten,
+            "untyped": self._untyped,
+            "pumping": self._is_pumping,
+        }
+
+    @classmethod
+    def take_over(cls, state: dict[str, Any], loop: Loop) -> Terminal:
+        """Go on where `hand_over` was called."""
+        terminal = cls(state["fds"], loop)
+        terminal._unwritten = state["unwritten"]
+        terminal._untyped = state["untyped"]
+        if state["pumping"]:
+            terminal.start()
+        return terminal
+
+    # --- output
 
     def _on_ready(self, events: int) -> None:
         # One chunk a turn: a terminal that never stops writing must not starve the others.
@@ -115,11 +164,11 @@ class Terminal:
 
     def _move(self) -> int:
         """Move one chunk; 0 at the end of output, BlockingIOError if one side is not ready."""
-        if self._can_splice:
+        if self._can_splice and not self._unwritten:
             try:
                 return posix.splice(
                     self._master,
-                    self._pipe,
+                    self._output,
                     _CHUNK_BYTES,
                     flags=posix.SPLICE_F_NONBLOCK | posix.SPLICE_F_MOVE,
                 )
@@ -129,7 +178,7 @@ class Terminal:
                 self._can_splice = False
         if not self._unwritten:
             self._unwritten = posix.read(self._master, _CHUNK_BYTES)
-        written = posix.write(self._pipe, self._unwritten)
+        written = posix.write(self._output, self._unwritten)
         self._unwritten = self._unwritten[written:]
         return written
 
@@ -140,11 +189,54 @@ class Terminal:
         turn instead of a question to the kernel about which side it was.
         """
         self._loop.forget(self._master)
-        self._loop.watch(self._pipe, WRITABLE, self._on_room)
+        self._loop.watch(self._output, WRITABLE, self._on_room)
 
     def _on_room(self, events: int) -> None:
-        self._loop.forget(self._pipe)
+        self._loop.forget(self._output)
         if events & ~WRITABLE:  # EPOLLERR: no reader is left
             self.close()
             return
         self._loop.watch(self._master, READABLE, self._on_ready)
+
+    # --- input
+
+    def _watch_input(self) -> None:
+        if self._untyped:
+            self._loop.watch(self._typing, WRITABLE, self._on_typing_room)
+        elif self._input >= 0:
+            self._loop.watch(self._input, READABLE, self._on_typed)
+
+    def _on_typed(self, events: int) -> None:
+        self._untyped = posix.read(self._input, _TYPED_BYTES)
+        if not self._untyped:  # every writer has gone, ourselves included: the process is being forgotten
+            self._stop_input()
+            return
+        if not self._type():
+            self._loop.forget(self._input)
+            self._watch_input()
+
+    def _on_typing_room(self, events: int) -> None:
+        if self._type():
+            self._loop.forget(self._typing)
+            self._watch_input()
+
+    def _type(self) -> bool:
+        """Write what was typed to the master; False if it does not take all of it now."""
+        try:
+            written = posix.write(self._master, self._untyped)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            written = len(self._untyped)  # no slave is open any more: there is nobody to read it
+        self._untyped = self._untyped[written:]
+        return not self._untyped
+
+    def _stop_input(self) -> None:
+        self._untyped = b""
+        self._loop.forget(self._typing)
+        if self._input >= 0:
+            self._loop.forget(self._input)
+            posix.close(self._input)
+            self._input = -1

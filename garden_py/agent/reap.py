@@ -31,7 +31,16 @@ class Reaper:
         self._table = table
         self._wakeup_fd = wakeup_fd
         self._on_exit = on_exit
+        self._expected: dict[int, Callable[[int], None]] = {}
         loop.watch(wakeup_fd, READABLE, self._on_signal)
+
+    def expect(self, pid: int, on_end: Callable[[int], None]) -> None:
+        """Call `on_end` with the wait status of a child that is none of the table's processes."""
+        self._expected[pid] = on_end
+
+    def look(self) -> None:
+        """Reap in the next turn, as if SIGCHLD had come."""
+        posix.kill(posix.getpid(), _SIGCHLD)
 
     def _on_signal(self, events: int) -> None:
         # Drain first: a child that ends after the last waitpid writes a new byte, which must not be lost.
@@ -44,7 +53,7 @@ class Reaper:
             if pid == 0:
                 return
             self._record(pid, status)
-        posix.kill(posix.getpid(), _SIGCHLD)  # more may wait: come back after everybody else had a turn
+        self.look()  # more may wait: come back after everybody else had a turn
 
     def _drain_wakeup(self) -> None:
         try:
@@ -55,6 +64,9 @@ class Reaper:
     def _record(self, pid: int, status: int) -> None:
         process = self._table.take_reaped(pid)
         if process is None:
+            on_end = self._expected.pop(pid, None)
+            if on_end is not None:
+                on_end(status)
             return
         process.status = status
         process.ended_ns = time.time_ns()

@@ -12,8 +12,7 @@ from garden_py.agent import pty, rlimit
 from garden_py.agent.child import Plan
 from garden_py.agent.fields import Fields, InvalidField
 from garden_py.agent.loop import describe_failure, log
-from garden_py.agent.processes import Process
-from garden_py.agent.signals import LAST_SIGNAL
+from garden_py.agent.signals import LAST_SIGNAL, SIGKILL
 from garden_py.agent.spawn import SpawnError
 
 TYPE_CHECKING = False
@@ -21,11 +20,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from garden_py.agent.connection import Connection
-    from garden_py.agent.processes import ProcessTable
+    from garden_py.agent.processes import Asker, Process, ProcessTable
     from garden_py.agent.spawn import Spawner
     from garden_py.wire import Frame, Value
 
-AGENT_VERSION = "1"
+AGENT_VERSION = "2"
 
 _PROGRAMS = ("tar-in", "tar-out")
 _MAX_DIMENSION = 65535  # struct winsize holds unsigned shorts, ioctl_tty(2)
@@ -45,22 +44,39 @@ class Defaults:
     Attributes:
         nofile: (soft, hard) limit of open files.
         proc_fd: see `Plan.proc_fd`.
+        devpts_fd: directory with ptmx, or -1.
     """
 
-    def __init__(self, nofile: tuple[int, int], proc_fd: int) -> None:
+    def __init__(self, nofile: tuple[int, int], proc_fd: int, devpts_fd: int) -> None:
         self.nofile = nofile
         self.proc_fd = proc_fd
+        self.devpts_fd = devpts_fd
 
 
 class Requests:
-    """Serves the requests of all connections."""
+    """Serves the requests of all connections.
 
-    def __init__(self, table: ProcessTable, spawner: Spawner, defaults: Defaults) -> None:
+    Args:
+        build: name of the bundle that this program is from.
+        on_upgrade: called with the asker and the fields of an upgrade request; it answers by itself, later.
+    """
+
+    def __init__(
+        self,
+        build: str,
+        table: ProcessTable,
+        spawner: Spawner,
+        defaults: Defaults,
+        on_upgrade: Callable[[Asker, Fields], None],
+    ) -> None:
+        self._build = build
         self._table = table
         self._spawner = spawner
         self._defaults = defaults
+        self._on_upgrade = on_upgrade
         self._operations: dict[str, Callable[[Fields], tuple[dict[str, Value], list[int]]]] = {
             "hello": self._hello,
+            "ping": self._ping,
             "list": self._list,
             "attach": self._attach,
             "close_stdin": self._close_stdin,
@@ -69,6 +85,7 @@ class Requests:
             "signal_all": self._signal_all,
             "resize": self._resize,
             "release": self._release,
+            "cancel": self._cancel,
         }
 
     def handle(self, connection: Connection, frame: Frame, fds: list[int]) -> None:
@@ -78,6 +95,12 @@ class Requests:
             operation = fields.text("op")
             if operation == "spawn":
                 self._spawn(connection, frame.id, fields, fds)  # answered when the child has executed
+                return
+            if operation == "keep":
+                self._keep(connection, frame.id, fields, fds)
+                return
+            if operation == "upgrade":
+                self._on_upgrade((connection, frame.id), fields)
                 return
             if operation not in self._operations:
                 raise InvalidField("op", f"unknown operation {operation[:40]!r}")
@@ -105,7 +128,15 @@ class Requests:
         lowest, highest = fields.integer_pair("wire")
         if not lowest <= wire.VERSION <= highest:
             raise RequestError("unsupported_wire", f"this agent speaks version {wire.VERSION} only")
-        return {"agent": AGENT_VERSION, "wire": wire.VERSION, "processes": self._table.records()}, []
+        return {**self.introduction, "processes": self._table.records()}, []
+
+    @property
+    def introduction(self) -> dict[str, Value]:
+        """Who we are: part of the answer to hello, and the answer to an upgrade that brought us here."""
+        return {"agent": AGENT_VERSION, "wire": wire.VERSION, "build": self._build}
+
+    def _ping(self, fields: Fields) -> tuple[dict[str, Value], list[int]]:
+        return {}, []
 
     def _list(self, fields: Fields) -> tuple[dict[str, Value], list[int]]:
         return {"processes": self._table.records()}, []
@@ -117,25 +148,32 @@ class Requests:
         size = None if tty is None else _parse_size(Fields(tty, "tty."))
         if id in self._table.by_id:
             raise RequestError("process_exists", f"process ID '{id}' already in use")
-        plan.cgroup_fds = fds
+        plan.cgroup_fds = list(fds)
+        if fields.boolean("gated"):
+            if not fds:
+                raise InvalidField("gated", "no descriptor came with it")
+            plan.gate_fd = plan.cgroup_fds.pop()
         plan.nofile = self._defaults.nofile
         plan.proc_fd = self._defaults.proc_fd
-
-        def answer(process: Process, failure: dict[str, Value] | None) -> None:
-            if failure is not None:
-                connection.send(wire.encode_frame(wire.ERROR, request_id, failure), [])
-                return
-            reply: dict[str, Value] = {"pid": process.pid, "fds": list(process.ends)}
-            ends = list(process.ends.values())
-            connection.send(wire.encode_frame(wire.REPLY, request_id, reply, len(ends)), ends)
-
-        self._spawner.spawn(id, plan, size, answer)
+        self._spawner.spawn(id, plan, size, (connection, request_id))
 
     def _attach(self, fields: Fields) -> tuple[dict[str, Value], list[int]]:
         process = self._find(fields)
         reply = process.record()
         reply["fds"] = list(process.ends)
         return reply, list(process.ends.values())
+
+    def _keep(self, connection: Connection, request_id: int, fields: Fields, fds: list[int]) -> None:
+        process = self._find(fields)
+        if len(fds) != 1:
+            raise InvalidField("id", "one descriptor must come with it")
+        if process.exited or "spool" in process.ends:
+            raise RequestError("not_kept", f"process '{process.id}' has ended, or has a spool already")
+        try:
+            process.ends["spool"] = self._spawner.duplicate(fds[0])
+        except OSError as error:
+            raise RequestError("not_kept", f"no descriptor is free: {error.strerror}") from error
+        connection.send(wire.encode_frame(wire.REPLY, request_id, {}), [])
 
     def _close_stdin(self, fields: Fields) -> tuple[dict[str, Value], list[int]]:
         process = self._find(fields)
@@ -150,17 +188,7 @@ class Requests:
         number = fields.integer("signal", 1, LAST_SIGNAL)
         to_group = fields.boolean("group")
         process = self._find(fields)
-        if process.exited:
-            return {"delivered": False}, []
-        try:
-            # The pid is not reaped, so it is not reused. A child too young to lead its group has no children.
-            if to_group and not process.starting:
-                posix.killpg(process.pid, number)
-            else:
-                posix.kill(process.pid, number)
-        except ProcessLookupError:
-            return {"delivered": False}, []
-        return {"delivered": True}, []
+        return {"delivered": _kill(process, number, to_group=to_group)}, []
 
     def _signal_all(self, fields: Fields) -> tuple[dict[str, Value], list[int]]:
         number = fields.integer("signal", 1, LAST_SIGNAL)
@@ -188,12 +216,54 @@ class Requests:
         self._table.forget(process)
         return {}, []
 
+    def _cancel(self, fields: Fields) -> tuple[dict[str, Value], list[int]]:
+        process = self._table.by_id.get(fields.identifier("id"))
+        if process is None:
+            return {"found": False}, []
+        process.cancelled = True
+        if process.exited:
+            self._table.forget(process)
+        else:
+            _kill(process, SIGKILL, to_group=True)
+        return {"found": True}, []
+
     def _find(self, fields: Fields) -> Process:
         id = fields.identifier("id")
         process = self._table.by_id.get(id)
         if process is None:
             raise RequestError("process_not_found", f"unknown process: {id}")
         return process
+
+
+def _kill(process: Process, number: int, *, to_group: bool) -> bool:
+    """Signal a process or its group; False if there is nobody any more."""
+    if process.exited:
+        return False
+    try:
+        # The pid is not reaped, so it is not reused. A child too young to lead its group has no children.
+        if to_group and not process.starting:
+            posix.killpg(process.pid, number)
+        else:
+            posix.kill(process.pid, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def answer_spawn(process: Process, failure: dict[str, Value] | None) -> None:
+    """Tell whoever asked for a process that it runs, or why not."""
+    asker, process.asker = process.asker, None
+    if asker is None:  # it has left, so there is nobody to tell
+        return
+    connection, request_id = asker
+    if failure is None and process.cancelled:
+        failure = {"code": "cancelled", "message": "the request was cancelled", "step": "start"}
+    if failure is not None:
+        connection.send(wire.encode_frame(wire.ERROR, request_id, failure), [])
+        return
+    reply: dict[str, Value] = {"pid": process.pid, "fds": list(process.ends)}
+    ends = list(process.ends.values())
+    connection.send(wire.encode_frame(wire.REPLY, request_id, reply, len(ends)), ends)
 
 
 def exit_event(process: Process) -> bytes:

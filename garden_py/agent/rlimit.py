@@ -67,11 +67,13 @@ def _pair(name: str, value: object) -> tuple[int, int]:
     return soft, hard
 
 
-def raise_own_open_files() -> tuple[int, int]:
-    """Lift PID 1's soft limit of open files to the hard one; returns what it was, for the children.
+def read_own_open_files() -> tuple[int, int]:
+    """(soft, hard) limit of open files, for the children: they start with what PID 1 started with."""
+    return syscalls.read_resource_limit(NOFILE)
 
-    PID 1 keeps up to three descriptors for each process; the children start with the original value.
-    """
-    soft, hard = syscalls.read_resource_limit(NOFILE)
+
+def raise_own_open_files() -> int:
+    """Lift PID 1's soft limit of open files to the hard one, for it keeps up to six for each process; the limit."""
+    _, hard = syscalls.read_resource_limit(NOFILE)
     syscalls.set_resource_limit(NOFILE, hard, hard)
-    return soft, hard
+    return hard

@@ -43,6 +43,25 @@ def take_over() -> int:
     return wakeup_read
 
 
+def hold_all() -> None:
+    """Mask every signal, until `take_over` in the program that is executed next.
+
+    The mask survives exec(2), dispositions do not: between the start of the interpreter and `take_over` a SIGINT would
+    end PID 1. What arrives meanwhile stays pending.
+    """
+    _signal.pthread_sigmask(_signal.SIG_SETMASK, _signal.valid_signals())
+
+
+def release_all() -> None:
+    """Take `hold_all` back."""
+    _signal.pthread_sigmask(_signal.SIG_SETMASK, ())
+
+
+def end_after(seconds: int) -> None:
+    """Have SIGALRM end this process after so many seconds, also across exec. alarm(2)."""
+    _signal.alarm(seconds)
+
+
 def reset_in_child() -> None:
     """Undo `take_over` between fork and exec: every disposition is the default, nothing is masked.
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from garden_py.agent.child import Plan
     from garden_py.agent.loop import Loop
-    from garden_py.agent.processes import ProcessTable
+    from garden_py.agent.processes import Asker, ProcessTable
     from garden_py.wire import Value
 
 _STATUS_BYTES = 8 << 10
@@ -41,7 +41,7 @@ class Streams:
         self._max_fds = max_fds
         self.child_ends: list[int] = []
         self.server_ends: dict[str, int] = {}
-        self.terminal_pipe = -1
+        self.terminal_ends: list[int] = []  # as the arguments of pty.Terminal
 
     def make_pipes(self) -> None:
         """stdin, stdout and stderr as pipes."""
@@ -54,11 +54,17 @@ class Streams:
             self.server_ends[name] = read
 
     def make_terminal(self, devpts_fd: int, rows: int, columns: int) -> None:
-        """A pty, and the pipe that its output is pumped into."""
-        self.server_ends["stdin"] = master = self._bounded(pty.open_master(devpts_fd))
+        """A pty, and the pipes that its output and input are moved through."""
+        master = self._bounded(pty.open_master(devpts_fd))
+        self.terminal_ends.append(master)
         pty.set_size(master, rows, columns)
-        self.server_ends["stdout"], self.terminal_pipe = self._pipe()
-        posix.set_blocking(self.terminal_pipe, False)
+        input, self.server_ends["stdin"] = self._pipe()
+        self.terminal_ends.append(input)
+        self.server_ends["stdout"], output = self._pipe()
+        self.terminal_ends.insert(1, output)
+        self.terminal_ends.append(self._bounded(posix.dup(master)))
+        posix.set_blocking(output, False)
+        posix.set_blocking(input, False)
 
     def close_child_ends(self) -> None:
         """After the fork: the process alone holds its ends."""
@@ -72,9 +78,9 @@ class Streams:
         for fd in self.server_ends.values():
             posix.close(fd)
         self.server_ends.clear()
-        if self.terminal_pipe >= 0:
-            posix.close(self.terminal_pipe)
-            self.terminal_pipe = -1
+        for fd in self.terminal_ends:
+            posix.close(fd)
+        self.terminal_ends.clear()
 
     def _pipe(self) -> tuple[int, int]:
         read, write = posix.pipe2(posix.O_CLOEXEC)
@@ -95,28 +101,46 @@ class Streams:
 class Spawner:
     """Starts processes and learns from their status pipes whether they did start."""
 
-    def __init__(self, loop: Loop, table: ProcessTable, max_open_files: int, devpts_fd: int) -> None:
+    def __init__(
+        self,
+        loop: Loop,
+        table: ProcessTable,
+        max_open_files: int,
+        devpts_fd: int,
+        on_started: Callable[[Process, dict[str, Value] | None], None],
+    ) -> None:
+        """Prepare.
+
+        Args:
+            loop: calls when a status pipe is ready.
+            table: where processes are kept.
+            max_open_files: own limit.
+            devpts_fd: directory with ptmx, or -1.
+            on_started: called once for each process that was forked, with None when it runs, or with the error
+                frame's payload when it failed, in which case it is not in the table any more.
+        """
         self._loop = loop
         self._table = table
         self._max_fds = max_open_files - _RESERVED_FDS
         self._devpts_fd = devpts_fd
-        self._starting: dict[str, tuple[int, Callable[[Process, dict[str, Value] | None], None]]] = {}
+        self._on_started = on_started
 
-    def spawn(
-        self,
-        id: str,
-        plan: Plan,
-        tty_size: tuple[int, int] | None,
-        on_started: Callable[[Process, dict[str, Value] | None], None],
-    ) -> None:
+    def duplicate(self, fd: int) -> int:
+        """A descriptor of our own for what fd is; OSError if none but the reserved ones is free."""
+        own = posix.dup(fd)
+        if own >= self._max_fds:
+            posix.close(own)
+            raise OSError(errno.EMFILE, posix.strerror(errno.EMFILE))
+        return own
+
+    def spawn(self, id: str, plan: Plan, tty_size: tuple[int, int] | None, asker: Asker) -> None:
         """Fork the process and register it.
 
         Args:
             id: not in the table yet.
             plan: complete but for stdio and master, which are filled in here.
             tty_size: (rows, columns), or None for pipes.
-            on_started: called once, later, with the process and None when it runs, or with the error frame's
-                payload when it failed, in which case it is not in the table any more.
+            asker: see `Process`.
 
         Raises:
             SpawnError: nothing was started.
@@ -134,7 +158,7 @@ class Spawner:
                 plan.stdio = streams.child_ends
             else:
                 streams.make_terminal(self._devpts_fd, *tty_size)
-                plan.master = streams.server_ends["stdin"]
+                plan.master = streams.terminal_ends[0]
             status_read, status_write = posix.pipe2(posix.O_CLOEXEC | posix.O_NONBLOCK)
             step = "fork"
             started_ns = time.time_ns()
@@ -149,13 +173,15 @@ class Spawner:
             child.run(plan, status_write)
         posix.close(status_write)
         streams.close_child_ends()
-        terminal = None
-        if tty_size is not None:
-            terminal = pty.Terminal(streams.server_ends["stdin"], streams.terminal_pipe, self._loop)
-        process = Process(id, pid, started_ns, streams.server_ends, terminal)
+        terminal = pty.Terminal(streams.terminal_ends, self._loop) if streams.terminal_ends else None
+        process = Process(id, pid, started_ns, streams.server_ends, terminal, status_read)
+        process.asker = asker
         self._table.add(process)
-        self._starting[id] = (status_read, on_started)
-        self._loop.watch(status_read, READABLE, lambda events: self.settle(process))
+        self.watch(process)
+
+    def watch(self, process: Process) -> None:
+        """Be called when a starting process has something to say."""
+        self._loop.watch(process.status_fd, READABLE, lambda events: self.settle(process))
 
     def settle(self, process: Process) -> None:
         """Read the status pipe if it has something to say.
@@ -165,24 +191,22 @@ class Spawner:
         """
         if not process.starting:
             return
-        status_fd, on_started = self._starting[process.id]
         try:
-            status = posix.read(status_fd, _STATUS_BYTES)
+            status = posix.read(process.status_fd, _STATUS_BYTES)
         except BlockingIOError:
             if not process.exited:
                 return
             status = b""
-        del self._starting[process.id]
-        self._loop.forget(status_fd)
-        posix.close(status_fd)
-        process.starting = False
+        self._loop.forget(process.status_fd)
+        posix.close(process.status_fd)
+        process.status_fd = -1
         if status:
             self._table.forget(process)
-            on_started(process, _parse_failure(status))
+            self._on_started(process, _parse_failure(status))
             return
         if process.terminal is not None:
             process.terminal.start()
-        on_started(process, None)
+        self._on_started(process, None)
 
 
 def _parse_failure(status: bytes) -> dict[str, Value]:

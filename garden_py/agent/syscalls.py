@@ -37,6 +37,7 @@ _PR_SET_NO_NEW_PRIVS = 38
 _PR_CAP_AMBIENT = 47
 _PR_CAP_AMBIENT_CLEAR_ALL = 4
 
+_CAP_SYS_PTRACE, _CAP_WAKE_ALARM = 19, 35  # linux/capability.h
 _LINUX_CAPABILITY_VERSION_3 = 0x20080522  # linux/capability.h, capget(2): 64 bit sets
 _SYS_OPENAT2 = 437  # one number on all architectures since Linux 5.6
 
@@ -127,15 +128,40 @@ def _read_capabilities() -> list[bytes]:
     return [data[at : at + 4] for at in range(0, 24, 4)]
 
 
+def _has(words: list[bytes], index: int, capability: int) -> bool:
+    """Whether set `index` (0 effective, 1 permitted, 2 inheritable) holds the capability."""
+    word = int.from_bytes(words[index + 3 * (capability // 32)], "little")
+    return bool(word >> capability % 32 & 1)
+
+
+def _write_inheritable(words: list[bytes], low: bytes, high: bytes) -> None:
+    words[2], words[5] = low, high
+    _check(_capset(_capability_header(), b"".join(words)))
+
+
 def drop_inheritable_capabilities() -> None:
-    """Empty the inheritable and ambient sets: exec can only give what the file and bounding set allow.
+    """Empty the inheritable set: exec can only give what the file and bounding set allow.
 
     Source: capabilities(7); non-empty inheritable sets were CVE-2022-29162.
     """
+    _write_inheritable(_read_capabilities(), bytes(4), bytes(4))
+
+
+def prepare_capabilities() -> None:
+    """Empty PID 1's inheritable and ambient sets, but keep CAP_WAKE_ALARM for PID 1, and for PID 1 alone.
+
+    Nothing may trace a process that has a capability which the tracer lacks (ptrace(2), "Ptrace access mode checking").
+    So no process of the container can get at PID 1 even in the moment after an exec in which it is dumpable. The
+    capability itself is of no use in a user namespace. Taken from the bounding set, nobody can get it any more; in the
+    inheritable set, it is still there after PID 1 has executed another agent. Every child empties its own set before
+    its exec. Where it is missing, or where the container may trace everything (privileged), there is no such shield.
+    """
     words = _read_capabilities()
-    words[2] = words[5] = bytes(4)
-    _check(_capset(_capability_header(), b"".join(words)))
+    shielded = _has(words, 1, _CAP_WAKE_ALARM) and not _has(words, 1, _CAP_SYS_PTRACE)
+    _write_inheritable(words, bytes(4), (shielded << _CAP_WAKE_ALARM - 32).to_bytes(4, "little"))
     _call_prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
+    if shielded:
+        _call_prctl(_PR_CAPBSET_DROP, _CAP_WAKE_ALARM)
 
 
 def act_on_files_as(uid: int, gid: int) -> None:

@@ -10,37 +10,77 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import re
 import shutil
+import stat
 import uuid
 from pathlib import Path
+
+import structlog
+
+from garden_py.model.errors import HostFault
+from garden_py.model.handle import name_problem
+
+log = structlog.get_logger()
+TRASH_NAME = re.compile(r"[0-9a-f]{32}")
+_CONTENTS = frozenset(
+    {"agent.log", "config.json", "etc", "pid", "runtime.log", "streams", "upper", "work"}
+)  # of a container's directory; whoever adds to it adds here
+
+
+def why_foreign(path: Path) -> str:
+    """What shows that something below `containers/` was not made by a server; empty if nothing does.
+
+    Raises:
+        FileNotFoundError: it is not there.
+    """
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        return "it is not a directory"
+    if name_problem(path.name):
+        return "no container can have this name"
+    if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) != 0o700:
+        return f"its owner is {found.st_uid} and its mode {stat.S_IMODE(found.st_mode):o}, not 700"
+    strangers = sorted(set(os.listdir(path)) - _CONTENTS)
+    return f"it holds {strangers[0]!r}" if strangers else ""
 
 
 class Depot:
     """The directories of one server. All are 0700: what is in them belongs to containers, not to host users."""
 
     def __init__(self, state_dir: Path, run_dir: Path) -> None:
-        self._containers = state_dir / "containers"
-        self._trash = state_dir / "trash"
-        self._agents = run_dir / "agents"
+        self.containers = state_dir / "containers"
+        self.trash = state_dir / "trash"
+        self.agents = run_dir / "agents"
         self._sweeping: set[asyncio.Task[None]] = set()
 
     def open(self) -> None:
         """Make the directories, and start deleting what an earlier server had no time for."""
-        for directory in (self._containers, self._trash, self._agents):
+        for directory in (self.containers, self.trash, self.agents):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._sweep()
+        self.sweep()
 
     def directory(self, handle: str) -> Path:
         """A container's directory, whether it exists or not."""
-        return self._containers / handle
+        return self.containers / handle
 
     def streams(self, handle: str, process_id: str) -> Path:
         """Where a process's output is kept."""
-        return self._containers / handle / "streams" / process_id
+        return self.containers / handle / "streams" / process_id
 
     def socket(self, handle: str) -> Path:
         """The socket of a container's agent."""
-        return self._agents / f"{hashlib.sha256(handle.encode()).hexdigest()[:24]}.sock"
+        return self.agents / f"{hashlib.sha256(handle.encode()).hexdigest()[:24]}.sock"
+
+    def refuse_foreign(self, handle: str) -> None:
+        """Make sure that a container of this name would not take the place of something else.
+
+        Raises:
+            HostFault: something is there that no server has made. Undoing a create would throw it away.
+        """
+        directory = self.directory(handle)
+        if os.path.lexists(directory) and (why := why_foreign(directory)):
+            raise HostFault("claim directory", f"{directory} is not a garden server's: {why}")
 
     def claim(self, handle: str) -> Path:
         """Make a container's directory. One that a crash left without a journal entry is thrown away first."""
@@ -56,16 +96,22 @@ class Depot:
         """Take a container's directory and socket away at once; its contents are deleted in the background."""
         self.socket(handle).unlink(missing_ok=True)
         try:
-            os.rename(self.directory(handle), self._trash / uuid.uuid4().hex)
+            os.rename(self.directory(handle), self.trash / uuid.uuid4().hex)
         except FileNotFoundError:
             return
-        self._sweep()
+        self.sweep()
 
     def handles(self) -> list[str]:
-        """Every container directory there is."""
-        return sorted(os.listdir(self._containers))
+        """Every container directory there is; what somebody else has put beside them is not one."""
+        return sorted(name for name in os.listdir(self.containers) if not why_foreign(self.containers / name))
 
-    def _sweep(self) -> None:
+    @property
+    def sweeping(self) -> bool:
+        """Whether the trash is being emptied."""
+        return bool(self._sweeping)
+
+    def sweep(self) -> None:
+        """Start emptying the trash, unless that goes on already."""
         if not self._sweeping:
             task = asyncio.ensure_future(asyncio.to_thread(self._empty_trash))
             self._sweeping.add(task)
@@ -73,14 +119,28 @@ class Depot:
 
     def _swept(self, task: asyncio.Task[None]) -> None:
         self._sweeping.discard(task)
-        if not task.cancelled() and task.exception() is None and os.listdir(self._trash):
-            self._sweep()
+        if task.cancelled():
+            return
+        if (error := task.exception()) is not None:
+            log.error("depot.sweep_failed", error=str(error))
+        elif self._rubbish():
+            self.sweep()
+
+    def _rubbish(self) -> list[str]:
+        return [name for name in os.listdir(self.trash) if TRASH_NAME.fullmatch(name)]
 
     def _empty_trash(self) -> None:
-        for name in os.listdir(self._trash):
-            shutil.rmtree(self._trash / name)
+        """Delete what is there; one that cannot be deleted does not keep the others."""
+        failure: OSError | None = None
+        for name in self._rubbish():
+            try:
+                shutil.rmtree(self.trash / name)
+            except OSError as error:
+                failure = error
+        if failure is not None:
+            raise failure
 
-    async def close(self) -> None:
+    async def settle(self) -> None:
         """Wait for deletions under way."""
         while self._sweeping:
-            await asyncio.gather(*self._sweeping)
+            await asyncio.gather(*self._sweeping, return_exceptions=True)  # _swept has told of failures

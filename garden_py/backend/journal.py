@@ -1,7 +1,8 @@
 """The record of what exists, what is half done and what is allocated: SQLite, one transaction per step.
 
 Written before a step is taken, so that after a SIGKILL the next server knows what may exist. It need not survive a
-power cut (after another boot nothing runs any more), so no write waits for the disk.
+power cut (after another boot nothing runs any more), so no write waits for the disk; one that a power cut has torn is
+put aside, see `open_journal`.
 
 Source: sqlite.org/pragma.html: journal_mode WAL with synchronous OFF survives an application crash.
 """
@@ -10,15 +11,18 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from garden_py.model.errors import HostFault
+import structlog
+
+from garden_py.model.errors import GardenError, HostFault
 from garden_py.model.lifecycle import State
 from garden_py.service.ports import ContainerRow, ProcessRow
 
+log = structlog.get_logger()
 SCHEMA_VERSION = 1
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
@@ -34,8 +38,86 @@ CREATE TABLE processes (
 """
 
 
-class JournalTooNew(RuntimeError):
+_ALL_CONTAINERS = "SELECT * FROM containers ORDER BY created_ns, handle"
+SETTINGS = "settings"  # key of what somebody who finds the journal has to know: see wiring.py
+
+
+class JournalTooNew(GardenError):
     """The journal was written by a newer version of the server."""
+
+    code = "journal_too_new"
+
+
+class JournalDamaged(GardenError):
+    """The journal cannot be read, and what it knew may still run."""
+
+    code = "journal_damaged"
+
+
+def open_journal(path: Path, *, rebooted: bool) -> Journal:
+    """The journal of a state directory.
+
+    Args:
+        path: of its database.
+        rebooted: the machine was rebooted since it was written. If it cannot be read then, it is put aside and an
+            empty one takes its place: nothing that it knew runs any more, and directories without a row are removed.
+
+    Raises:
+        JournalDamaged: it cannot be read, and the machine was not rebooted.
+    """
+    try:
+        return Journal(path)
+    except (
+        sqlite3.OperationalError
+    ) as error:  # locked, read-only, no space: nothing that setting it aside would mend
+        raise HostFault("journal", f"{path}: {error}") from error
+    except sqlite3.DatabaseError as error:
+        if not rebooted:
+            raise JournalDamaged(
+                f"{path} is damaged ({error}); containers may be running that only it knows. "
+                "Restore it, or reboot the machine and start again"
+            ) from error
+        aside = path.with_name(f"{path.name}.damaged")
+        log.error("journal.damaged", error=str(error), kept_as=str(aside))
+        for suffix in ("-wal", "-shm"):
+            path.with_name(path.name + suffix).unlink(missing_ok=True)
+        path.rename(aside)
+        return Journal(path)
+
+
+def _containers(rows: Iterable[sqlite3.Row]) -> list[ContainerRow]:
+    return [
+        ContainerRow(
+            handle=row["handle"],
+            state=State(row["state"]),
+            state_reason=row["state_reason"],
+            request_id=row["request_id"],
+            created_ns=row["created_ns"],
+            spec=json.loads(row["spec"]),
+            facts=json.loads(row["facts"]),
+        )
+        for row in rows
+    ]
+
+
+def read_journal(path: Path) -> tuple[list[ContainerRow], dict[str, Any]]:
+    """The containers and the last server's settings in a journal that no server has open; nothing is written.
+
+    Raises:
+        HostFault: there is no journal, or it cannot be read.
+    """
+    try:
+        database = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, isolation_level=None)
+    except sqlite3.OperationalError as error:
+        raise HostFault("journal", f"{path}: {error}") from error
+    with closing(database):
+        database.row_factory = sqlite3.Row
+        try:
+            rows = _containers(database.execute(_ALL_CONTAINERS))
+            found = database.execute("SELECT value FROM meta WHERE key = ?", (SETTINGS,)).fetchone()
+        except sqlite3.DatabaseError as error:
+            raise HostFault("journal", f"{path}: {error}") from error
+    return rows, {} if found is None else json.loads(found["value"])
 
 
 class Journal:
@@ -50,10 +132,21 @@ class Journal:
             path.touch(mode=0o600)  # it holds containers' environment variables
         self._db = sqlite3.connect(path, isolation_level=None)
         self._db.row_factory = sqlite3.Row
-        self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("PRAGMA synchronous = OFF")
-        self._db.execute("PRAGMA foreign_keys = ON")
-        self._migrate()
+        try:
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = OFF")
+            self._db.execute("PRAGMA foreign_keys = ON")
+            self._migrate()
+            self._check()
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _check(self) -> None:
+        """Read every row once: damage is to be found now, not in the middle of a call."""
+        for table in ("meta", "containers", "processes"):
+            for _ in self._db.execute(f"SELECT * FROM {table}"):  # noqa: S608 - names from the line above
+                pass
 
     def close(self) -> None:
         """Close the database; the object is of no use afterwards."""
@@ -115,19 +208,7 @@ class Journal:
 
     def containers(self) -> list[ContainerRow]:
         """All containers, oldest first."""
-        rows = self._execute("SELECT * FROM containers ORDER BY created_ns, handle")
-        return [
-            ContainerRow(
-                handle=row["handle"],
-                state=State(row["state"]),
-                state_reason=row["state_reason"],
-                request_id=row["request_id"],
-                created_ns=row["created_ns"],
-                spec=json.loads(row["spec"]),
-                facts=json.loads(row["facts"]),
-            )
-            for row in rows
-        ]
+        return _containers(self._execute(_ALL_CONTAINERS))
 
     def save_process(self, row: ProcessRow) -> None:
         """Insert or replace a process's row."""

@@ -14,7 +14,7 @@ from garden_py.cli.egress import EgressAction, parse_rules
 from garden_py.cli.failures import report_failure
 
 if TYPE_CHECKING:
-    from garden_py.client import ContainerInfo, GardenClient
+    from garden_py.client import AgentInfo, ContainerInfo, GardenClient
 
 # Destroys asked for at once by one `destroy`; the server does the work, this only bounds our threads.
 _PARALLEL_DESTROYS = 8
@@ -207,8 +207,22 @@ def info(
             "processes": ", ".join(container.process_ids),
             "events": ", ".join(container.events),
             "pid": str(container.pid or ""),
+            "agent": _agent_text(container.agent),
         }
     )
+
+
+def _agent_text(agent: AgentInfo | None) -> str:
+    if agent is None:
+        return ""
+    state = (
+        "current"
+        if agent.current
+        else f"not upgraded: {agent.problem}"
+        if agent.problem
+        else "to be upgraded"
+    )
+    return f"{agent.build or 'unnamed'}, wire {agent.wire_version} ({state})"
 
 
 def _grace_text(grace_time: timedelta | None) -> str:

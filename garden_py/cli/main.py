@@ -99,7 +99,7 @@ def server(context: typer.Context) -> None:
     rich_help_panel="Server",
 )
 def doctor(context: typer.Context) -> None:
-    """Check what this host can do for containers; needs no server."""
+    """Check what this host can do for containers, or what a server has left on it."""
     from garden_py.cli.doctor.command import doctor as examine
 
     _hand_over(context, examine)
@@ -109,7 +109,8 @@ def _hand_over(context: typer.Context, function: Any) -> None:
     """Let a command that was imported just now parse its own arguments."""
     inner = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     inner.command(context_settings={"help_option_names": ["-h", "--help"]})(function)
-    code = inner(args=context.args, prog_name=context.command_path, standalone_mode=False)
+    settings = context.find_root().obj
+    code = inner(args=context.args, prog_name=context.command_path, standalone_mode=False, obj=settings)
     if code:
         raise typer.Exit(code)
 

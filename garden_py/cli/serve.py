@@ -21,7 +21,8 @@ def server(**flags: Any) -> None:
 
     Settings come from defaults, then --config FILE.toml, then GARDEN_* variables (GARDEN_STATE_DIR for
     --state-dir), then flags; later ones win. The server prints one line when it is ready. SIGTERM stops it;
-    containers keep running and are taken over by the next server on the same --state-dir.
+    containers keep running and are taken over by the next server on the same --state-dir. A listening unix socket
+    passed by systemd is served in place of --listen.
 
     Several servers on one host need different --state-dir, --run-dir, --network-pool, --port-pool-start and
     --uid-pool-start.

@@ -33,6 +33,7 @@ from garden_py.client.sync.client import GardenClient
 from garden_py.client.sync.container import Container
 from garden_py.client.sync.process import Process
 from garden_py.client.values import (
+    AgentInfo,
     BindMount,
     Capacity,
     ContainerInfo,
@@ -47,6 +48,9 @@ from garden_py.client.values import (
     EventKind,
     ExitStatus,
     IcmpMatch,
+    Leak,
+    LeakDirection,
+    LeakKind,
     Limits,
     MountMode,
     Output,
@@ -67,6 +71,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Aborted",
+    "AgentInfo",
     "AlreadyExists",
     "AsyncContainer",
     "AsyncGardenClient",
@@ -95,6 +100,9 @@ __all__ = [
     "GardenError",
     "IcmpMatch",
     "InvalidArgument",
+    "Leak",
+    "LeakDirection",
+    "LeakKind",
     "Limits",
     "MountMode",
     "NotFound",

@@ -60,6 +60,17 @@ def capacity() -> Call[v.Capacity]:
     return Call("GetCapacity", pb.GetCapacityRequest(), pb.GetCapacityResponse, convert.capacity_from_pb)
 
 
+def check_leaks(*, remove: bool) -> Call[list[v.Leak]]:
+    """What differs between the server's journal and its host."""
+    return Call(
+        "CheckLeaks",
+        pb.CheckLeaksRequest(remove=remove),
+        pb.CheckLeaksResponse,
+        lambda reply: [convert.leak_from_pb(each) for each in reply.leaks],
+        waits=True,
+    )
+
+
 def create(spec: v.ContainerSpec, request_id: str) -> Call[v.ContainerInfo]:
     """A new container."""
     request = pb.CreateContainerRequest(spec=convert.container_spec_to_pb(spec), request_id=request_id)

@@ -174,7 +174,12 @@ def container_from_pb(message: pb.Container) -> v.ContainerInfo:
         process_ids=tuple(message.process_ids),
         events=tuple(message.events),
         pid=message.pid,
+        agent=_agent_from_pb(message.agent) if message.HasField("agent") else None,
     )
+
+
+def _agent_from_pb(message: pb.Agent) -> v.AgentInfo:
+    return v.AgentInfo(message.build, message.wire_version, message.current, message.problem)
 
 
 def tty_to_pb(tty: v.Tty) -> pb.Tty:
@@ -297,4 +302,17 @@ def event_from_pb(message: pb.Event) -> v.Event:
         process_id=message.process_id,
         exit=exit_from_pb(message.exit) if message.HasField("exit") else None,
         details=dict(message.details),
+    )
+
+
+def leak_from_pb(message: pb.Leak) -> v.Leak:
+    """One difference between journal and host."""
+    return v.Leak(
+        kind=v.LeakKind(message.kind),
+        direction=v.LeakDirection(message.direction),
+        name=message.name,
+        handle=message.handle,
+        detail=message.detail,
+        removed=message.removed,
+        kept_because=message.kept_because,
     )

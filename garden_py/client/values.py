@@ -83,6 +83,33 @@ class EventKind(IntEnum):
     PORT_MAPPED = 11
     PROPERTIES_CHANGED = 12
     WATCHING = 13
+    LEAK_FOUND = 14
+
+
+class LeakKind(IntEnum):
+    """Of what resource."""
+
+    UNSPECIFIED = 0
+    PROCESS = 1
+    CGROUP = 2
+    LINK = 3
+    NFT_ELEMENT = 4
+    NFT_CHAIN = 5
+    MOUNT = 6
+    RUNTIME = 7
+    SOCKET = 8
+    DIRECTORY = 9
+    ADDRESS = 10
+    PORT = 11
+    UID_RANGE = 12
+
+
+class LeakDirection(IntEnum):
+    """ORPHAN: on the host, claimed by no container. MISSING: claimed by a running one, not on the host."""
+
+    UNSPECIFIED = 0
+    ORPHAN = 1
+    MISSING = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +219,24 @@ class ContainerSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class AgentInfo:
+    """The program that is PID 1 of a container.
+
+    Attributes:
+        build: which one it is; empty if it is too old to say.
+        wire_version: of the protocol that the server speaks with it.
+        current: it is the one of this server; else it is replaced in place, in the background, unless there is a
+            problem.
+        problem: why it stays what it is.
+    """
+
+    build: str
+    wire_version: int
+    current: bool
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
 class ContainerInfo:
     """A container as it was when the server answered; env values of the spec are not returned."""
 
@@ -208,6 +253,7 @@ class ContainerInfo:
     process_ids: tuple[str, ...]
     events: tuple[str, ...]
     pid: int
+    agent: AgentInfo | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,7 +319,7 @@ class ProcessInfo:
 
     Attributes:
         exit: None means it was running.
-        stdin_bytes: taken so far; None when the server was restarted since the start.
+        stdin_bytes: taken so far; None when that is not known.
     """
 
     id: str
@@ -357,6 +403,19 @@ class Event:
     process_id: str
     exit: ExitStatus | None
     details: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Leak:
+    """A difference between the server's journal and its host; see CheckLeaks in garden.proto."""
+
+    kind: LeakKind
+    direction: LeakDirection
+    name: str
+    handle: str
+    detail: str
+    removed: bool
+    kept_because: str
 
 
 class ProcessFields(TypedDict, total=False):

@@ -305,6 +305,16 @@ class HostFault(GardenError):
         self.step = step
 
 
+class ContainerRecovering(GardenError):
+    """The server has just been started and has not taken the container over yet; ask again."""
+
+    code = "container_recovering"
+
+    def __init__(self, handle: str) -> None:
+        super().__init__(f"container {handle} is being taken over by a server that was started just now")
+        self.handle = handle
+
+
 class ShuttingDown(GardenError):
     """The server is stopping and takes no new work."""
 

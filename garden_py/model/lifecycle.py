@@ -1,7 +1,7 @@
 """The states of a container and which may follow which.
 
 CREATING ──> ACTIVE <──> STOPPED
-    │          │  └────────┬─> BROKEN        (agent gone; only destroy helps)
+    │          │  └────────┬─> BROKEN        (agent gone or given up; only destroy helps)
     └──────────┴───────────┴─> DESTROYING <──> UNKILLABLE
 """
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 import signal
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,9 +28,13 @@ from garden_py.model.spec import (
     port_violations,
     property_violations,
 )
+from garden_py.observe import failpoints
+from garden_py.observe.failpoints import Point
+from garden_py.observe.metrics import Metrics
 from garden_py.service.events import EventHub, EventKind
 from garden_py.service.expiry import Expiry
 from garden_py.service.guard import Guard
+from garden_py.service.janitor import RECLAIM
 from garden_py.service.ports import Backend, EgressCounts, HostCapacity, Usage
 from garden_py.service.registry import Container, Registry
 
@@ -39,6 +43,8 @@ STOP_GRACE_S = 10.0
 _STOP_POLL_S = 0.02
 _STOP_REPEAT_S = 1.0
 _CHANGE_PATIENCE_S = 5.0
+_RESUMED_AT_ONCE = 16
+_CALLER_LEFT = "its caller left without learning its handle"
 _RETRY_DESTROY_S = (1.0, 2.0, 5.0, 10.0, 30.0)
 
 
@@ -59,6 +65,7 @@ class Containers:
         registry: Registry,
         guard: Guard,
         events: EventHub,
+        metrics: Metrics,
         defaults: Defaults,
         grace_time_s: float,
     ) -> None:
@@ -66,7 +73,9 @@ class Containers:
         self._registry = registry
         self._guard = guard
         self._events = events
+        self._metrics = metrics
         self._defaults = defaults
+        self._resuming = asyncio.Semaphore(_RESUMED_AT_ONCE)
         self.expiry = Expiry(grace_time_s, self._expired)
 
     # --- create
@@ -101,8 +110,13 @@ class Containers:
 
     def _abandon(self, job: asyncio.Future[Container]) -> None:
         """Destroy a container whose caller has left without ever learning its handle."""
-        if not job.cancelled() and job.exception() is None:
-            self._expired(job.result())
+        if job.cancelled() or job.exception() is not None:
+            return
+        container = job.result()
+        if self._guard.closing and container.state in USABLE:
+            self._registry.leave(container, State.DESTROYING, _CALLER_LEFT)  # the next server does it
+        else:
+            self._demolish_unasked(container, _CALLER_LEFT)
 
     def _earlier(self, spec: ContainerSpec, request_id: str) -> asyncio.Future[Container] | None:
         """The container, or the create under way, that this request repeats.
@@ -154,28 +168,36 @@ class Containers:
     async def _make(self, container: Container) -> Container:
         started = time.monotonic()
 
-        def record(facts: dict[str, Any]) -> None:
-            container.facts = facts
-            self._registry.save(container)
-
+        reclaiming = self._guard.running(RECLAIM, container.handle)
+        if reclaiming is not None:
+            # The janitor is taking away what an earlier container of this handle has left.
+            await asyncio.wait([reclaiming])
         try:
-            await self._backend.create(container.spec, record)
+            failpoints.reach(Point.CREATE_JOURNAL)
+            await self._backend.create(container.spec, self._recorder(container))
         except errors.Unkillable as error:
-            self._leave(container, State.DESTROYING)
+            self._metrics.create_failures.labels(error.code).inc()
+            self._registry.leave(container, State.DESTROYING)
             self._unkillable(container, error)
             raise
         except BaseException as error:
+            self._metrics.create_failures.labels(getattr(error, "code", "internal")).inc()
             log.warning("container.create_failed", handle=container.handle, error=str(error))
             self._forget_unmade(container)
             raise
-        ports = self._backend.facts_of_network(container.handle).mapped_ports
-        container.spec = replace(container.spec, port_mappings=ports)
         try:
-            self._registry.move(container, State.ACTIVE)
-        except errors.HostFault:
+            ports = self._backend.facts_of_network(container.handle).mapped_ports
+            made = replace(container.spec, port_mappings=ports)
+            failpoints.reach(Point.CREATE_DONE)
+            self._registry.save(container, state=State.ACTIVE, spec=made)
+        except errors.GardenError as error:
+            self._metrics.create_failures.labels(error.code).inc()
             await self._demolish(container)  # the next server would take it for half made
+            if isinstance(error, errors.ContainerNotFound):
+                raise errors.HostFault("create", "its agent has ended already") from error
             raise
         self.expiry.arm(container)
+        self._metrics.creates.inc()
         self._events.publish(EventKind.CONTAINER_CREATED, container.handle)
         log.info("container.created", handle=container.handle, took_ms=_ms_since(started))
         return container
@@ -185,7 +207,7 @@ class Containers:
         try:
             self._registry.remove(container)
         except errors.HostFault as error:
-            self._leave(container, State.DESTROYING)
+            self._registry.leave(container, State.DESTROYING)
             self._unkillable(container, error)
 
     # --- look
@@ -249,8 +271,7 @@ class Containers:
             raise errors.InvalidField("grace_time", "must be 0 (never) to ten years")
         container = self._registry.get(handle)
         with self.expiry.use(container):
-            container.spec = replace(container.spec, grace_time_s=grace_time_s)
-            self._registry.save(container)
+            self._registry.save(container, spec=replace(container.spec, grace_time_s=grace_time_s))
 
     def update_properties(
         self, handle: str, to_set: Mapping[str, str], to_remove: list[str]
@@ -263,8 +284,8 @@ class Containers:
                 properties.pop(key, None)
             if found := property_violations(properties, "set"):
                 raise errors.InvalidRequest(found)
-            container.spec = replace(container.spec, properties=tuple(sorted(properties.items())))
-            self._registry.save(container)
+            ordered = tuple(sorted(properties.items()))
+            self._registry.save(container, spec=replace(container.spec, properties=ordered))
             self._events.publish(EventKind.PROPERTIES_CHANGED, handle)
             return properties
 
@@ -277,10 +298,14 @@ class Containers:
         """Change limits of a running container; those in force afterwards."""
         if found := limit_violations(limits, "limits"):
             raise errors.InvalidRequest(found)
+        return await self._guard.complete("limit", self._update_limits(handle, limits))
+
+    async def _update_limits(self, handle: str, limits: Limits) -> Limits:
         async with self._changing(handle, "limited") as container:
+            before = await self._backend.limits(handle)
             now = await self._backend.update_limits(handle, limits)
-            container.spec = replace(container.spec, limits=limits.over(container.spec.limits))
-            self._registry.save(container)
+            changed = replace(container.spec, limits=limits.over(container.spec.limits))
+            await self._save_or_undo(container, changed, lambda: self._backend.update_limits(handle, before))
         self._events.publish(EventKind.LIMITS_CHANGED, handle)
         return now
 
@@ -288,15 +313,13 @@ class Containers:
         """Map one more port of a running container."""
         if found := port_violations((mapping,), "mapping"):
             raise errors.InvalidRequest([replace(v, field=v.field.replace("[0]", "")) for v in found])
+        return await self._guard.complete("map_port", self._map_port(handle, mapping))
+
+    async def _map_port(self, handle: str, mapping: PortMapping) -> PortMapping:
         async with self._changing(handle, "given a port") as container:
-
-            def record(facts: dict[str, Any]) -> None:
-                container.facts = facts
-                self._registry.save(container)
-
-            mapped = await self._backend.map_port(handle, mapping, record)
+            mapped = await self._backend.map_port(handle, mapping, self._recorder(container))
+            # Not written: the facts, which were, name it too, and recovery completes the spec from them.
             container.spec = replace(container.spec, port_mappings=(*container.spec.port_mappings, mapped))
-            self._registry.save(container)
         self._events.publish(EventKind.PORT_MAPPED, handle, host_port=str(mapped.host_port))
         return mapped
 
@@ -312,15 +335,18 @@ class Containers:
         Raises:
             EtagMismatch: etag is given and is not the current one's.
         """
-        wanted = self._complete(policy)
+        return await self._guard.complete("egress", self._set_egress(handle, self._complete(policy), etag))
+
+    async def _set_egress(self, handle: str, wanted: EgressPolicy, etag: str) -> EgressPolicy:
         async with self._changing(handle, "given an egress policy") as container:
             current = self._etag(container)
             if etag and etag != current:
                 raise errors.EtagMismatch(etag, current)
+            former = self._complete(container.spec.egress)
             await self._backend.set_egress(handle, wanted)
-            container.spec = replace(container.spec, egress=wanted)
+            changed = replace(container.spec, egress=wanted)
+            await self._save_or_undo(container, changed, lambda: self._backend.set_egress(handle, former))
             container.egress_etag = egress_etag(wanted)
-            self._registry.save(container)
         self._events.publish(EventKind.EGRESS_CHANGED, handle, etag=container.egress_etag)
         return wanted
 
@@ -345,6 +371,27 @@ class Containers:
             async with container.changing:
                 container.require_usable(wanted)
                 yield container
+
+    def _recorder(self, container: Container) -> Callable[[dict[str, Any]], None]:
+        return lambda facts: self._registry.save(container, facts=facts)
+
+    async def _save_or_undo(
+        self, container: Container, spec: ContainerSpec, undo: Callable[[], Awaitable[object]]
+    ) -> None:
+        """Write down a change that is in force already; if that fails, take it back.
+
+        Raises:
+            HostFault: it is not written down; a note says if it could not be taken back either.
+        """
+        try:
+            self._registry.save(container, spec=spec)
+        except errors.HostFault as fault:
+            try:
+                await undo()
+            except errors.GardenError as error:
+                fault.add_note(f"taking the change back failed too: {error}")
+                log.error("container.change_not_undone", handle=container.handle, error=str(error))
+            raise
 
     # --- stop and destroy
 
@@ -383,41 +430,44 @@ class Containers:
         )
         await asyncio.shield(job)
 
-    def resume_destroy(self, container: Container) -> None:
-        """Finish, in the background, what an earlier server has begun."""
-        self._guard.start("destroy", container.handle, self._demolish(container))
+    def resume_destroy(self, container: Container, reason: str = "") -> None:
+        """Finish, in the background, what an earlier server has begun; reason: as told in its last event."""
+        self._guard.start("destroy", container.handle, self._resume_destroy(container, reason))
 
-    async def _demolish(self, container: Container) -> None:
+    async def _resume_destroy(self, container: Container, reason: str) -> None:
+        async with self._resuming:
+            if self._guard.closing:
+                raise errors.ShuttingDown  # it is written down; the next server does it
+            await self._demolish(container, reason)
+
+    async def _demolish(self, container: Container, reason: str = "") -> None:
         started = time.monotonic()
         self.expiry.disarm(container)
         if container.destroy_retry is not None:
             container.destroy_retry.cancel()
         if container.state is not State.DESTROYING:
-            self._leave(container, State.DESTROYING)
+            self._registry.leave(container, State.DESTROYING, reason)
         await _until_free(container.changing)
         try:
+            failpoints.reach(Point.DESTROY_JOURNAL)
             if not container.gone:
                 await self._backend.destroy(container.handle, container.facts)
                 container.gone = True  # its leases may be another container's from here on
+            failpoints.reach(Point.DESTROY_RELEASE)
             self._registry.remove(container)
         except errors.GardenError as error:
+            self._metrics.destroy_failures.labels(error.code).inc()
             self._unkillable(container, error)
             raise
-        self._events.publish(EventKind.CONTAINER_DESTROYED, container.handle)
-        log.info("container.destroyed", handle=container.handle, took_ms=_ms_since(started))
+        self._metrics.destroys.inc()
+        self._events.publish(EventKind.CONTAINER_DESTROYED, container.handle, reason=reason)
+        log.info("container.destroyed", handle=container.handle, took_ms=_ms_since(started), reason=reason)
 
     def _unkillable(self, container: Container, error: errors.GardenError) -> None:
-        self._leave(container, State.UNKILLABLE, str(error))
+        self._registry.leave(container, State.UNKILLABLE, str(error))
         self._events.publish(EventKind.CONTAINER_UNKILLABLE, container.handle, reason=str(error))
         log.error("container.unkillable", handle=container.handle, error=str(error))
         self._retry_later(container)
-
-    def _leave(self, container: Container, state: State, reason: str = "") -> None:
-        """Change its state on the way out, which a full disk must not stop: destroying is what makes room again."""
-        try:
-            self._registry.move(container, state, reason)
-        except errors.HostFault as error:
-            log.error("container.state_not_recorded", handle=container.handle, error=str(error))
 
     def _retry_later(self, container: Container) -> None:
         """Try again to destroy what the kernel did not let go: after 1 s, then ever more rarely, at last every 30 s."""
@@ -433,11 +483,11 @@ class Containers:
     def _expired(self, container: Container) -> None:
         if container.state in (*USABLE, State.BROKEN):
             log.info("container.expired", handle=container.handle)
-            self._demolish_unasked(container)
+            self._demolish_unasked(container, "its grace time has passed")
 
-    def _demolish_unasked(self, container: Container) -> None:
+    def _demolish_unasked(self, container: Container, reason: str = "") -> None:
         if not self._guard.closing and self._guard.running("destroy", container.handle) is None:
-            self._guard.start("destroy", container.handle, self._demolish(container))
+            self._guard.start("destroy", container.handle, self._demolish(container, reason))
 
 
 async def _until_free(lock: asyncio.Lock) -> None:

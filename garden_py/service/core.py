@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from garden_py.model.netrule import DefaultAction
+from garden_py.observe.metrics import Metrics
 from garden_py.service.containers import Containers
 from garden_py.service.events import EventHub
 from garden_py.service.files import Files
 from garden_py.service.guard import Guard
+from garden_py.service.janitor import Janitor
 from garden_py.service.ports import Backend
 from garden_py.service.processes import Processes
 from garden_py.service.recovery import Recovery
@@ -32,11 +34,15 @@ class Core:
     processes: Processes
     files: Files
     recovery: Recovery
+    janitor: Janitor
+    metrics: Metrics
     default_egress: DefaultAction
     version: str
 
     async def close(self) -> None:
         """Finish jobs under way, then let go of every container without touching it."""
+        await self.recovery.close()
+        await self.janitor.close()
         await self.guard.close()
         await self.processes.close()
         await self.backend.close()

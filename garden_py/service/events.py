@@ -30,6 +30,7 @@ class EventKind(Enum):
     EGRESS_CHANGED = "EGRESS_CHANGED"
     PORT_MAPPED = "PORT_MAPPED"
     PROPERTIES_CHANGED = "PROPERTIES_CHANGED"
+    LEAK_FOUND = "LEAK_FOUND"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +52,17 @@ class Event:
 
 
 class EventHub:
-    """The latest events, and the watchers that follow them."""
+    """The latest events, and the watchers that follow them.
 
-    def __init__(self) -> None:
+    Args:
+        first_cursor: of the moment before the first event. Above all of an earlier server's, whose cursors are then
+            refused; otherwise they would be continued from, and the events between silently skipped.
+    """
+
+    def __init__(self, first_cursor: int = 0) -> None:
         self._kept: deque[Event] = deque(maxlen=KEPT_EVENTS)
         self._waiters: set[asyncio.Future[None]] = set()
-        self.cursor = 0
+        self.cursor = first_cursor
 
     def publish(
         self,
@@ -67,8 +73,9 @@ class EventHub:
         exit: ExitStatus | None = None,
         **details: str,
     ) -> None:
-        """Tell of something that has happened."""
+        """Tell of something that has happened; empty details are left out."""
         self.cursor += 1
+        details = {name: text for name, text in details.items() if text}
         self._kept.append(Event(self.cursor, time.time_ns(), kind, handle, process_id, exit, details))
         waiters, self._waiters = self._waiters, set()
         for future in waiters:

@@ -17,6 +17,7 @@ class Guard:
     def __init__(self) -> None:
         self._jobs: dict[tuple[str, str], asyncio.Task[Any]] = {}
         self._closing = False
+        self._works = 0
 
     @property
     def closing(self) -> bool:
@@ -49,6 +50,15 @@ class Guard:
         task.add_done_callback(lambda done: self._finished(kind, handle, done))
         return task
 
+    async def complete(self, kind: str, work: Coroutine[Any, Any, T]) -> T:
+        """Wait for work that must not be cut off in its middle; there may be any number of it.
+
+        Raises:
+            ShuttingDown: as `start`.
+        """
+        self._works += 1
+        return await self.run(kind, f"#{self._works}", work)  # no handle begins with '#'
+
     def _finished(self, kind: str, handle: str, task: asyncio.Task[Any]) -> None:
         if self._jobs.get((kind, handle)) is task:
             del self._jobs[kind, handle]
@@ -58,5 +68,6 @@ class Guard:
     async def close(self) -> None:
         """Take no more jobs and wait for those under way."""
         self._closing = True
-        if self._jobs:
+        while self._jobs:
             await asyncio.wait(self._jobs.values())
+            await asyncio.sleep(0)  # what follows from the end of one, e.g. of a create whose caller has left

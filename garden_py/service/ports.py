@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from garden_py.model.leak import Leak
 from garden_py.model.lifecycle import State
 from garden_py.model.limits import Limits
 from garden_py.model.netrule import EgressPolicy
@@ -98,6 +99,23 @@ class NetworkFacts:
     host_ip: str = ""
     external_ip: str = ""
     mapped_ports: tuple[PortMapping, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class AgentFacts:
+    """The agent that a container has.
+
+    Attributes:
+        build: which program it is; empty if it is too old to say.
+        wire: version of the protocol it speaks.
+        current: it is the one of this server.
+        problem: why it is not and will not be before this server is started again; empty while an upgrade is to come.
+    """
+
+    build: str = ""
+    wire: int = 0
+    current: bool = True
+    problem: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +225,7 @@ class RunningProcess(Protocol):
 
     @property
     def stdin_bytes(self) -> int | None:
-        """Bytes of stdin taken so far; None when that is not known (after a restart of the server)."""
+        """Bytes of stdin taken so far; None when that is not known."""
 
     def output(self, stream: OutputStream) -> OutputLog:
         """One of its stored output streams."""
@@ -221,7 +239,7 @@ class RunningProcess(Protocol):
         Raises:
             StdinClosed: it was closed before.
             OffsetOutOfRange: offset leaves a gap.
-            OffsetUnknown: the server was restarted since the process started.
+            OffsetUnknown: how much was fed is not known any more.
         """
 
     async def close_stdin(self) -> None:
@@ -252,17 +270,68 @@ class BackendEvents:
     broken: Callable[[str, str], None]
 
 
-class Backend(Protocol):
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What a container's row claims of the host: `facts` are the backend's, as in ContainerRow."""
+
+    handle: str
+    facts: dict[str, Any]
+
+
+class Witness(Protocol):
+    """What the journal claimed while somebody looked at the host.
+
+    Containers come and go during a look. Whatever a look finds belongs to nobody only if no row claimed it at any
+    moment since the look began, and lacks only if its row stood still all that time.
+    """
+
+    def claims(self) -> list[Claim]:
+        """Every claim there was at some moment since the look began; several of one handle as it changed."""
+
+    def settled(self) -> list[Claim]:
+        """Claims of complete, running containers that have not changed since the look began."""
+
+
+class LeakFinder(Protocol):
+    """The part of a backend that compares what is on the host with what the journal claims."""
+
+    async def find_leaks(self, witness: Witness) -> list[Leak]:
+        """Differences in both directions, in the order in which they have to be removed.
+
+        One look can be deceived by what the kernel does later than it was told to: believe what two looks show.
+
+        Raises:
+            HostFault: the host could not be looked at.
+        """
+
+    async def remove_leak(self, leak: Leak, claims: list[Claim]) -> bool:
+        """Remove an orphan; False if it is in use again, and nothing was done.
+
+        Args:
+            leak: an orphan without a reason to keep it. Gone by now is fine.
+            claims: as they are at the moment of the call. Until the first `await` inside nothing else runs, so what
+                is not claimed then cannot be before the backend holds it.
+
+        Raises:
+            HostFault: it cannot be removed.
+        """
+
+
+class Backend(LeakFinder, Protocol):
     """Containers made real. Handles are valid names; specs have passed the checks of `model`.
 
     Per handle the service makes one create or destroy at a time, and none of the other calls outside of them.
     """
 
-    async def open(self, events: BackendEvents, rows: list[ContainerRow]) -> dict[str, str]:
-        """Get ready; take over the containers of rows whose state says they are complete.
+    async def open(self, events: BackendEvents, rows: list[ContainerRow]) -> None:
+        """Get ready; give nothing that the facts of rows lease to anybody else until they are destroyed."""
 
-        Returns:
-            handle to reason for those that could not be taken over; they can only be destroyed.
+    async def adopt(self, row: ContainerRow) -> None:
+        """Take over a complete container that an earlier server made, after `open`; any number at a time.
+
+        Raises:
+            ContainerBroken: that cannot be; it can only be destroyed. Its processes can be adopted all the same, for
+                their exits and what is kept of their output.
         """
 
     async def close(self) -> None:
@@ -294,6 +363,9 @@ class Backend(Protocol):
     def facts_of_network(self, handle: str) -> NetworkFacts:
         """A container's addresses and mapped ports."""
 
+    def agent(self, handle: str) -> AgentFacts:
+        """A container's agent; ContainerNotFound if it is broken."""
+
     def pid(self, handle: str) -> int:
         """PID 1 of a container, as the host numbers it."""
 
@@ -323,20 +395,27 @@ class Backend(Protocol):
     async def egress_counts(self, handle: str, rules: int) -> EgressCounts:
         """What each of the policy's `rules` rules has decided."""
 
-    async def start_process(self, handle: str, spec: ProcessSpec, env: tuple[str, ...]) -> RunningProcess:
+    async def start_process(
+        self, handle: str, spec: ProcessSpec, env: tuple[str, ...], record: Callable[[], None]
+    ) -> RunningProcess:
         """Start a process; returns when its program runs.
 
         Args:
             handle: of the container.
             spec: with id filled in.
             env: the container's and the process's entries, later wins.
+            record: called once, after which the program may run but not before. What it raises ends the start, and
+                the program has never run.
 
         Raises:
             ExecutableNotFound, NotExecutable, UserNotFound, ProcessStartFailed, ContainerBroken.
         """
 
     async def adopt_process(self, handle: str, row: ProcessRow, spec: ProcessSpec) -> RunningProcess:
-        """The process of a row, after `open`: running, or finished with its kept output."""
+        """The process of a row, after `adopt`: running, or finished with its kept output."""
+
+    async def adopted(self, handle: str) -> None:
+        """Every process in the journal has been adopted: end what the container runs besides; ContainerBroken."""
 
     async def forget_process(self, handle: str, process_id: str) -> None:
         """Drop a finished process and its output."""

@@ -74,12 +74,15 @@ class Processes:
             spec=dump_process_spec(spec),
             exit=None,
         )
-        self._registry.records.save_process(
-            row
-        )  # its pid comes with its exit; after a restart the agent tells it
+        env = (*container.spec.env, *spec.env)
         try:
-            env = (*container.spec.env, *spec.env)
-            process = await self._backend.start_process(container.handle, spec, env)
+            process = await self._backend.start_process(
+                container.handle,
+                spec,
+                env,
+                # The pid comes with the exit; after a restart the agent tells it.
+                record=lambda: self._registry.records.save_process(row),
+            )
         except BaseException:
             self._registry.records.forget_process(container.handle, spec.id)
             raise

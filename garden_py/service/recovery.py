@@ -1,6 +1,14 @@
-"""From the journal to a running service: after a restart, a crash, or a reboot of the machine."""
+"""From the journal to a running service: after a restart, a crash, or a reboot of the machine.
+
+The server serves before everything is done: what a reboot or a crash has left is removed in the background, and an
+agent that is slow to answer holds up only the calls about its own container.
+"""
 
 from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from functools import partial
 
 import structlog
 
@@ -14,6 +22,11 @@ from garden_py.service.processes import Processes
 from garden_py.service.registry import Container, ProcessEntry, Registry
 
 log = structlog.get_logger()
+# How long all containers' agents may take together before the server serves without the last ones.
+_SERVE_AFTER_S = 1.0
+_DOOMED = (State.CREATING, State.DESTROYING, State.UNKILLABLE)
+_HALF_MADE = "its create was cut short by the end of the server"
+_REBOOTED = "the machine was rebooted"
 
 
 class Recovery:
@@ -32,27 +45,60 @@ class Recovery:
         self._containers = containers
         self._processes = processes
         self._events = events
+        self._adoptions: dict[str, asyncio.Task[None]] = {}
 
-    async def run(self) -> None:
-        """Take over running containers; have half-made and half-destroyed ones removed in the background."""
+    async def run(self, *, rebooted: bool = False) -> None:
+        """Take over running containers; have half-made and half-destroyed ones removed in the background.
+
+        Returns when every container is there, or a second later without those whose agents have not answered yet;
+        calls about these wait, see `wait_for`.
+
+        Args:
+            rebooted: nothing of what the journal knows can still run; all of it is removed in the background.
+        """
         rows = self._registry.records.containers()
-        lost = await self._backend.open(
+        if rebooted:
+            rows = [self._outdate(row) for row in rows]
+        await self._backend.open(
             BackendEvents(self._processes.exited, self._out_of_memory, self._broken), rows
         )
-        doomed: list[Container] = []
         for row in rows:
             container = self._restore(row)
-            if row.state is State.CREATING or row.state in (State.DESTROYING, State.UNKILLABLE):
-                doomed.append(container)
-                continue
-            await self._restore_processes(container)
-            if row.handle in lost:
-                self._broken(row.handle, lost[row.handle])
-            self._containers.expiry.arm(container)  # also a broken one goes when its grace time has passed
-        for container in doomed:
-            self._containers.resume_destroy(container)
+            if row.state in _DOOMED:
+                reason = _HALF_MADE if row.state is State.CREATING else row.state_reason
+                self._containers.resume_destroy(container, reason)
+            else:
+                container.recovering = True
+                task = asyncio.ensure_future(self._adopt(container, row))
+                self._adoptions[row.handle] = task
+                task.add_done_callback(partial(self._adopted, container))
+        removing = len(rows) - len(self._adoptions)
+        if self._adoptions:
+            _, late = await asyncio.wait(self._adoptions.values(), timeout=_SERVE_AFTER_S)
+            if late:
+                log.warning("server.serves_before_recovered", containers=len(late))
         if rows:
-            log.info("server.recovered", containers=len(rows), lost=len(lost), removing=len(doomed))
+            log.info("server.recovered", containers=len(rows), removing=removing, rebooted=rebooted)
+
+    async def wait_for(self, handle: str) -> None:
+        """Wait until a container is taken over, or known to be broken; any other name returns at once."""
+        adoption = self._adoptions.get(handle)
+        if adoption is not None:
+            await asyncio.wait([adoption])
+
+    async def close(self) -> None:
+        """Stop taking over; what is not taken over yet is the next server's."""
+        adoptions = list(self._adoptions.values())
+        for task in adoptions:
+            task.cancel()
+        if adoptions:
+            await asyncio.wait(adoptions)
+
+    def _outdate(self, row: ContainerRow) -> ContainerRow:
+        """Write down that a container is to be removed, whatever it was: a second crash must not forget it."""
+        row = replace(row, state=State.DESTROYING, state_reason=_REBOOTED)
+        self._registry.records.save_container(row)
+        return row
 
     def _restore(self, row: ContainerRow) -> Container:
         container = Container(
@@ -63,8 +109,31 @@ class Recovery:
             state_reason=row.state_reason,
             facts=row.facts,
         )
-        self._registry.add(container)
+        self._registry.put_back(container)
         return container
+
+    async def _adopt(self, container: Container, row: ContainerRow) -> None:
+        try:
+            await self._backend.adopt(row)
+            ports = self._backend.facts_of_network(row.handle).mapped_ports
+            container.spec = replace(container.spec, port_mappings=ports)
+        except ContainerBroken as error:
+            self._broken(row.handle, error.reason)
+        await self._restore_processes(container)
+        try:
+            await self._backend.adopted(row.handle)
+        except ContainerBroken as error:
+            self._broken(row.handle, error.reason)
+
+    def _adopted(self, container: Container, task: asyncio.Task[None]) -> None:
+        del self._adoptions[container.handle]
+        if task.cancelled():
+            return
+        container.recovering = False
+        if (error := task.exception()) is not None:  # a bug of ours shall cost this container, not the start
+            log.error("container.recovery_failed", handle=container.handle, exc_info=error)
+            self._broken(container.handle, f"it could not be taken over: {error}")
+        self._containers.expiry.arm(container)  # anew; also a broken one goes when its grace time has passed
 
     async def _restore_processes(self, container: Container) -> None:
         """Bring a container's processes back: of a broken one, their exits and what is kept of their output."""
@@ -100,6 +169,6 @@ class Recovery:
     def _broken(self, handle: str, reason: str) -> None:
         container = self._registry.find(handle)
         if container is not None and container.state in USABLE:
-            self._registry.move(container, State.BROKEN, reason)
+            self._registry.leave(container, State.BROKEN, reason)
             self._events.publish(EventKind.CONTAINER_BROKEN, handle, reason=reason)
             log.error("container.broken", handle=handle, reason=reason)

@@ -26,6 +26,23 @@ async def test_exit_is_told_once_and_known_for_ever(stage: Stage) -> None:
     await eventually(lambda: stage.heard.exits == [(handle, process.id)], "the report of the exit")
 
 
+async def test_a_start_that_cannot_be_recorded_is_none(stage: Stage) -> None:
+    """A program that no journal knows must never run: after a restart nobody could tell of its exit."""
+    handle = await stage.create()
+
+    def refuse() -> None:
+        raise errors.HostFault("journal", "the disk is full")
+
+    with pytest.raises(errors.HostFault, match="the disk is full"):
+        await stage.start(handle, "cat", id="p", record=refuse)
+    await eventually(lambda: stage.backend.workload_count(handle) == 0, "the end of what was prepared")
+    assert stage.heard.exits == []
+    recorded: list[str] = []
+    process = await stage.start(handle, "sh", "-c", "exit 7", id="p", record=lambda: recorded.append("p"))
+    assert await exit_of(process) == (7, None)
+    assert recorded == ["p"]
+
+
 async def test_streams_are_separate_and_complete(stage: Stage) -> None:
     """Both streams can be read after the process is gone."""
     process = await stage.start(await stage.create(), "sh", "-c", "echo to stdout; echo to stderr >&2")

@@ -122,7 +122,7 @@ class AgentClient:
         return reply
 
     def hello(self) -> dict[str, Any]:
-        return self.request("hello", server="test", wire=[1, 1])
+        return self.request("hello", server="test", wire=[wire.OLDEST, wire.VERSION])
 
     def spawn(self, id: str, argv: list[bytes], **fields: Any) -> Streams:
         reply, fds = self.receive(self.send_spawn(id, argv, **fields))
@@ -131,7 +131,7 @@ class AgentClient:
     def send_spawn(self, id: str, argv: list[bytes], **fields: Any) -> int:
         request: dict[str, Any] = {
             "id": id, "argv": argv, "env": [], "dir": b"", "user": "", "tty": None, "rlimits": {},
-            "bounding": None, "no_new_privs": False, "program": None, "program_args": {},
+            "bounding": None, "no_new_privs": False, "program": None, "program_args": {}, "gated": False,
         }  # fmt: skip
         return self.send("spawn", **{**request, **fields})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,24 +11,31 @@ from garden_py.config import load_config
 from garden_py.service.core import Core
 from garden_py.service.events import Event
 from garden_py.wiring import build_core
-from kit.fake_backend import FakeBackend, FakeHost
+from kit.fake_backend import FakeBackend, FakeHost, open_gate
 
 
 @dataclass
 class Server:
-    """A service on a host that outlives it."""
+    """A service on a host that outlives it.
+
+    Attributes:
+        adopt_gate, destroy_gate: of every backend there will be; see FakeBackend.
+    """
 
     host: FakeHost = field(default_factory=FakeHost)
     journal: Journal = field(default_factory=lambda: Journal(":memory:"))
+    adopt_gate: asyncio.Event = field(default_factory=open_gate)
+    destroy_gate: asyncio.Event = field(default_factory=open_gate)
     backend: FakeBackend = field(init=False)
     core: Core = field(init=False)
 
     async def start(self, **settings: Any) -> Core:
         """Start, or start again without having closed: what a SIGKILL looks like to the next server."""
-        containers = settings.pop("containers", 250)
+        containers, rebooted = settings.pop("containers", 250), settings.pop("rebooted", False)
         self.backend = FakeBackend(self.host, containers=containers)
+        self.backend.adopt_gate, self.backend.destroy_gate = self.adopt_gate, self.destroy_gate
         self.core = build_core(load_config(settings, environ={}), self.backend, self.journal)
-        await self.core.recovery.run()
+        await self.core.recovery.run(rebooted=rebooted)
         return self.core
 
     def events(self) -> list[tuple[str, str]]:

@@ -16,13 +16,16 @@ from typing import Any
 
 from garden_py.model import errors
 from garden_py.model.codec import load_exit
+from garden_py.model.leak import Leak
 from garden_py.model.lifecycle import USABLE
 from garden_py.model.limits import Limits
 from garden_py.model.netrule import EgressPolicy
 from garden_py.model.process import ProcessSpec
 from garden_py.model.spec import ContainerSpec, PortMapping, image_directory
 from garden_py.service.ports import (
+    AgentFacts,
     BackendEvents,
+    Claim,
     ContainerRow,
     EgressCounts,
     HostCapacity,
@@ -30,6 +33,7 @@ from garden_py.service.ports import (
     ProcessRow,
     RuleCount,
     Usage,
+    Witness,
 )
 from kit.fake_process import FakeProcess, Stdio, find_program
 
@@ -73,40 +77,53 @@ class FakeBackend:
     """Containers on a FakeHost.
 
     Attributes:
+        adopt_gate: adoptions wait for it.
         create_gate: creates wait for it after recording, before anything is made.
         create_failure: raised by the next create, after recording.
         start_gate: starts of processes wait for it.
         destroy_failures: raised by one destroy each, in order, before anything is removed.
         destroy_gate: destroys wait for it.
+        looks: what each search for leaks finds, in order.
+        remove_gate: removals of leaks wait for it.
         calls: what was asked, in order: (verb, handle).
     """
 
     def __init__(self, host: FakeHost | None = None, *, containers: int = 250, ports: int = 4) -> None:
         self.host = host or FakeHost()
-        self.create_gate = _open_gate()
+        self.adopt_gate = open_gate()
+        self.create_gate = open_gate()
         self.create_failure: Exception | None = None
-        self.start_gate = _open_gate()
+        self.start_gate = open_gate()
         self.destroy_failures: list[errors.GardenError] = []
-        self.destroy_gate = _open_gate()
+        self.destroy_gate = open_gate()
+        self.looks: list[Callable[[Witness], list[Leak]]] = []
+        self.remove_gate = open_gate()
         self.calls: list[tuple[str, str]] = []
         self.connected: set[str] = set()
         self._most = containers
         self._ports = range(61_001, 61_001 + ports)
         self._events: BackendEvents
 
+    # --- leaks
+
+    async def find_leaks(self, witness: Witness) -> list[Leak]:
+        return self.looks.pop(0)(witness) if self.looks else []
+
+    async def remove_leak(self, leak: Leak, claims: list[Claim]) -> bool:
+        self.calls.append(("remove_leak", leak.name))
+        await self.remove_gate.wait()
+        return leak.handle not in {claim.handle for claim in claims}
+
     # --- start and stop
 
-    async def open(self, events: BackendEvents, rows: list[ContainerRow]) -> dict[str, str]:
+    async def open(self, events: BackendEvents, rows: list[ContainerRow]) -> None:
         self._events = events
-        lost: dict[str, str] = {}
-        for row in rows:
-            if row.state not in USABLE:
-                continue
-            if row.handle in self.host.containers:
-                self.connected.add(row.handle)
-            else:
-                lost[row.handle] = "its PID 1 is gone"
-        return lost
+
+    async def adopt(self, row: ContainerRow) -> None:
+        await self.adopt_gate.wait()
+        if row.state not in USABLE or row.handle not in self.host.containers:
+            raise errors.ContainerBroken(row.handle, "its PID 1 is gone")
+        self.connected.add(row.handle)
 
     async def close(self) -> None:
         for handle in self.connected:
@@ -200,6 +217,13 @@ class FakeBackend:
         container = self._get(handle)
         return NetworkFacts(f"10.0.0.{container.address}", "10.0.0.1", "192.0.2.1", container.ports)
 
+    def agent(self, handle: str) -> AgentFacts:
+        self._get(handle)
+        return AgentFacts("fake", 1)
+
+    async def adopted(self, handle: str) -> None:
+        """Nothing runs that the journal does not know."""
+
     def pid(self, handle: str) -> int:
         return self._get(handle).pid
 
@@ -231,8 +255,12 @@ class FakeBackend:
     async def map_port(self, handle: str, mapping: PortMapping, record: Record) -> PortMapping:
         container = self._get(handle)
         leased = self._lease_port(mapping)
+        try:
+            record(_facts(container.address, (*container.ports, leased)))
+        except BaseException:
+            self.host.ports.discard(leased.host_port)
+            raise
         container.ports = (*container.ports, leased)
-        record(_facts(container.address, container.ports))
         return leased
 
     async def set_egress(self, handle: str, policy: EgressPolicy) -> None:
@@ -244,9 +272,12 @@ class FakeBackend:
 
     # --- processes
 
-    async def start_process(self, handle: str, spec: ProcessSpec, env: tuple[str, ...]) -> FakeProcess:
+    async def start_process(
+        self, handle: str, spec: ProcessSpec, env: tuple[str, ...], record: Callable[[], None]
+    ) -> FakeProcess:
         container = self._get(handle)
         self.calls.append(("start", spec.id))
+        record()
         await self.start_gate.wait()
         if spec.user.partition(":")[0] not in KNOWN_USERS:
             raise errors.UserNotFound(f"unable to find user {spec.user}: no matching entries in passwd file")
@@ -320,7 +351,8 @@ def _nobody_listens(process: FakeProcess) -> None:
     """The server is gone; whoever adopts the process next sees its exit."""
 
 
-def _open_gate() -> asyncio.Event:
+def open_gate() -> asyncio.Event:
+    """An event that is set: nobody waits at it until somebody clears it."""
     gate = asyncio.Event()
     gate.set()
     return gate

@@ -11,9 +11,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 READY_TIMEOUT_S = 30.0
 _numbers = itertools.count()
@@ -33,6 +34,7 @@ class ServerProcess:
     flags: list[str]
     address: str
     process: subprocess.Popen[str] | None = field(default=None)
+    has_served: bool = field(default=False, init=False)
 
     @property
     def pid(self) -> int:
@@ -44,7 +46,7 @@ class ServerProcess:
         log = (self.place / "log").open("a")
         argv = [sys.executable, "-m", "garden_py", "server", "--log-level", "debug", "--log-format", "json"]
         with log:
-            self.process = subprocess.Popen(
+            self.process = self.spawn(
                 [*argv, *self.flags],
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -57,6 +59,11 @@ class ServerProcess:
         if not line.startswith("garden server ready on "):
             self._reap()
             raise AssertionError(f"the server did not start: {line}\n{self.log()[-4000:]}")
+        self.has_served = True
+
+    def spawn(self, argv: list[str], **settings: Any) -> subprocess.Popen[str]:
+        """Start its process."""
+        return subprocess.Popen(argv, **settings)
 
     def log(self) -> str:
         return (self.place / "log").read_text()
@@ -84,7 +91,10 @@ class ServerProcess:
 
 @contextlib.contextmanager
 def running_server(
-    *extra: str, network_pool: str = "", address: str | None = None
+    *extra: str,
+    network_pool: str = "",
+    address: str | None = None,
+    make: Callable[[Path, list[str], str], ServerProcess] = ServerProcess,
 ) -> Iterator[ServerProcess]:
     """A server with directories, addresses, ports and uids of its own; at the end its containers are destroyed."""
     number = next(_numbers)
@@ -101,12 +111,14 @@ def running_server(
         "--uid-pool-size", "300",
         *extra,
     ]  # fmt: skip
-    server = ServerProcess(place, flags, f"unix:{place}/run/garden.sock" if address is None else address)
+    server = make(place, flags, f"unix:{place}/run/garden.sock" if address is None else address)
     try:
         server.start()
         yield server
     finally:
         try:
+            if server.process is None and server.has_served:
+                server.start()  # a test failed between two servers; its containers shall not stay
             if server.process is not None:
                 if server.address:
                     destroy_all(server.address)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from garden_py.model.codec import dump_container_spec, dump_exit, dump_process_spec
+from garden_py.model.errors import ContainerBroken
 from garden_py.model.handle import make_name
 from garden_py.model.lifecycle import State
 from garden_py.model.netrule import EgressPolicy
@@ -72,8 +73,9 @@ class Stage:
     async def start(self, handle: str, *argv: str, **fields: Any) -> RunningProcess:
         """Start a program with an id of its own."""
         env = fields.pop("all_env", fields.get("env", ()))
+        record: Callable[[], None] = fields.pop("record", lambda: None)
         spec = ProcessSpec(path=argv[0], args=argv[1:], **{"id": make_name(), **fields})
-        process = await self.backend.start_process(handle, spec, env)
+        process = await self.backend.start_process(handle, spec, env, record)
         self.started.setdefault(handle, []).append(process)
         return process
 
@@ -86,7 +88,14 @@ class Stage:
             ContainerRow(handle, State.ACTIVE, "", "", 1, dump_container_spec(self.specs[handle]), facts)
             for handle, facts in self.facts.items()
         ]
-        return await self.backend.open(self.heard.events(), rows)
+        await self.backend.open(self.heard.events(), rows)
+        lost: dict[str, str] = {}
+        for row in rows:
+            try:
+                await self.backend.adopt(row)
+            except ContainerBroken as error:
+                lost[row.handle] = error.reason
+        return lost
 
     async def adopt(self, handle: str, process: RunningProcess) -> RunningProcess:
         """The process as the backend after a restart has it."""

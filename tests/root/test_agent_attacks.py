@@ -23,7 +23,7 @@ pytestmark = pytest.mark.root
 
 PROCESS: dict[str, object] = {
     "op": "spawn", "id": "x", "argv": [b"true"], "env": [], "dir": b"", "user": "", "tty": None,
-    "rlimits": {}, "bounding": None, "no_new_privs": False, "program": None, "program_args": {},
+    "rlimits": {}, "bounding": None, "no_new_privs": False, "program": None, "program_args": {}, "gated": False,
 }  # fmt: skip
 
 
@@ -192,7 +192,7 @@ def test_a_foreign_wire_version_is_refused(agent_path: Path) -> None:
     """The agent may be older or newer than a restarted server."""
     with AgentClient(agent_path) as agent:
         with pytest.raises(AgentError) as caught:
-            agent.request("hello", server="future", wire=[2, 9])
+            agent.request("hello", server="future", wire=[wire.VERSION + 1, 9])
         assert caught.value.code == "unsupported_wire"
 
 

@@ -206,6 +206,15 @@ def test_a_full_file_system_is_told(bundle: RuntimeBundle, place: Path) -> None:
         assert (code, err) == (1, "no_space: f: No space left on device\n")
 
 
+def test_a_destination_that_finds_no_room_is_told(bundle: RuntimeBundle, place: Path) -> None:
+    """The path is not to blame; the caller may try again when there is room."""
+    small = ["sh", "-c", 'mount -t tmpfs -o nr_inodes=2 none /mnt && exec "$@"', "sh"]
+    with running_agent(bundle, place, *small) as (path, _), AgentClient(path) as agent:
+        with pytest.raises(AgentError) as caught:
+            unpack(agent, "/mnt/deep/er", b"")
+        assert caught.value.code == "no_space"
+
+
 def test_a_destination_that_cannot_be_made_is_refused_at_the_start(agent: AgentClient) -> None:
     """Nothing of the stream was read then."""
     with pytest.raises(AgentError) as caught:

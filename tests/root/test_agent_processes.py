@@ -13,6 +13,7 @@ import pytest
 from kit.agent_client import AgentClient, AgentError, Streams
 from kit.agent_process import directory_for_all_users, running_agent
 
+from garden_py import wire
 from garden_py.backend.rootfs.runtime_bundle import RuntimeBundle, build_runtime_bundle
 
 pytestmark = pytest.mark.root
@@ -225,6 +226,42 @@ def test_a_taken_id_is_refused_until_it_is_released(agent: AgentClient) -> None:
     assert agent.run("p", [b"true"])[0] == 0
 
 
+def test_a_gated_program_runs_when_the_gate_opens(agent: AgentClient, place: Path) -> None:
+    """Everything before exec may be done earlier, the program itself not; a closed gate means never."""
+    for opened in (True, False):
+        ran = place / f"ran-{opened}"
+        gate, own_end = os.pipe()
+        number = agent.send_spawn("p", [b"touch", os.fsencode(ran)], gated=True, fds=[gate])
+        os.close(gate)
+        assert agent.request("list")["processes"][0]["starting"] is True
+        assert not ran.exists()
+        if opened:
+            os.write(own_end, b"\n")
+            os.close(own_end)
+            Streams(*_started(agent, number)).__exit__()
+            assert os.waitstatus_to_exitcode(agent.wait_exit("p")) == 0
+            agent.request("release", id="p")
+        else:
+            os.close(own_end)
+            with pytest.raises(AgentError) as caught:
+                agent.receive(number)
+            assert caught.value.code == "not_released"
+            assert agent.request("list") == {"processes": []}
+        assert ran.exists() is opened
+
+
+def _started(agent: AgentClient, number: int) -> tuple[int, list[str], list[int]]:
+    reply, fds = agent.receive(number)
+    return reply["pid"], reply["fds"], fds
+
+
+def test_a_gate_needs_a_descriptor(agent: AgentClient) -> None:
+    """Without one the last cgroup's file would be taken for it."""
+    with pytest.raises(AgentError) as caught:
+        agent.spawn("p", [b"true"], gated=True)
+    assert caught.value.code == "invalid_request"
+
+
 def test_a_running_process_is_not_released(agent: AgentClient) -> None:
     """Its exit would be lost."""
     with agent.spawn("p", [b"sleep", b"60"]):
@@ -275,7 +312,7 @@ def test_pid_1_survives_every_signal_from_inside(agent: AgentClient) -> None:
     """pid_namespaces(7): only signals with a handler get through, and SIGINT must not have Python's."""
     script = "for s in $(seq 1 31); do [ $s = 3 ] || kill -$s 1; done; kill -9 1; echo alive"
     assert agent.run("p", sh(script))[1] == b"alive\n"
-    assert agent.hello()["wire"] == 1
+    assert agent.hello()["wire"] == wire.VERSION
 
 
 def test_pid_1_can_be_neither_traced_nor_read(agent: AgentClient) -> None:
@@ -451,7 +488,7 @@ def test_the_child_joins_the_cgroups_handed_over(agent: AgentClient, place: Path
     try:
         request = agent.send(
             "spawn", fds, id="p", argv=[b"true"], env=[], dir=b"", user="", tty=None, rlimits={},
-            bounding=None, no_new_privs=False, program=None, program_args={},
+            bounding=None, no_new_privs=False, program=None, program_args={}, gated=False,
         )  # fmt: skip
         reply, ends = agent.receive(request)
         Streams(reply["pid"], reply["fds"], ends).close()

@@ -21,13 +21,15 @@ from garden_py.agent import netrules
 from garden_py.agent.netrules import REST_S, NetrulesError, Tools, end_children, inject, load_tools
 from garden_py.agent.rtnetlink import Rtnetlink, RtnetlinkError
 from garden_py.backend.net.apply import HostNetwork
-from garden_py.backend.net.host_firewall import HostPolicy
-from garden_py.backend.net.messages import Leftovers
+from garden_py.backend.net.host_firewall import BASE_CHAINS, HostPolicy
 from garden_py.backend.net.plan import HostPlan
+from garden_py.backend.net.survey import Survey
 from garden_py.model.errors import HostFault, InvalidField
 from garden_py.model.netrule import DefaultAction, EgressPolicy, parse_egress_rule
 
 pytestmark = pytest.mark.root
+NOTHING = Survey({}, anchor=False, table=False)
+EMPTY = Survey({}, anchor=True, table=True, chains=tuple(sorted(BASE_CHAINS)))
 
 OPEN = EgressPolicy(DefaultAction.ALLOW)
 GOLDEN = Path(__file__).parent.parent / "golden" / "firewall"
@@ -67,13 +69,12 @@ def test_ensuring_the_host_again_repairs_it_and_keeps_the_containers(lab: Lab) -
 def test_detaching_twice_leaves_nothing(lab: Lab) -> None:
     """Destroy may be interrupted and repeated at any step."""
     plain, privileged = lab.container(2, OPEN), lab.container(3, OPEN, privileged=True)
-    empty = Leftovers({}, (lab.plan.table,), True)
-    assert lab.network.list_leftovers().links == {f"gdn{TAG}-2": "container-2", f"gdn{TAG}-3": "container-3"}
+    assert lab.network.survey().links == {f"gdn{TAG}-2": "veth", f"gdn{TAG}-3": "veth"}
     mapping = lab.map_tcp(61001, plain, 8000)
     for _ in range(2):
         lab.detach(plain, (mapping,))
         lab.detach(privileged)
-        assert lab.network.list_leftovers() == empty
+        assert lab.network.survey() == EMPTY
     table = json.loads(nft("-j", "list", "table", "inet", lab.plan.table))["nftables"]
     sets = {o[k]["name"]: o[k].get("elem", []) for o in table for k in ("set", "map") if k in o}
     assert sets == {"members": [], "portmap": [], "egress": []}
@@ -88,7 +89,7 @@ def test_removing_the_host_removes_everything_even_attached_containers() -> None
         lab.container(2, OPEN)
         lab.network.remove_host()
         lab.network.remove_host()
-        assert not lab.network.list_leftovers()
+        assert lab.network.survey() == NOTHING
         with Rtnetlink() as netlink:
             assert {link.name for link in netlink.links()} == links_before
         assert nft("list", "tables") == ""
@@ -114,7 +115,7 @@ def test_failed_attachment_is_undone(lab: Lab, step: str) -> None:
     }[step]
     with pytest.raises(HostFault):
         lab.network.attach_container(broken, container.netns_fd, container.userns_fd)
-    assert lab.network.list_leftovers().links == {}
+    assert lab.network.survey().links == {}
     lab.network.attach_container(lab.attachment(container, OPEN), container.netns_fd, container.userns_fd)
     assert container.try_connect(OUTSIDE_IP, 80) == HOST_IP
 
@@ -126,7 +127,7 @@ def test_pool_that_overlaps_a_network_of_the_host_is_refused(lab: Lab, pool: str
     with HostNetwork(HostPlan("0bad", network, network[1])) as second:
         with pytest.raises(InvalidField, match="--network-pool"):
             second.ensure_host(HostPolicy())
-        assert not second.list_leftovers()
+        assert second.survey() == NOTHING
 
 
 def test_two_servers_share_a_host(lab: Lab) -> None:
@@ -135,7 +136,7 @@ def test_two_servers_share_a_host(lab: Lab) -> None:
     network = IPv4Network("10.253.0.0/24")
     with HostNetwork(HostPlan("5ec0", network, network[1])) as second:
         second.ensure_host(HostPolicy())
-        assert second.list_leftovers() == Leftovers({}, ("garden_5ec0",), True)
+        assert second.survey() == EMPTY
         second.remove_host()
     assert container.try_connect(OUTSIDE_IP, 80) == HOST_IP
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -75,6 +77,24 @@ def test_output_and_exit_survive(server: ServerProcess, restart: Callable[[Serve
         output = container.attach(process.id, stdout_offset=0).output()
         assert output.stdout.decode().splitlines() == [f"line {i}" for i in range(1, 301)]
         assert output.exit.code == 42
+
+
+def test_input_goes_on_where_it_was(server: ServerProcess, restart: Callable[[ServerProcess], None]) -> None:
+    """No byte of stdin is fed twice or lost, whether the process had read it, the pipe held it, or neither."""
+    data = random.Random(1).randbytes(9 << 20)
+    with GardenClient(server.address) as garden:
+        container = garden.create()
+        with container.run(sh("sleep 3; sha256sum")) as process:
+            for at in range(0, 3 << 20, 1 << 18):
+                process.stdin.write(data[at : at + (1 << 18)])
+                if at == 1 << 19:
+                    restart(server)
+            restart(server)
+            process.stdin.write(data[3 << 20 :])
+            process.stdin.close()
+            output = process.output()
+        assert output.exit.code == 0
+        assert output.stdout.split()[0].decode() == hashlib.sha256(data).hexdigest()
 
 
 def test_exit_while_no_server_ran_is_known(server: ServerProcess) -> None:

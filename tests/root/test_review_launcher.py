@@ -96,7 +96,12 @@ async def test_runtime_ends_with_its_worker(launcher: Launcher, tmp_path: Path) 
         launching = asyncio.ensure_future(
             launcher.run(
                 "container.launch",
-                {**params, "log": str(tmp_path / "log"), "agent_log": str(tmp_path / "agent.log")},
+                {
+                    **params,
+                    "log": str(tmp_path / "log"),
+                    "agent_log": str(tmp_path / "agent.log"),
+                    "fail_points": {},
+                },
                 [listener.fileno()],
             )
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from garden_py.backend.journal import SCHEMA_VERSION, Journal, JournalTooNew
+from garden_py.backend.journal import SCHEMA_VERSION, Journal, JournalDamaged, JournalTooNew, open_journal
 from garden_py.model.codec import (
     dump_container_spec,
     dump_exit,
@@ -18,6 +18,7 @@ from garden_py.model.codec import (
     load_exit,
     load_process_spec,
 )
+from garden_py.model.errors import HostFault
 from garden_py.model.lifecycle import State
 from garden_py.model.limits import Limits
 from garden_py.model.netrule import DefaultAction, EgressPolicy, parse_egress_rule
@@ -149,3 +150,33 @@ def test_journal_is_private(tmp_path: Path) -> None:
     """It holds containers' environment variables."""
     with closing(Journal(tmp_path / "journal.db")):
         assert (tmp_path / "journal.db").stat().st_mode & 0o077 == 0
+
+
+def tear(path: Path) -> None:
+    """What a power cut can do to a database that was not synced."""
+    with path.open("r+b") as file:
+        file.seek(0)
+        file.write(b"\xff" * 512)
+
+
+def test_damaged_journal_is_put_aside_after_a_reboot_only(tmp_path: Path) -> None:
+    """After a reboot nothing runs that it knew; otherwise containers might, and nobody would ever remove them."""
+    path = tmp_path / "journal.db"
+    with closing(Journal(path)) as journal:
+        journal.save_container(ContainerRow("box", State.ACTIVE, "", "", 1, {}, {}))
+    tear(path)
+    with pytest.raises(JournalDamaged, match="reboot"):
+        open_journal(path, rebooted=False)
+    with closing(open_journal(path, rebooted=True)) as journal:
+        assert journal.containers() == []
+        journal.save_container(ContainerRow("box", State.ACTIVE, "", "", 1, {}, {}))
+    assert (tmp_path / "journal.db.damaged").exists()
+    with closing(open_journal(path, rebooted=False)) as journal:
+        assert len(journal.containers()) == 1
+
+
+def test_journal_in_use_by_somebody_else_is_not_called_damaged(tmp_path: Path) -> None:
+    """Putting it aside would lose it."""
+    (tmp_path / "journal.db").mkdir()
+    with pytest.raises(HostFault):
+        open_journal(tmp_path / "journal.db", rebooted=True)

@@ -8,8 +8,9 @@ from ipaddress import IPv4Address, IPv4Network
 import pytest
 
 from garden_py.backend.net.host_firewall import PortMapping, PortProtocol
-from garden_py.backend.net.messages import Attachment, HostReport, Leftovers
+from garden_py.backend.net.messages import Attachment, HostReport
 from garden_py.backend.net.plan import HostPlan, LinkPlan, choose_mtu, plan_link
+from garden_py.backend.net.survey import Survey
 
 HOST = HostPlan("3fa1", IPv4Network("10.254.0.0/22"), IPv4Address("10.254.0.1"))
 
@@ -73,6 +74,6 @@ def test_values_cross_a_process_boundary_unchanged() -> None:
     attachment = Attachment(link, "host", "container")
     mapping = PortMapping(PortProtocol.UDP, 61001, IPv4Address("10.254.0.2"), 53)
     report = HostReport(ip_forward_turned_on=True, uplink="eth0", mtu_bytes=1500)
-    leftovers = Leftovers({"gdn3fa1-2": "x"}, ("garden_3fa1",), True)
-    for value in (HOST, link, attachment, mapping, report, leftovers):
+    survey = Survey({"gdn3fa1-2": "veth"}, anchor=True, table=True, elements=("a b",), chains=("input",))
+    for value in (HOST, link, attachment, mapping, report, survey):
         assert type(value).from_json(json.loads(json.dumps(value.to_json()))) == value

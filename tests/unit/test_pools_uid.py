@@ -52,7 +52,7 @@ async def test_directory_is_claimed_once_and_goes_in_the_background(tmp_path: Pa
     assert list(directory.iterdir()) == []
     depot.discard("box")
     depot.discard("box")
-    await depot.close()
+    await depot.settle()
     assert list((tmp_path / "state" / "trash").iterdir()) == []
 
 
@@ -60,14 +60,14 @@ async def test_leftovers_of_a_crash_are_deleted_at_the_next_start(tmp_path: Path
     """What an earlier server had no time to delete goes now; a claimed directory without a record is replaced."""
     first = Depot(tmp_path / "state", tmp_path / "run")
     first.open()
-    (first.claim("box") / "old").touch()
-    (tmp_path / "state" / "trash" / "old").mkdir()
-    await first.close()
+    (first.claim("box") / "config.json").touch()
+    (tmp_path / "state" / "trash" / ("0" * 32)).mkdir()
+    await first.settle()
     second = Depot(tmp_path / "state", tmp_path / "run")
     second.open()
     assert second.handles() == ["box"]
     assert list(second.claim("box").iterdir()) == []
-    await second.close()
+    await second.settle()
     assert list((tmp_path / "state" / "trash").iterdir()) == []
 
 

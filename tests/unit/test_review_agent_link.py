@@ -12,7 +12,8 @@ import pytest
 
 from garden_py import wire
 from garden_py.backend.host.framed import FramedLink
-from garden_py.backend.streams.agent_link import AgentExit, AgentLink
+from garden_py.backend.streams.agent_link import AgentLink
+from garden_py.backend.streams.agent_replies import AgentExit
 from garden_py.backend.streams.stdin import StdinFeed
 from garden_py.model.errors import ContainerBroken
 
@@ -71,7 +72,7 @@ async def test_an_agent_that_refuses_what_it_must_not_refuse_is_a_broken_contain
 ) -> None:
     """Both are asked while a server starts: an untyped error there would keep every other container from its server."""
     ours, agent = sockets
-    link = AgentLink("c", ours, on_exit=_nobody, on_lost=lambda _: None)
+    link = AgentLink("c", ours, patience_s=1, on_exit=_nobody, on_lost=lambda _: None)
     asking = asyncio.ensure_future(
         link.hello(server="t", timeout_s=1) if question == "hello" else link.attach("p", is_tty=False)
     )
@@ -86,7 +87,7 @@ async def test_stdin_that_is_made_blocking_from_inside_does_not_hold_the_server(
 ) -> None:
     """The agent has the same open file description, so it can clear O_NONBLOCK at any time (fcntl(2), F_SETFL)."""
     ours, agent = sockets
-    link = AgentLink("c", ours, on_exit=_nobody, on_lost=lambda _: None)
+    link = AgentLink("c", ours, patience_s=1, on_exit=_nobody, on_lost=lambda _: None)
     reading, writing = os.pipe()
     asking = asyncio.ensure_future(link.attach("p", is_tty=False))
     await answer_next(agent, (wire.REPLY, {"pid": 7, "fds": ["stdin"]}), fds=[writing])

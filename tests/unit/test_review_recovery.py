@@ -45,7 +45,11 @@ async def agent(listener: socket.socket) -> None:
     loop = asyncio.get_running_loop()
     sock, _ = await loop.sock_accept(listener)
     ended = {**RECORD, "exited": True, "status": 3 << 8, "ended_ns": 5}
-    answers: list[dict[str, Any]] = [{"processes": [RECORD]}, {"delivered": False}, {**ended, "fds": []}]
+    answers: list[dict[str, Any]] = [
+        {"wire": 2, "processes": [RECORD]},
+        {"delivered": False},
+        {**ended, "fds": []},
+    ]
     with sock:
         for answer in answers:
             (request,) = wire.Decoder().feed(await loop.sock_recv(sock, 1 << 16))
@@ -64,8 +68,8 @@ async def test_exit_between_greeting_and_adoption_is_not_lost(tmp_path: Path) ->
         listener.setblocking(False)
         playing = asyncio.ensure_future(agent(listener))
         container = make_container(tmp_path)
-        container.connect(tmp_path / "agent.sock")
-        container.held = await container.greet(timeout_s=1)
+        container.connect(tmp_path / "agent.sock", patience_s=1)
+        await container.greet(timeout_s=1)
         assert container.held == {"p": None}
         await container.link.signal("other", 15, group=False)  # its answer comes behind the event
         backend = LinuxBackend(load_config({}, environ={}))

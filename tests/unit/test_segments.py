@@ -11,7 +11,7 @@ import pytest
 
 from garden_py.backend.streams.pump import Pump
 from garden_py.backend.streams.segments import Intake, SegmentLog
-from garden_py.model.errors import OffsetOutOfRange
+from garden_py.model.errors import HostFault, OffsetOutOfRange
 
 RETENTION = 64 << 10  # four segments of 16 KiB
 SEGMENT = 16 << 10
@@ -170,6 +170,17 @@ async def test_pump_moves_everything_and_tells_the_end(tmp_path: Path) -> None:
     assert found == pattern(0, size)
 
 
+async def test_pump_takes_a_full_pipe_whose_writer_has_gone(tmp_path: Path) -> None:
+    """Much output and its end in one turn: what a busy process looks like after a restart of the server."""
+    read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
+    log = SegmentLog(tmp_path, "stdout", retention_bytes=RETENTION * 4)
+    assert os.write(write_fd, pattern(0, 65536)) == 65536
+    os.close(write_fd)
+    ended: list[bool] = []
+    Pump(read_fd, log, on_end=lambda: ended.append(True), on_error=pytest.fail).drain()
+    assert (log.end_offset, log.closed, ended) == (65536, True, [True])
+
+
 async def test_pump_waits_for_a_slow_reader(tmp_path: Path) -> None:
     """A reader that starts late still gets every byte of a stream larger than its retention."""
     read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
@@ -207,3 +218,13 @@ async def test_pump_reports_a_descriptor_that_misbehaves(tmp_path: Path) -> None
     pump.drain()
     assert len(told) == 1
     assert log.closed
+
+
+def test_segment_removed_by_hand_is_told(tmp_path: Path, pipe: tuple[int, int]) -> None:
+    """A typed error that names the file, not a bug of the server."""
+    log = SegmentLog(tmp_path, "stdout", retention_bytes=RETENTION)
+    fill(log, pipe, 4096)
+    for file in tmp_path.iterdir():
+        file.unlink()
+    with pytest.raises(HostFault, match=str(tmp_path)):
+        log.open_reader(0).read_nowait(4096)

@@ -153,6 +153,26 @@ async def test_a_nameless_create_whose_caller_left_is_not_kept(server: Server) -
     assert [container.handle for container in core.registry] == ["named"]
 
 
+@in_virtual_time
+async def test_a_nameless_create_cut_off_by_the_end_of_the_server_is_not_kept(server: Server) -> None:
+    """The same when its caller has left because the server stops: if not this server, the next one destroys it."""
+    core = await server.start()
+    server.backend.create_gate.clear()
+    calls = [asyncio.ensure_future(core.containers.create(wanted)) for wanted in (ContainerSpec(), spec())]
+    await settle()
+    closing = asyncio.ensure_future(core.close())
+    await settle()
+    for call in calls:
+        call.cancel()
+    await settle()
+    server.backend.create_gate.set()
+    await closing
+    core = await server.start()
+    await asyncio.sleep(1)
+    assert [container.handle for container in core.registry] == ["box"]
+    assert list(server.host.containers) == ["box"]
+
+
 @pytest.mark.parametrize(
     ("settings", "flag", "size"),
     [({"max_containers": 2}, "--max-containers", 2), ({"containers": 1}, "--network-pool", 1)],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import pytest
 from kit.core import Server
@@ -98,8 +99,10 @@ async def test_exit_before_the_start_was_answered_is_not_lost() -> None:
     core = await core_with_box(server)
     original = server.backend.start_process
 
-    async def start_and_let_it_end(handle: str, spec: ProcessSpec, env: tuple[str, ...]) -> object:
-        process = await original(handle, spec, env)
+    async def start_and_let_it_end(
+        handle: str, spec: ProcessSpec, env: tuple[str, ...], record: Callable[[], None]
+    ) -> object:
+        process = await original(handle, spec, env, record)
         await process.wait()
         return process
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
 from kit.core import Server
+from kit.fake_backend import FakeBackend, open_gate
 from kit.virtual_clock import in_virtual_time, settle
 
+from garden_py.model import errors
 from garden_py.model.lifecycle import State
 from garden_py.model.netrule import DefaultAction, EgressPolicy, parse_egress_rule
 from garden_py.model.process import ProcessSpec
 from garden_py.model.spec import BindMount, ContainerSpec, MountMode, PortMapping
+from garden_py.service.events import EventKind
+from garden_py.service.ports import ContainerRow
 
 SLEEP = ProcessSpec(path="sleep", id="p", args=("1000",))
 
@@ -84,6 +89,7 @@ async def test_half_made_container_is_removed() -> None:
     await settle()
     assert server.host.addresses == {2}
     core = await server.start()
+    await settle()
     await core.guard.close()
     assert server.journal.containers() == []
     assert server.host.addresses == set()
@@ -100,8 +106,10 @@ async def test_begun_destroy_is_finished() -> None:
     lost_call = asyncio.ensure_future(core.containers.destroy("box"))
     await settle()
     assert server.journal.containers()[0].state is State.DESTROYING
+    server.destroy_gate = open_gate()
     core = await server.start()
     assert core.containers.list_containers({}, all_states=False, after="", limit=9) == []
+    await settle()
     await core.guard.close()
     assert server.journal.containers() == []
     assert server.host.containers == {}
@@ -121,6 +129,106 @@ async def test_container_that_is_gone_is_broken_and_says_why() -> None:
     assert ("CONTAINER_BROKEN", "box") in server.events()
     await core.containers.destroy("box")
     assert server.host.addresses == set()
+
+
+@in_virtual_time
+async def test_server_serves_before_a_slow_agent_has_answered() -> None:
+    """One stopped agent among 250 must not keep all others from being reached; calls about its container wait."""
+    server = Server()
+    core = await server.start()
+    await core.containers.create(ContainerSpec(handle="box"))
+    server.adopt_gate.clear()
+    core = await server.start()
+    assert [c.handle for c in core.containers.list_containers({}, all_states=False, after="", limit=9)] == [
+        "box"
+    ]
+    with pytest.raises(errors.ContainerRecovering):
+        core.containers.get("box")
+    with pytest.raises(errors.ContainerRecovering):
+        await core.containers.destroy("box")
+    waiting = asyncio.ensure_future(core.recovery.wait_for("box"))
+    await settle()
+    assert not waiting.done()
+    server.adopt_gate.set()
+    await waiting
+    assert core.containers.get("box").state is State.ACTIVE
+    await core.recovery.wait_for("box")
+    await core.recovery.wait_for("nobody")
+
+
+@in_virtual_time
+async def test_server_can_stop_before_it_has_taken_everything_over() -> None:
+    """The next one does it."""
+    server = Server()
+    core = await server.start()
+    await core.containers.create(ContainerSpec(handle="box"))
+    server.adopt_gate.clear()
+    core = await server.start()
+    await core.close()
+    server.adopt_gate.set()
+    core = await server.start()
+    assert core.containers.get("box").state is State.ACTIVE
+
+
+@in_virtual_time
+async def test_bug_in_taking_one_over_costs_only_that_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It can still be destroyed, and the others are there."""
+    server = Server()
+    core = await server.start()
+    for handle in ("bad", "good"):
+        await core.containers.create(ContainerSpec(handle=handle))
+    adopt = FakeBackend.adopt
+
+    async def stumble(backend: FakeBackend, row: ContainerRow) -> None:
+        if row.handle == "bad":
+            raise ZeroDivisionError
+        await adopt(backend, row)
+
+    monkeypatch.setattr(FakeBackend, "adopt", stumble)
+    core = await server.start()
+    assert core.containers.get("good").state is State.ACTIVE
+    assert core.containers.get("bad").state is State.BROKEN
+    await core.containers.destroy("bad")
+
+
+@in_virtual_time
+async def test_after_a_reboot_everything_is_cleared_while_the_server_serves() -> None:
+    """Many at a time but not all at once; a handle is free when its container has been cleared; events say why."""
+    server = Server()
+    core = await server.start()
+    for number in range(120):
+        await core.containers.create(ContainerSpec(handle=f"c{number}"))
+    await core.processes.start("c0", SLEEP)
+    server.host.containers.clear()
+    server.destroy_gate.clear()
+    core = await server.start(rebooted=True)
+    assert core.containers.list_containers({}, all_states=False, after="", limit=999) == []
+    stale = core.containers.list_containers({}, all_states=True, after="", limit=999)
+    assert {(c.state, c.state_reason) for c in stale} == {(State.DESTROYING, "the machine was rebooted")}
+    assert (await core.containers.create(ContainerSpec(handle="new"))).state is State.ACTIVE
+    assert 4 < len(server.backend.calls) < 60
+    server.destroy_gate.set()
+    await asyncio.sleep(1)
+    assert [row.handle for row in server.journal.containers()] == ["new"]
+    assert server.journal.processes("c0") == []
+    assert len(server.host.addresses) == 1
+    cleared = [event for event in server.kept() if event.kind is EventKind.CONTAINER_DESTROYED]
+    assert len(cleared) == 120
+    assert {event.details["reason"] for event in cleared} == {"the machine was rebooted"}
+
+
+@in_virtual_time
+async def test_server_killed_while_it_clears_what_a_reboot_left_goes_on_with_it() -> None:
+    """The second server finds the same boot; it must not take the rest for containers that run."""
+    server = Server()
+    core = await server.start()
+    await core.containers.create(ContainerSpec(handle="box"))
+    server.destroy_gate.clear()
+    await server.start(rebooted=True)
+    server.destroy_gate = open_gate()
+    core = await server.start()
+    await settle()
+    assert core.registry.find("box") is None
 
 
 @in_virtual_time

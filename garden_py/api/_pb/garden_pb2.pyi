@@ -23,7 +23,7 @@ Conventions
     ABORTED              an etag did not match: read again, then retry
     OUT_OF_RANGE         an offset below the first kept byte or beyond the end; ErrorInfo has first_offset, end_offset
     UNIMPLEMENTED        this server or host cannot do it; the message says why
-    UNAVAILABLE          the server is stopping, or the container cannot be killed yet (reason UNKILLABLE)
+    UNAVAILABLE          the server is stopping (reason SHUTTING_DOWN), or the container cannot be killed yet (UNKILLABLE)
 """
 
 from collections import abc as _abc
@@ -645,6 +645,7 @@ class Container(_message.Message):
     PROCESS_IDS_FIELD_NUMBER: _builtins.int
     EVENTS_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
+    AGENT_FIELD_NUMBER: _builtins.int
     handle: _builtins.str
     state: Global___ContainerState.ValueType
     state_reason: _builtins.str
@@ -671,6 +672,10 @@ class Container(_message.Message):
     def events(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """notable things of its life, e.g. "Out of memory" """
 
+    @_builtins.property
+    def agent(self) -> Global___Agent:
+        """what PID 1 is; unset while the container is not up"""
+
     def __init__(
         self,
         *,
@@ -687,14 +692,51 @@ class Container(_message.Message):
         process_ids: _abc.Iterable[_builtins.str] | None = ...,
         events: _abc.Iterable[_builtins.str] | None = ...,
         pid: _builtins.int = ...,
+        agent: Global___Agent | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "created_at", b"created_at", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["container_ip", b"container_ip", "created_at", b"created_at", "events", b"events", "external_ip", b"external_ip", "handle", b"handle", "host_ip", b"host_ip", "mapped_ports", b"mapped_ports", "pid", b"pid", "process_ids", b"process_ids", "properties", b"properties", "spec", b"spec", "state", b"state", "state_reason", b"state_reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "container_ip", b"container_ip", "created_at", b"created_at", "events", b"events", "external_ip", b"external_ip", "handle", b"handle", "host_ip", b"host_ip", "mapped_ports", b"mapped_ports", "pid", b"pid", "process_ids", b"process_ids", "properties", b"properties", "spec", b"spec", "state", b"state", "state_reason", b"state_reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Container: _TypeAlias = Container  # noqa: Y015
+
+@_typing.final
+class Agent(_message.Message):
+    """The program that is PID 1 of a container. A server that is newer than the running one replaces it in place, in the
+    background, without anything in the container noticing.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUILD_FIELD_NUMBER: _builtins.int
+    WIRE_VERSION_FIELD_NUMBER: _builtins.int
+    CURRENT_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    build: _builtins.str
+    """which program it is; empty if it is too old to say"""
+    wire_version: _builtins.int
+    """of the protocol between server and agent"""
+    current: _builtins.bool
+    """it is the one of this server"""
+    problem: _builtins.str
+    """why it is not current and stays so until the next start of the server; empty otherwise"""
+    def __init__(
+        self,
+        *,
+        build: _builtins.str = ...,
+        wire_version: _builtins.int = ...,
+        current: _builtins.bool = ...,
+        problem: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["build", b"build", "current", b"current", "problem", b"problem", "wire_version", b"wire_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Agent: _TypeAlias = Agent  # noqa: Y015
 
 @_typing.final
 class GetContainerRequest(_message.Message):
@@ -1500,7 +1542,7 @@ class Process(_message.Message):
     stdout_closed: _builtins.bool
     stderr_closed: _builtins.bool
     stdin_bytes: _builtins.int
-    """Offset after the last byte of stdin taken so far; unset when the server was restarted since the start."""
+    """Offset after the last byte of stdin taken so far; unset when that is not known (see Stdin.offset)."""
     @_builtins.property
     def spec(self) -> Global___ProcessSpec:
         """env values are not returned"""
@@ -1584,8 +1626,8 @@ class Stdin(_message.Message):
     data: _builtins.bytes
     offset: _builtins.int
     """Offset of data's first byte in stdin. If given, bytes below what was already accepted are skipped, so a retried
-    chunk is never fed twice; a gap is OUT_OF_RANGE. After a restart of the server the count is not known any more and
-    an offset is FAILED_PRECONDITION (OFFSET_UNKNOWN).
+    chunk is never fed twice; a gap is OUT_OF_RANGE. The count survives a restart of the server. (Only with an agent of the
+    release before it does not: then an offset is FAILED_PRECONDITION, OFFSET_UNKNOWN.)
     """
     close: _builtins.bool
     """after data"""
@@ -2114,6 +2156,8 @@ class Event(_message.Message):
         PROPERTIES_CHANGED: Event._Kind.ValueType  # 12
         WATCHING: Event._Kind.ValueType  # 13
         """first answer of WatchEvents: events after this cursor will be seen"""
+        LEAK_FOUND: Event._Kind.ValueType  # 14
+        """details: what, direction, name, removed (yes or no); told once per leak"""
 
     class Kind(_Kind, metaclass=_KindEnumTypeWrapper): ...
     KIND_UNSPECIFIED: Event.Kind.ValueType  # 0
@@ -2131,6 +2175,8 @@ class Event(_message.Message):
     PROPERTIES_CHANGED: Event.Kind.ValueType  # 12
     WATCHING: Event.Kind.ValueType  # 13
     """first answer of WatchEvents: events after this cursor will be seen"""
+    LEAK_FOUND: Event.Kind.ValueType  # 14
+    """details: what, direction, name, removed (yes or no); told once per leak"""
 
     @_typing.final
     class DetailsEntry(_message.Message):
@@ -2160,7 +2206,7 @@ class Event(_message.Message):
     EXIT_FIELD_NUMBER: _builtins.int
     DETAILS_FIELD_NUMBER: _builtins.int
     cursor: _builtins.int
-    """grows by one with each event of the server"""
+    """grows by one with each event; a restarted server refuses those of before (OUT_OF_RANGE)"""
     kind: Global___Event.Kind.ValueType
     handle: _builtins.str
     process_id: _builtins.str
@@ -2190,3 +2236,156 @@ class Event(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Event: _TypeAlias = Event  # noqa: Y015
+
+@_typing.final
+class CheckLeaksRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REMOVE_FIELD_NUMBER: _builtins.int
+    remove: _builtins.bool
+    """Also remove the orphans that are surely this server's own. What only looks like it is kept, and `kept_because`
+    says why; so is whatever a container has come to use in the meantime.
+    """
+    def __init__(
+        self,
+        *,
+        remove: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["remove", b"remove"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckLeaksRequest: _TypeAlias = CheckLeaksRequest  # noqa: Y015
+
+@_typing.final
+class CheckLeaksResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEAKS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def leaks(self) -> _containers.RepeatedCompositeFieldContainer[Global___Leak]:
+        """in the order in which they were, or would be, removed"""
+
+    def __init__(
+        self,
+        *,
+        leaks: _abc.Iterable[Global___Leak] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["leaks", b"leaks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckLeaksResponse: _TypeAlias = CheckLeaksResponse  # noqa: Y015
+
+@_typing.final
+class Leak(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Kind:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _KindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Leak._Kind.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        KIND_UNSPECIFIED: Leak._Kind.ValueType  # 0
+        PROCESS: Leak._Kind.ValueType  # 1
+        """in a cgroup that belongs to no container, or a launcher whose server is gone; name: its pid"""
+        CGROUP: Leak._Kind.ValueType  # 2
+        """name: path below each hierarchy"""
+        LINK: Leak._Kind.ValueType  # 3
+        """name: of the host's end"""
+        NFT_ELEMENT: Leak._Kind.ValueType  # 4
+        """of a set or map in the server's table"""
+        NFT_CHAIN: Leak._Kind.ValueType  # 5
+        """in the server's table"""
+        MOUNT: Leak._Kind.ValueType  # 6
+        """of a root file system kept mounted in the launcher, or on the host where none should be"""
+        RUNTIME: Leak._Kind.ValueType  # 7
+        """the OCI runtime's record of a container"""
+        SOCKET: Leak._Kind.ValueType  # 8
+        """of an agent"""
+        DIRECTORY: Leak._Kind.ValueType  # 9
+        """of a container, or rubbish that could not be deleted"""
+        ADDRESS: Leak._Kind.ValueType  # 10
+        """taken from the pool, used by nobody; so the next two"""
+        PORT: Leak._Kind.ValueType  # 11
+        UID_RANGE: Leak._Kind.ValueType  # 12
+
+    class Kind(_Kind, metaclass=_KindEnumTypeWrapper): ...
+    KIND_UNSPECIFIED: Leak.Kind.ValueType  # 0
+    PROCESS: Leak.Kind.ValueType  # 1
+    """in a cgroup that belongs to no container, or a launcher whose server is gone; name: its pid"""
+    CGROUP: Leak.Kind.ValueType  # 2
+    """name: path below each hierarchy"""
+    LINK: Leak.Kind.ValueType  # 3
+    """name: of the host's end"""
+    NFT_ELEMENT: Leak.Kind.ValueType  # 4
+    """of a set or map in the server's table"""
+    NFT_CHAIN: Leak.Kind.ValueType  # 5
+    """in the server's table"""
+    MOUNT: Leak.Kind.ValueType  # 6
+    """of a root file system kept mounted in the launcher, or on the host where none should be"""
+    RUNTIME: Leak.Kind.ValueType  # 7
+    """the OCI runtime's record of a container"""
+    SOCKET: Leak.Kind.ValueType  # 8
+    """of an agent"""
+    DIRECTORY: Leak.Kind.ValueType  # 9
+    """of a container, or rubbish that could not be deleted"""
+    ADDRESS: Leak.Kind.ValueType  # 10
+    """taken from the pool, used by nobody; so the next two"""
+    PORT: Leak.Kind.ValueType  # 11
+    UID_RANGE: Leak.Kind.ValueType  # 12
+
+    class _Direction:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _DirectionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Leak._Direction.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        DIRECTION_UNSPECIFIED: Leak._Direction.ValueType  # 0
+        ORPHAN: Leak._Direction.ValueType  # 1
+        MISSING: Leak._Direction.ValueType  # 2
+
+    class Direction(_Direction, metaclass=_DirectionEnumTypeWrapper): ...
+    DIRECTION_UNSPECIFIED: Leak.Direction.ValueType  # 0
+    ORPHAN: Leak.Direction.ValueType  # 1
+    MISSING: Leak.Direction.ValueType  # 2
+
+    KIND_FIELD_NUMBER: _builtins.int
+    DIRECTION_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    HANDLE_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
+    REMOVED_FIELD_NUMBER: _builtins.int
+    KEPT_BECAUSE_FIELD_NUMBER: _builtins.int
+    kind: Global___Leak.Kind.ValueType
+    direction: Global___Leak.Direction.ValueType
+    name: _builtins.str
+    handle: _builtins.str
+    """of the container it belongs or belonged to, as far as that can be told"""
+    detail: _builtins.str
+    removed: _builtins.bool
+    kept_because: _builtins.str
+    """why it was not, or will not be, removed; empty: it was, or `remove` would"""
+    def __init__(
+        self,
+        *,
+        kind: Global___Leak.Kind.ValueType = ...,
+        direction: Global___Leak.Direction.ValueType = ...,
+        name: _builtins.str = ...,
+        handle: _builtins.str = ...,
+        detail: _builtins.str = ...,
+        removed: _builtins.bool = ...,
+        kept_because: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "direction", b"direction", "handle", b"handle", "kept_because", b"kept_because", "kind", b"kind", "name", b"name", "removed", b"removed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Leak: _TypeAlias = Leak  # noqa: Y015

@@ -159,6 +159,11 @@ class GardenStub:
                 request_serializer=garden_dot_v1_dot_garden__pb2.WatchEventsRequest.SerializeToString,
                 response_deserializer=garden_dot_v1_dot_garden__pb2.Event.FromString,
                 _registered_method=True)
+        self.CheckLeaks = channel.unary_unary(
+                '/garden.v1.Garden/CheckLeaks',
+                request_serializer=garden_dot_v1_dot_garden__pb2.CheckLeaksRequest.SerializeToString,
+                response_deserializer=garden_dot_v1_dot_garden__pb2.CheckLeaksResponse.FromString,
+                _registered_method=True)
 
 
 class GardenServicer:
@@ -351,6 +356,17 @@ class GardenServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CheckLeaks(self, request, context):
+        """Compares the server's journal with its host, both ways: what carries the server's name but belongs to no container
+        (ORPHAN), and what a running container should have but has not (MISSING). What is being made or destroyed during
+        the call is in neither list. If a first look finds anything, a second one a second later must confirm it.
+        The server does the same by itself every --janitor-interval-s seconds, with `remove`.
+        Errors: INTERNAL when the host cannot be looked at.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GardenServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -478,6 +494,11 @@ def add_GardenServicer_to_server(servicer, server):
                     servicer.WatchEvents,
                     request_deserializer=garden_dot_v1_dot_garden__pb2.WatchEventsRequest.FromString,
                     response_serializer=garden_dot_v1_dot_garden__pb2.Event.SerializeToString,
+            ),
+            'CheckLeaks': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckLeaks,
+                    request_deserializer=garden_dot_v1_dot_garden__pb2.CheckLeaksRequest.FromString,
+                    response_serializer=garden_dot_v1_dot_garden__pb2.CheckLeaksResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -1155,6 +1176,33 @@ class Garden:
             '/garden.v1.Garden/WatchEvents',
             garden_dot_v1_dot_garden__pb2.WatchEventsRequest.SerializeToString,
             garden_dot_v1_dot_garden__pb2.Event.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckLeaks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/garden.v1.Garden/CheckLeaks',
+            garden_dot_v1_dot_garden__pb2.CheckLeaksRequest.SerializeToString,
+            garden_dot_v1_dot_garden__pb2.CheckLeaksResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -8,13 +8,14 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from garden_py.api._pb import garden_pb2 as pb
 from garden_py.model import netrule
 from garden_py.model.errors import InvalidField
+from garden_py.model.leak import LeakReport
 from garden_py.model.lifecycle import State
 from garden_py.model.limits import Limits
 from garden_py.model.process import ExitStatus, OutputStream, ProcessSpec, WindowSize, parse_signal
 from garden_py.model.spec import BindMount, ContainerSpec, MountMode, PortMapping, Transport
 from garden_py.service.containers import egress_etag
 from garden_py.service.events import Event
-from garden_py.service.ports import EgressCounts, NetworkFacts, RunningProcess, Usage
+from garden_py.service.ports import AgentFacts, EgressCounts, NetworkFacts, RunningProcess, Usage
 from garden_py.service.registry import Container
 
 _NS = 1_000_000_000
@@ -213,7 +214,9 @@ def container_spec_from(message: pb.ContainerSpec, default_egress: netrule.Defau
     )
 
 
-def container_to(container: Container, network: NetworkFacts, pid: int) -> pb.Container:
+def container_to(
+    container: Container, network: NetworkFacts, pid: int, agent: AgentFacts | None
+) -> pb.Container:
     """A container as a message."""
     return pb.Container(
         handle=container.handle,
@@ -229,7 +232,12 @@ def container_to(container: Container, network: NetworkFacts, pid: int) -> pb.Co
         process_ids=list(container.processes),
         events=container.notable,
         pid=pid,
+        agent=None if agent is None else _agent_to(agent),
     )
+
+
+def _agent_to(agent: AgentFacts) -> pb.Agent:
+    return pb.Agent(build=agent.build, wire_version=agent.wire, current=agent.current, problem=agent.problem)
 
 
 def _container_spec_to(spec: ContainerSpec) -> pb.ContainerSpec:
@@ -368,3 +376,17 @@ def event_to(event: Event) -> pb.Event:
     if event.exit is not None:
         message.exit.CopyFrom(exit_to(event.exit))
     return message
+
+
+def leak_to(report: LeakReport) -> pb.Leak:
+    """A leak, and what was done about it, as a message."""
+    leak = report.leak
+    return pb.Leak(
+        kind=pb.Leak.Kind.Value(leak.kind.name),
+        direction=pb.Leak.Direction.Value(leak.direction.name),
+        name=leak.name,
+        handle=leak.handle,
+        detail=leak.detail,
+        removed=report.removed,
+        kept_because=report.kept_because,
+    )

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import grpc
 import structlog
 
+from garden_py.api.grpc.drain import Drain
 from garden_py.api.grpc.status import status_of
 from garden_py.model.errors import GardenError, HostFault
 
@@ -19,7 +20,15 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
-    """Wraps every method of ours: a GardenError becomes its status, anything else is our bug and becomes INTERNAL."""
+    """Wraps every method of ours: a GardenError becomes its status, anything else is our bug and becomes INTERNAL.
+
+    Args:
+        wait_for: waits until a restarted server knows the container of a handle; see service/recovery.py.
+    """
+
+    def __init__(self, wait_for: Callable[[str], Awaitable[None]], drain: Drain) -> None:
+        self._wait_for = wait_for
+        self._drain = drain
 
     async def intercept_service(
         self,
@@ -33,41 +42,44 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
         method = str(handler_call_details.method)
         if not method.startswith(_OURS):  # health and reflection have manners of their own
             return handler
-        wrap, make = _WRAPPERS[handler.request_streaming, handler.response_streaming]
+        make = _MAKERS[handler.request_streaming, handler.response_streaming]
         inner = getattr(handler, make.removesuffix("_rpc_method_handler"))
         factory: Callable[..., Handler] = getattr(grpc, make)
-        return factory(wrap(inner, method), handler.request_deserializer, handler.response_serializer)
+        guarded = (self._guard_stream if handler.response_streaming else self._guard_single)(inner, method)
+        return factory(guarded, handler.request_deserializer, handler.response_serializer)
 
+    def _guard_single(
+        self, inner: Callable[[Any, Context], Any], method: str
+    ) -> Callable[[Any, Context], Awaitable[Any]]:
+        async def call(request: Any, context: Context) -> Any:
+            started = time.monotonic()
+            try:
+                with self._drain.call(method):
+                    await self._wait_for(getattr(request, "handle", ""))
+                    answer = await inner(request, context)
+            except Exception as error:
+                await _abort(error, context, method, started)
+                raise AssertionError("abort raises") from error
+            log.debug("rpc.done", method=method, took_ms=_ms_since(started))
+            return answer
 
-def _guard_single(
-    inner: Callable[[Any, Context], Any], method: str
-) -> Callable[[Any, Context], Awaitable[Any]]:
-    async def call(request: Any, context: Context) -> Any:
-        started = time.monotonic()
-        try:
-            answer = await inner(request, context)
-        except Exception as error:
-            await _abort(error, context, method, started)
-            raise AssertionError("abort raises") from error
-        log.debug("rpc.done", method=method, took_ms=_ms_since(started))
-        return answer
+        return call
 
-    return call
+    def _guard_stream(
+        self, inner: Callable[[Any, Context], AsyncIterator[Any]], method: str
+    ) -> Callable[[Any, Context], AsyncIterator[Any]]:
+        async def call(request: Any, context: Context) -> AsyncIterator[Any]:
+            started = time.monotonic()
+            try:
+                with self._drain.call(method):
+                    await self._wait_for(getattr(request, "handle", ""))
+                    async for answer in inner(request, context):
+                        yield answer
+            except Exception as error:  # noqa: BLE001 - turned into a status below
+                await _abort(error, context, method, started)
+            log.debug("rpc.done", method=method, took_ms=_ms_since(started))
 
-
-def _guard_stream(
-    inner: Callable[[Any, Context], AsyncIterator[Any]], method: str
-) -> Callable[[Any, Context], AsyncIterator[Any]]:
-    async def call(request: Any, context: Context) -> AsyncIterator[Any]:
-        started = time.monotonic()
-        try:
-            async for answer in inner(request, context):
-                yield answer
-        except Exception as error:  # noqa: BLE001 - turned into a status below
-            await _abort(error, context, method, started)
-        log.debug("rpc.done", method=method, took_ms=_ms_since(started))
-
-    return call
+        return call
 
 
 async def _abort(error: Exception, context: Context, method: str, started: float) -> None:
@@ -86,9 +98,9 @@ def _ms_since(started: float) -> float:
     return round((time.monotonic() - started) * 1000, 2)
 
 
-_WRAPPERS: dict[tuple[bool, bool], tuple[Callable[..., Any], str]] = {
-    (False, False): (_guard_single, "unary_unary_rpc_method_handler"),
-    (True, False): (_guard_single, "stream_unary_rpc_method_handler"),
-    (False, True): (_guard_stream, "unary_stream_rpc_method_handler"),
-    (True, True): (_guard_stream, "stream_stream_rpc_method_handler"),
+_MAKERS: dict[tuple[bool, bool], str] = {
+    (False, False): "unary_unary_rpc_method_handler",
+    (True, False): "stream_unary_rpc_method_handler",
+    (False, True): "unary_stream_rpc_method_handler",
+    (True, True): "stream_stream_rpc_method_handler",
 }

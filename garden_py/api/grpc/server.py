@@ -2,33 +2,51 @@
 
 from __future__ import annotations
 
+import asyncio
 import grp
-import ipaddress
 import os
+import socket
 from pathlib import Path
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from garden_py.api._pb import garden_pb2, garden_pb2_grpc
+from garden_py.api.activation import RelayProcess
+from garden_py.api.address import is_loopback
+from garden_py.api.grpc.drain import Drain
 from garden_py.api.grpc.interceptor import ErrorInterceptor
 from garden_py.api.grpc.servicer import GardenServicer
 from garden_py.config import Config
 from garden_py.model.errors import HostFault, InvalidField
 from garden_py.service.core import Core
 
+# How long a stop lets calls go on: those that follow a process or events, and those that end by themselves.
+_LASTING_GRACE_S = 0.2
 _STOP_GRACE_S = 2.0
+_REFUSING_S = 0.1
+_CANCEL_GRACE_S = 0.2
+_PRIVATE_SOCKET = "door.sock"
 
 
 class GrpcDoor:
-    """One listening gRPC server over a Core."""
+    """One listening gRPC server over a Core.
 
-    def __init__(self, core: Core, config: Config) -> None:
+    Args:
+        inherited: a listening unix socket to serve instead of binding one; grpc cannot take it over, so a relay does.
+    """
+
+    def __init__(self, core: Core, config: Config, inherited: socket.socket | None = None) -> None:
         self._config = config
+        self._inherited = inherited
+        self._relay: RelayProcess | None = None
+        self._bound_path: Path | None = None
+        self._drain = Drain()
         most = config.max_message_bytes
         self._server = grpc.aio.server(
-            interceptors=[ErrorInterceptor()],
+            interceptors=[ErrorInterceptor(core.recovery.wait_for, self._drain)],
             options=[
                 ("grpc.max_receive_message_length", most),
                 ("grpc.max_send_message_length", most),
@@ -54,18 +72,26 @@ class GrpcDoor:
             HostFault: it cannot be bound.
         """
         address = self._config.listen_address
-        if address.startswith("unix:"):
-            self._bind_unix(Path(address.removeprefix("unix:")))
+        if self._inherited is not None:
+            address = f"unix:{self._inherited.getsockname()}"
+            private = self._config.run_dir / _PRIVATE_SOCKET
+            self._bind_unix(private, mode=0o600, group="")
+            self._relay = RelayProcess(self._inherited, private)
+        elif address.startswith("unix:"):
+            mode = int(self._config.socket_mode, 8)
+            self._bind_unix(Path(address.removeprefix("unix:")), mode=mode, group=self._config.socket_group)
         else:
             self._bind_tcp(address)
         await self._server.start()
+        if self._relay is not None:
+            self._relay.start()
         for name in self._names:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         return address
 
-    def _bind_unix(self, path: Path) -> None:
+    def _bind_unix(self, path: Path, *, mode: int, group: str) -> None:
         """Bind with the final mode from the first moment: the umask decides it before anyone can connect."""
-        mode = int(self._config.socket_mode, 8)
+        self._bound_path = path
         path.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
         before = os.umask(0o777 & ~mode)
         try:
@@ -74,12 +100,12 @@ class GrpcDoor:
             raise HostFault("listen", f"cannot bind {path}") from error
         finally:
             os.umask(before)
-        if self._config.socket_group:
+        if group:
             try:
-                group = grp.getgrnam(self._config.socket_group).gr_gid
+                gid = grp.getgrnam(group).gr_gid
             except KeyError as error:
-                raise InvalidField("socket_group", f"no group {self._config.socket_group!r}") from error
-            os.chown(path, -1, group)
+                raise InvalidField("socket_group", f"no group {group!r}") from error
+            os.chown(path, -1, gid)
         path.chmod(mode)
 
     def _bind_tcp(self, address: str) -> None:
@@ -92,7 +118,7 @@ class GrpcDoor:
                 raise InvalidField(
                     "tls_client_ca", "a TCP door needs all of tls_cert, tls_key and tls_client_ca"
                 )
-            elif config.insecure_loopback and _is_loopback(address):
+            elif config.insecure_loopback and is_loopback(address, field="listen"):
                 bound = self._server.add_insecure_port(address)
             else:
                 raise InvalidField(
@@ -106,14 +132,29 @@ class GrpcDoor:
             raise HostFault("listen", f"cannot bind {address}")
 
     async def stop(self) -> None:
-        """Answer no new calls, give running ones a moment, end them."""
+        """Take no new calls, give running ones a moment, then end them with a status that says why."""
+        if self._relay is not None:
+            self._relay.stop_accepting()
+            idle: asyncio.Future[Any] = asyncio.ensure_future(
+                self._relay.wait_for_end(_LASTING_GRACE_S + _STOP_GRACE_S)
+            )
+        else:
+            # grpc cancels the calls that have come in and were not looked at yet when it is told to stop; so those are
+            # answered first: "shutting down". Behind a relay there are none: clients have been told to go elsewhere.
+            self._drain.refuse()
+            idle = asyncio.ensure_future(self._drain.wait_until_idle(and_then_s=_REFUSING_S))
         await self._health.enter_graceful_shutdown()
-        await self._server.stop(_STOP_GRACE_S)
-        self._unlink_socket()
-
-    def _unlink_socket(self) -> None:
-        if self._config.listen_address.startswith("unix:"):
-            Path(self._config.listen_address.removeprefix("unix:")).unlink(missing_ok=True)
+        await asyncio.wait([idle], timeout=_LASTING_GRACE_S)
+        self._drain.end_lasting()
+        await asyncio.wait([idle], timeout=_STOP_GRACE_S)
+        self._drain.end_all()
+        await self._server.stop(_CANCEL_GRACE_S)
+        idle.cancel()
+        await asyncio.wait([idle])
+        if self._relay is not None:
+            await self._relay.close()
+        if self._bound_path is not None:
+            self._bound_path.unlink(missing_ok=True)
 
 
 def _credentials(config: Config) -> grpc.ServerCredentials:
@@ -132,15 +173,3 @@ def _credentials(config: Config) -> grpc.ServerCredentials:
         root_certificates=contents["tls_client_ca"],
         require_client_auth=True,
     )
-
-
-def _is_loopback(address: str) -> bool:
-    host, colon, port = address.rpartition(":")
-    if not colon or not port.isdigit():
-        raise InvalidField("listen", f"{address!r} must be unix:PATH or HOST:PORT")
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False

@@ -17,7 +17,7 @@ from garden_py.api.grpc.streams import CHUNK_BYTES, ProcessFeed, feed_input
 from garden_py.model.errors import GardenError, InvalidField
 from garden_py.model.process import OutputStream
 from garden_py.service.core import Core
-from garden_py.service.ports import NetworkFacts, RunningProcess
+from garden_py.service.ports import AgentFacts, NetworkFacts, RunningProcess
 from garden_py.service.registry import Container
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -61,6 +61,11 @@ class GardenServicer(garden_pb2_grpc.GardenServicer):
             if not wanted or event.handle in wanted:
                 yield convert.event_to(event)
 
+    async def CheckLeaks(self, request: pb.CheckLeaksRequest, context: Context) -> pb.CheckLeaksResponse:
+        """See the proto."""
+        reports = await self._core.janitor.check(remove=request.remove)
+        return pb.CheckLeaksResponse(leaks=[convert.leak_to(report) for report in reports])
+
     # --- containers
 
     async def CreateContainer(self, request: pb.CreateContainerRequest, context: Context) -> pb.Container:
@@ -72,9 +77,10 @@ class GardenServicer(garden_pb2_grpc.GardenServicer):
         try:
             network = self._core.backend.facts_of_network(container.handle)
             pid = self._core.backend.pid(container.handle)
+            agent: AgentFacts | None = self._core.backend.agent(container.handle)
         except GardenError:  # being made, being destroyed, or broken: nothing of it is up
-            network, pid = NetworkFacts(), 0
-        return convert.container_to(container, network, pid)
+            network, pid, agent = NetworkFacts(), 0, None
+        return convert.container_to(container, network, pid, agent)
 
     async def GetContainer(self, request: pb.GetContainerRequest, context: Context) -> pb.Container:
         """See the proto."""
@@ -183,6 +189,7 @@ class GardenServicer(garden_pb2_grpc.GardenServicer):
                 yield message.data
 
         target = first.target
+        await self._core.recovery.wait_for(target.handle)
         await self._core.files.stream_in(target.handle, target.path, target.user, chunks())
         return pb.StreamInResponse()
 
@@ -206,6 +213,7 @@ class GardenServicer(garden_pb2_grpc.GardenServicer):
         if first is None or first.WhichOneof("message") != "start":
             raise InvalidField("start", "must be the first message of the stream")
         start = first.start
+        await self._core.recovery.wait_for(start.handle)
         with self._core.processes.use(start.handle):
             process = await self._core.processes.start(
                 start.handle, convert.process_spec_from(start.spec), start.request_id
@@ -223,6 +231,7 @@ class GardenServicer(garden_pb2_grpc.GardenServicer):
         if first is None or first.WhichOneof("message") != "attach":
             raise InvalidField("attach", "must be the first message of the stream")
         attach = first.attach
+        await self._core.recovery.wait_for(attach.handle)
         with self._core.processes.use(attach.handle):
             process = self._core.processes.get(attach.handle, attach.process_id)
             offsets = {

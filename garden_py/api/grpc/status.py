@@ -39,6 +39,7 @@ CODES: dict[type[errors.GardenError], StatusCode] = {
     errors.CopyFailed: StatusCode.FAILED_PRECONDITION,
     errors.NotSupported: StatusCode.UNIMPLEMENTED,
     errors.HostFault: StatusCode.INTERNAL,
+    errors.ContainerRecovering: StatusCode.UNAVAILABLE,
     errors.ShuttingDown: StatusCode.UNAVAILABLE,
 }
 

@@ -38,18 +38,23 @@ def remove_parent(hierarchies: Hierarchies, tag: str) -> None:
     Raises:
         OSError: EBUSY while it does.
     """
-    points = [*hierarchies.distinct(), *_runtime_hierarchies()]
-    for mount_point in dict.fromkeys(points):
+    for mount_point in all_hierarchies(hierarchies):
         try:
             (mount_point / f"garden-{tag}").rmdir()
         except FileNotFoundError:
             continue
 
 
-def _runtime_hierarchies() -> list[Path]:
-    """Every hierarchy below /sys/fs/cgroup: the runtime makes the container's path in all of them."""
-    root = Path("/sys/fs/cgroup")
-    return [Path(entry.path) for entry in os.scandir(root) if entry.is_dir(follow_symlinks=False)]
+def all_hierarchies(hierarchies: Hierarchies) -> list[Path]:
+    """The mount point of every hierarchy that a container's path may be in.
+
+    On v1 the runtime makes it in all that are below /sys/fs/cgroup, not only in those that we use.
+    """
+    points = hierarchies.distinct()
+    if hierarchies.version == 1:
+        root = os.scandir("/sys/fs/cgroup")
+        points += [Path(entry.path) for entry in root if entry.is_dir(follow_symlinks=False)]
+    return list(dict.fromkeys(points))
 
 
 def furnish(cgroup: ContainerCgroup, agent_pid: int, limits: Limits) -> None:
@@ -108,8 +113,12 @@ def open_procs(cgroup: ContainerCgroup, leaf: tuple[str, ...]) -> list[int]:
 
 def pids_in(cgroup: ContainerCgroup) -> list[int]:
     """Every process in the container's groups, PID 1 included, as the host numbers them; empty if it is gone."""
+    return pids_below(cgroup.directory("pids"))
+
+
+def pids_below(top: Path) -> list[int]:
+    """Every process in a cgroup directory and those below it; empty if it is gone."""
     found: list[int] = []
-    top = cgroup.directory("pids")
     for parent, _, _ in os.walk(top):
         try:
             found += [int(line) for line in Path(parent, "cgroup.procs").read_text().split()]
@@ -148,10 +157,7 @@ def remove(cgroup: ContainerCgroup) -> None:
     Raises:
         OSError: EBUSY while a task is still in one of them.
     """
-    points = cgroup.hierarchies.distinct()
-    if cgroup.hierarchies.version == 1:
-        points = [*points, *_runtime_hierarchies()]
-    for mount_point in dict.fromkeys(points):
+    for mount_point in all_hierarchies(cgroup.hierarchies):
         directory = mount_point / cgroup.path
         if directory.exists():
             remove_tree(directory)

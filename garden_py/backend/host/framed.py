@@ -6,6 +6,7 @@ import array
 import asyncio
 import os
 import socket
+import sys
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing import Any
 
 from garden_py import wire
 
-_RECEIVE_BYTES = 256 << 10
+_RECEIVE_BYTES = 64 << 10  # also bounds how long the frames of one turn take to decode
 _SEND_PATIENCE_S = 5.0
 _AT_ONCE_BYTES = 4096
 _CMSG_SPACE = socket.CMSG_SPACE(wire.MAX_FDS * array.array("i").itemsize)
@@ -95,6 +96,12 @@ class FramedLink:
         sock: connected; owned from here on.
         on_event: called with each event's value.
         on_close: called once with the reason when the link ends by itself.
+        unasked_max: how many frames may come that no request is waiting for, i.e. events and answers that come too
+            late; each request allows two more, but never more than this at a time. None: any number.
+
+    Attributes:
+        heard_at: when the other side has last sent a frame, in the event loop's time.
+        limits: see wire.Decoder.limits; the largest payloads that are accepted.
     """
 
     def __init__(
@@ -103,6 +110,7 @@ class FramedLink:
         *,
         on_event: Callable[[dict[str, Any]], None] | None = None,
         on_close: Callable[[str], None] | None = None,
+        unasked_max: int | None = None,
     ) -> None:
         sock.setblocking(False)
         self._sock = sock
@@ -115,6 +123,9 @@ class FramedLink:
         self._next_id = 1
         self._send_lock = asyncio.Lock()
         self._closed_because = ""
+        self._unasked_max = self._unasked = unasked_max if unasked_max is not None else sys.maxsize
+        self.heard_at = self._loop.time()
+        self.limits = self._decoder.limits
         self._loop.add_reader(sock, self._readable)
 
     @property
@@ -123,9 +134,20 @@ class FramedLink:
         return not self._closed_because
 
     async def request(
-        self, value: dict[str, Any], fds: list[int] | None = None, *, timeout_s: float
+        self,
+        value: dict[str, Any],
+        fds: list[int] | None = None,
+        *,
+        timeout_s: float,
+        meanwhile: Callable[[], None] | None = None,
     ) -> Reply:
         """Send a request and wait for its reply. The caller keeps its own copies of fds.
+
+        Args:
+            value: what is asked.
+            fds: sent along.
+            timeout_s: how long to wait for the answer.
+            meanwhile: called when the request is on its way; what it raises ends the waiting.
 
         Raises:
             RequestRefused: an error frame came back.
@@ -138,11 +160,14 @@ class FramedLink:
         self._next_id = number % 0xFFFF_FFFF + 1
         future: asyncio.Future[Reply] = self._loop.create_future()
         self._waiting[number] = future
+        self._unasked = min(self._unasked + 2, self._unasked_max)
         try:
             async with asyncio.timeout(timeout_s):
                 frame = wire.encode_frame(wire.REQUEST, number, value, len(fds or ()))
                 if not self._send_at_once(frame, fds or []):
                     await self._send_whole(frame, fds or [])
+                if meanwhile is not None:
+                    meanwhile()
                 return await future
         finally:
             self._waiting.pop(number, None)
@@ -226,9 +251,14 @@ class FramedLink:
             self._end(f"receiving failed: {error.strerror}")
 
     def _dispatch(self, frame: wire.Frame, fds: list[int]) -> None:
+        if self._closed_because:  # by the frame before
+            Reply({}, fds).close_fds()
+            return
         reply = Reply(frame.value, fds)
+        self.heard_at = self._loop.time()
         if frame.kind == wire.EVENT:
             reply.close_fds()
+            self._count_unasked()
             if self._on_event is not None:
                 # Not called from here: should it raise, the frames behind it still find their descriptors.
                 self._loop.call_soon(self._on_event, frame.value)
@@ -236,11 +266,21 @@ class FramedLink:
         future = self._waiting.get(frame.id)
         if future is None or future.done():
             reply.close_fds()  # the asker has left
+            self._count_unasked()
         elif frame.kind == wire.REPLY:
             future.set_result(reply)
         else:
             reply.close_fds()
             future.set_exception(RequestRefused(frame.value))
+
+    def _count_unasked(self) -> None:
+        self._unasked -= 1
+        if self._unasked < 0:
+            raise wire.WireError("more frames than anybody asked for")
+
+    def fail(self, reason: str) -> None:
+        """End the link as if the other side had, with a reason for `on_close`."""
+        self._end(reason)
 
     def close(self) -> None:
         """Close the link; requests under way fail with LinkClosed. Twice is fine."""

@@ -35,6 +35,12 @@ def read_start_time(pid: int) -> int | None:
     return int(fields[19]) if fields and fields[0] not in "ZX" else None
 
 
+def read_session(pid: int) -> int | None:
+    """A process's session id (proc_pid_stat(5), field 6); None if there is no such process."""
+    fields = _read_stat(pid)
+    return int(fields[3]) if fields else None
+
+
 def _read_stat(pid: int) -> list[str]:
     """Fields of /proc/PID/stat from the third (state) on; empty if there is no such process.
 

@@ -13,3 +13,5 @@ It lives in a mount namespace of its own: root file systems are mounted there, h
 again as soon as the container has its copy. The host's mount table never changes, and whatever is left half-done
 disappears with the launcher. One job at a time per worker, so no job ever forks beside another thread.
 """
+
+MODULE = "garden_py.backend.launcher.main"

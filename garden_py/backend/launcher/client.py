@@ -13,6 +13,7 @@ from typing import Any
 import structlog
 
 from garden_py.backend.host.framed import FramedLink, LinkClosed, Reply, RequestRefused
+from garden_py.backend.launcher import MODULE
 from garden_py.model.errors import GardenError, HostFault, InvalidField, NotSupported, PortInUse
 
 log = structlog.get_logger()
@@ -48,6 +49,11 @@ class Launcher:
             await asyncio.to_thread(self._spawn)
         self._idle.append(await self._new_worker())
 
+    @property
+    def pid(self) -> int | None:
+        """Of the launcher process, which leads the session that it and its workers are in; None without one."""
+        return None if self._process is None else self._process.pid
+
     def _spawn(self) -> None:
         """Start the launcher process. subprocess uses vfork, which is safe beside grpc's threads."""
         self._shut_down()
@@ -55,7 +61,7 @@ class Launcher:
         argv = [
             sys.executable,
             "-m",
-            "garden_py.backend.launcher.main",
+            MODULE,
             str(theirs.fileno()),
             str(self._mount_dir),
             str(self._mount_dir.with_suffix(".lock")),

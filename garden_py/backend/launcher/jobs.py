@@ -20,6 +20,8 @@ from garden_py.backend.net import jobs as net_jobs
 from garden_py.backend.rootfs import mounts
 from garden_py.backend.runtime.command import AGENT_LISTENER_FD, Runtime, cause_of_failure
 from garden_py.model.errors import HostFault, NotSupported
+from garden_py.observe import failpoints
+from garden_py.observe.failpoints import Point
 
 RUNTIME_TIMEOUT_S = 60
 
@@ -41,7 +43,8 @@ def launch(bench: Bench, params: dict[str, Any], fds: list[int]) -> dict[str, An
 
     Args:
         bench: of this worker.
-        params: `plan` (MountPlan as a dict), `id`, `bundle`, `runtime`, `root`, `log`, `agent_log`.
+        params: `plan` (MountPlan as a dict), `id`, `bundle`, `runtime`, `root`, `log`, `agent_log`,
+            `fail_points` (observe/failpoints.py).
         fds: the agent's listening socket.
 
     Returns:
@@ -52,10 +55,12 @@ def launch(bench: Bench, params: dict[str, Any], fds: list[int]) -> dict[str, An
     pid_file = bundle / "pid"
     mounts.apply(plan)
     try:
+        failpoints.reach_in_worker(Point.CREATE_MOUNT, params["fail_points"])
         os.dup2(fds[0], AGENT_LISTENER_FD, inheritable=True)
         runtime = Runtime(params["runtime"], Path(params["root"]))
         argv = runtime.run_argv(params["id"], bundle=bundle, pid_file=pid_file, log=Path(params["log"]))
         _call_runtime(runtime, argv, log=Path(params["log"]), stderr=Path(params["agent_log"]))
+        failpoints.reach_in_worker(Point.CREATE_RUN, params["fail_points"])
         pid = int(pid_file.read_text())
     except BaseException:
         mounts.release(plan.directory)
@@ -72,6 +77,11 @@ def release_mounts(bench: Bench, params: dict[str, Any], fds: list[int]) -> dict
     """Let go of a launch's mounts, should its worker have been killed in the middle."""
     mounts.release(Path(params["directory"]))
     return {}
+
+
+def list_mounts(bench: Bench, params: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+    """Ids of the launches whose mounts are still held here, those of launches under way included."""
+    return {"ids": os.listdir(params["directory"])}
 
 
 def _parse_plan(value: dict[str, Any]) -> mounts.MountPlan:
@@ -127,5 +137,6 @@ Job = Callable[[Bench, dict[str, Any], list[int]], dict[str, Any]]
 JOBS: dict[str, Job] = {
     "container.launch": launch,
     "container.release_mounts": release_mounts,
+    "container.list_mounts": list_mounts,
     **{name: _net_job(job) for name, job in net_jobs.JOBS.items()},
 }

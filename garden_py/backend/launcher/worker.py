@@ -21,7 +21,7 @@ def serve(sock: socket.socket) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     bench = Bench()
     decoder, fds = wire.Decoder(), deque[int]()
-    while (frames := receive_frames(sock, decoder, fds)) is not None:
+    while (frames := _receive(sock, decoder, fds)) is not None:
         for frame in frames:
             job_fds = take_fds(frame, fds)
             kind, value = _run(bench, frame, job_fds)
@@ -30,6 +30,15 @@ def serve(sock: socket.socket) -> None:
             _answer(sock, wire.encode_frame(kind, frame.id, value))
             while bench.afterwards:
                 bench.afterwards.pop()()
+
+
+def _receive(sock: socket.socket, decoder: wire.Decoder, fds: deque[int]) -> list[wire.Frame] | None:
+    try:
+        return receive_frames(sock, decoder, fds)
+    except ConnectionResetError:
+        return (
+            None  # the server died with an answer of ours unread, which is an end of file as well (unix(7))
+        )
 
 
 def _answer(sock: socket.socket, data: bytes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -20,9 +21,13 @@ from garden_py.backend.linux import copying
 from garden_py.backend.linux.construction import Construction
 from garden_py.backend.linux.container import ContainerFacts, LinuxContainer
 from garden_py.backend.linux.demolition import Demolition
+from garden_py.backend.linux.hands import ServerHands
+from garden_py.backend.linux.heartbeat import Heartbeat
+from garden_py.backend.linux.leaks import Ledger, places_of
 from garden_py.backend.linux.network import LinuxNetwork, NetworkLease, check_dns_servers
 from garden_py.backend.linux.process import LinuxProcess
 from garden_py.backend.linux.site import Site, disk_of, open_site
+from garden_py.backend.linux.upgrades import Upgrades
 from garden_py.backend.oci.data import load_runc_config
 from garden_py.backend.rootfs.embedded import build_embedded_rootfs
 from garden_py.config import Config
@@ -36,23 +41,30 @@ from garden_py.model.errors import (
     ProcessNotFound,
     Unkillable,
 )
-from garden_py.model.lifecycle import USABLE, State
+from garden_py.model.leak import Leak
+from garden_py.model.lifecycle import State
 from garden_py.model.limits import Limits
 from garden_py.model.netrule import EgressPolicy
 from garden_py.model.process import ProcessSpec
 from garden_py.model.spec import ContainerSpec, PortMapping
+from garden_py.observe import failpoints
+from garden_py.observe.failpoints import Point
 from garden_py.service.ports import (
+    AgentFacts,
     BackendEvents,
+    Claim,
     ContainerRow,
     EgressCounts,
     HostCapacity,
     NetworkFacts,
     ProcessRow,
     Usage,
+    Witness,
 )
 
 log = structlog.get_logger()
 _REATTACH_TIMEOUT_S = 5.0
+_OWN_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 
 
 def open_linux_backend(config: Config) -> LinuxBackend:
@@ -66,17 +78,21 @@ class LinuxBackend:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._containers: dict[str, LinuxContainer] = {}
+        self._unleased: dict[str, str] = {}
         self._events: BackendEvents
         self._site: Site
         self._launcher: Launcher
         self._network: LinuxNetwork
         self._construction: Construction
         self._demolition: Demolition
+        self._upgrades: Upgrades
+        self._heartbeat: Heartbeat
+        self._ledger: Ledger
 
     # --- start and stop
 
-    async def open(self, events: BackendEvents, rows: list[ContainerRow]) -> dict[str, str]:
-        """Get ready, and take over the containers of rows; see service.ports."""
+    async def open(self, events: BackendEvents, rows: list[ContainerRow]) -> None:
+        """Get ready, and hold what rows lease; see service.ports."""
         check_dns_servers(self._config.dns_server)
         self._events = events
         self._site = await asyncio.to_thread(open_site, self._config)
@@ -90,11 +106,19 @@ class LinuxBackend:
         image = await asyncio.to_thread(self._default_image)
         self._construction = Construction(self._site, self._launcher, self._network, image)
         self._demolition = Demolition(self._site, self._launcher, self._network)
+        site = self._site
+        self._ledger = Ledger(
+            places_of(self._config, self._network.host, site.depot, site.hierarchies),
+            ServerHands(site, self._launcher, self._network),
+        )
         await self._network.ensure_host()
         groups.ensure_parent(self._site.hierarchies, self._config.tag)
         self._site.depot.open()
         self._discard_orphans({row.handle for row in rows})
-        return await self._take_over(rows)
+        self._hold_leases(rows)
+        self._upgrades = Upgrades(self._site.bundle)
+        self._heartbeat = Heartbeat(self._containers, period_s=self._config.agent_check_s)
+        self._heartbeat.start()
 
     def _default_image(self) -> Path:
         if not self._config.default_rootfs:
@@ -111,8 +135,7 @@ class LinuxBackend:
                 log.info("depot.orphan_removed", handle=handle)
                 self._site.depot.discard(handle)
 
-    async def _take_over(self, rows: list[ContainerRow]) -> dict[str, str]:
-        lost: dict[str, str] = {}
+    def _hold_leases(self, rows: list[ContainerRow]) -> None:
         for row in rows:
             if not row.facts:
                 continue
@@ -120,15 +143,20 @@ class LinuxBackend:
             try:
                 self._network.adopt(facts.lease)
             except GardenError as error:
-                lost[row.handle] = f"its address or ports are not in the server's pools any more: {error}"
+                self._unleased[row.handle] = (
+                    f"its address or ports are not in the server's pools any more: {error}"
+                )
             self._site.uids.reserve(facts.uid_slot)
-        usable = [row for row in rows if row.state in USABLE and row.handle not in lost]
-        results = await asyncio.gather(*(self._reconnect(row) for row in usable))
-        lost.update({row.handle: reason for row, reason in zip(usable, results, strict=True) if reason})
-        for row in rows:
-            if row.facts and (row.state is State.BROKEN or row.handle in lost):
-                self._keep_broken(row, lost.get(row.handle, row.state_reason))
-        return lost
+
+    async def adopt(self, row: ContainerRow) -> None:
+        """Take over a container; see service.ports."""
+        reason = self._unleased.pop(row.handle, "")
+        if row.state is State.BROKEN:
+            reason = reason or row.state_reason or "its agent is gone"
+        reason = reason or await self._reconnect(row)
+        if reason:
+            self._keep_broken(row, reason)
+            raise ContainerBroken(row.handle, reason)
 
     def _keep_broken(self, row: ContainerRow, reason: str) -> None:
         """A container that can only be destroyed; until then its processes' exits and output can be asked for."""
@@ -136,7 +164,7 @@ class LinuxBackend:
         container = LinuxContainer(
             row.handle, facts, site.cgroup(row.handle), site.depot.directory(row.handle), self._events
         )
-        container.broken_because = reason or "its agent is gone"
+        container.broken_because = reason
         self._containers[row.handle] = container
 
     async def _reconnect(self, row: ContainerRow) -> str:
@@ -146,29 +174,62 @@ class LinuxBackend:
         pidfd = identity.open() if identity is not None else None
         if pidfd is None:
             return "its PID 1 is gone"
-        os.close(pidfd)
         site = self._site
         container = LinuxContainer(
             row.handle, facts, site.cgroup(row.handle), site.depot.directory(row.handle), self._events
         )
+        container.watch(pidfd)
         try:
-            container.connect(site.depot.socket(row.handle))
-            container.held = await container.greet(timeout_s=_REATTACH_TIMEOUT_S)
-            container.watch()
-        except (OSError, GardenError) as error:
+            container.connect(site.depot.socket(row.handle), patience_s=self._config.agent_patience_s)
+            await container.greet(timeout_s=_REATTACH_TIMEOUT_S)
+        except ContainerBroken as error:
+            container.let_go()
+            return error.reason
+        except OSError as error:
+            if error.errno not in _OWN_SHORTAGES:
+                container.give_up()
             container.let_go()
             return f"its agent cannot be reached: {error}"
+        except asyncio.CancelledError:  # the server stops before it has taken everything over
+            container.let_go()
+            raise
         self._containers[row.handle] = container
         return ""
 
+    async def adopted(self, handle: str) -> None:
+        """End what a container runs without the journal knowing; see service.ports."""
+        container = self._containers.get(handle)
+        if container is None or container.broken_because:
+            return
+        for process_id in container.held.keys() - container.processes.keys():
+            log.info("process.unknown_ended", handle=handle, process_id=process_id)
+            await container.link.cancel(process_id)
+        container.held.clear()
+        self._upgrades.consider(container)
+
+    def agent(self, handle: str) -> AgentFacts:
+        """Which agent a container has."""
+        container = self._get_whole(handle)
+        build, version = container.link.build, container.link.wire
+        return AgentFacts(
+            build, version, current=build == self._site.bundle.version, problem=container.agent_problem
+        )
+
     async def close(self) -> None:
         """Let go; with no container left, also give back what they shared."""
+        self._heartbeat.stop()
+        await self._upgrades.close()
         for container in self._containers.values():
             container.let_go()
-        await self._site.depot.close()
+        await self._site.depot.settle()
         if not self._containers and not self._site.depot.handles():
             await self._network.remove_host()
-            groups.remove_parent(self._site.hierarchies, self._config.tag)
+            try:
+                groups.remove_parent(self._site.hierarchies, self._config.tag)
+            except (
+                OSError
+            ) as error:  # something is in it that no row knows: the ledger's affair, no reason to fail
+                log.warning("cgroup.parent_kept", error=str(error))
         await self._launcher.close()
 
     # --- containers
@@ -193,6 +254,7 @@ class LinuxBackend:
         facts = self._construction.lease(spec)
         try:
             record(facts.to_json())
+            failpoints.reach(Point.CREATE_LEASE)
             async with asyncio.timeout(self._config.create_timeout_s):
                 container = await self._construction.build(spec, facts, record, self._events)
         except BaseException as failure:
@@ -317,9 +379,21 @@ class LinuxBackend:
             handle, facts.pid, facts.lease, rules, privileged=facts.privileged
         )
 
+    # --- leaks
+
+    async def find_leaks(self, witness: Witness) -> list[Leak]:
+        """Compare what is on the host with what is claimed."""
+        return await self._ledger.find_leaks(witness)
+
+    async def remove_leak(self, leak: Leak, claims: list[Claim]) -> bool:
+        """Remove an orphan."""
+        return await self._ledger.remove_leak(leak, claims)
+
     # --- processes
 
-    async def start_process(self, handle: str, spec: ProcessSpec, env: tuple[str, ...]) -> LinuxProcess:
+    async def start_process(
+        self, handle: str, spec: ProcessSpec, env: tuple[str, ...], record: Callable[[], None]
+    ) -> LinuxProcess:
         """Start a process; see service.ports."""
         container = self._get(handle)
         leaf = container.leaf_of(spec)
@@ -327,18 +401,17 @@ class LinuxBackend:
         try:
             if not spec.limits.empty():
                 groups.add_process_group(container.cgroup, spec.id, spec.limits)
-            process = container.make_process(
-                spec,
-                pid=0,
-                started_ns=time.time_ns(),
-                directory=self._site.depot.streams(handle, spec.id),
-                retention_bytes=self._config.output_retention_bytes,
-                alive=True,
-            )
+            made: list[LinuxProcess] = []
+
+            def prepare() -> None:
+                record()
+                made.append(self._process_of(container, spec))
+
             with container.group_fds(leaf) as cgroup_fds:
                 spawned = await container.link.spawn(
-                    spec, env, cgroup_fds, bounding=self._bounding(container, spec)
+                    spec, env, cgroup_fds, bounding=self._bounding(container, spec), before_exec=prepare
                 )
+            (process,) = made
             process.pid = spawned.pid
             process.connect(
                 spawned, lambda reason: log.warning("stream.failed", handle=handle, reason=reason)
@@ -353,6 +426,16 @@ class LinuxBackend:
         finally:
             container.spawning.discard(spec.id)
         return process
+
+    def _process_of(self, container: LinuxContainer, spec: ProcessSpec) -> LinuxProcess:
+        return container.make_process(
+            spec,
+            pid=0,
+            started_ns=time.time_ns(),
+            directory=self._site.depot.streams(container.handle, spec.id),
+            retention_bytes=self._config.output_retention_bytes,
+            alive=True,
+        )
 
     def _bounding(self, container: LinuxContainer, spec: ProcessSpec) -> int | None:
         """Non-root users of a privileged container get a smaller bounding set (Garden statement C2)."""
@@ -436,6 +519,8 @@ def _as_garden_error(verb: str, failure: BaseException) -> BaseException:
     """The first error of a group of parallel steps; time-outs and system errors as faults of the host."""
     while isinstance(failure, BaseExceptionGroup):
         failure = failure.exceptions[0]
+    if isinstance(failure, ContainerBroken):  # no caller has a container yet, or still, that could be broken
+        return HostFault(verb, failure.reason)
     if isinstance(failure, TimeoutError):
         return HostFault(verb, "the create deadline has passed (server setting create_timeout_s)")
     if isinstance(failure, OSError):

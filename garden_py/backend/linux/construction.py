@@ -28,6 +28,8 @@ from garden_py.model.errors import FieldViolation, HostFault, ImageNotFound, Inv
 from garden_py.model.handle import hostname_for
 from garden_py.model.netrule import DefaultAction, EgressPolicy
 from garden_py.model.spec import ContainerSpec, MountMode, image_directory
+from garden_py.observe import failpoints
+from garden_py.observe.failpoints import Point
 from garden_py.service.ports import BackendEvents
 
 Record = Callable[[dict[str, Any]], None]
@@ -49,6 +51,7 @@ class Construction:
             InvalidRequest, PoolExhausted, PortInUse: nothing was taken.
         """
         self._image(spec)
+        self._site.depot.refuse_foreign(spec.handle)
         _check_bind_sources(spec)
         lease = self._network.lease(spec.port_mappings)
         try:
@@ -70,20 +73,30 @@ class Construction:
         container = LinuxContainer(spec.handle, facts, site.cgroup(spec.handle), directory, events)
         plan = self._plan_mounts(spec, facts, directory)
         self._write_directory(spec, facts, directory, plan)
+        failpoints.reach(Point.CREATE_DIRECTORY)
         with _listen(site.depot.socket(spec.handle)) as listener:
+            failpoints.reach(Point.CREATE_LISTEN)
             facts.pid = await self._launch(facts, directory, plan, listener)
         facts.pid_start = read_start_time(facts.pid) or 0
         record(facts.to_json())
-        container.connect(site.depot.socket(spec.handle))
-        policy = spec.egress or EgressPolicy(default_action=DefaultAction(site.config.default_egress))
+        failpoints.reach(Point.CREATE_PID)
+        container.connect(site.depot.socket(spec.handle), patience_s=site.config.agent_patience_s)
         groups.furnish(container.cgroup, facts.pid, spec.limits)
-        container.watch()
+        container.watch(os.pidfd_open(facts.pid))
+        failpoints.reach(Point.CREATE_LIMIT)
         async with asyncio.TaskGroup() as steps:
-            steps.create_task(container.greet(timeout_s=site.config.create_timeout_s))
-            steps.create_task(
-                self._network.attach(spec.handle, facts.pid, facts.lease, policy, privileged=spec.privileged)
-            )
+            steps.create_task(self._greet(container))
+            steps.create_task(self._connect(spec, facts))
         return container
+
+    async def _greet(self, container: LinuxContainer) -> None:
+        await container.greet(timeout_s=self._site.config.create_timeout_s)
+        failpoints.reach(Point.CREATE_GREET)
+
+    async def _connect(self, spec: ContainerSpec, facts: ContainerFacts) -> None:
+        policy = spec.egress or EgressPolicy(default_action=DefaultAction(self._site.config.default_egress))
+        await self._network.attach(spec.handle, facts.pid, facts.lease, policy, privileged=spec.privileged)
+        failpoints.reach(Point.CREATE_CONNECT)
 
     def _image(self, spec: ContainerSpec) -> Path:
         image = Path(image_directory(spec.image)) if spec.image else self._default_image
@@ -142,7 +155,8 @@ class Construction:
             os.chown(etc / name, owner, owner)
         request = self._bundle_request(spec, plan, hostname)
         config = build_config(request, self._site.facts, load_runc_config())
-        (directory / "config.json").write_text(json.dumps(config, indent=1))
+        # Not indented, which is four times as fast: only then it is written in C.
+        (directory / "config.json").write_text(json.dumps(config))
 
     def _bundle_request(self, spec: ContainerSpec, plan: MountPlan, hostname: str) -> BundleRequest:
         binds = [(str(plan.directory / f"bind-{i}"), m.destination) for i, m in enumerate(spec.bind_mounts)]
@@ -173,6 +187,7 @@ class Construction:
             "root": str(self._site.runtime_root),
             "log": str(directory / "runtime.log"),
             "agent_log": str(directory / "agent.log"),
+            "fail_points": failpoints.hand_over(Point.CREATE_MOUNT, Point.CREATE_RUN),
         }
         try:
             answer = await self._launcher.run("container.launch", params, [listener.fileno()])

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from garden_py.backend.boot import read_boot_id
 from garden_py.backend.cgroup import groups
 from garden_py.backend.cgroup.events import OomWatch
 from garden_py.backend.cgroup.layout import WORK, ContainerCgroup
@@ -19,7 +22,8 @@ from garden_py.backend.cgroup.stats import read_oom_kills
 from garden_py.backend.host.pids import ProcessIdentity
 from garden_py.backend.linux.network import NetworkLease
 from garden_py.backend.linux.process import LinuxProcess, OomAccount
-from garden_py.backend.streams.agent_link import AgentExit, AgentLink
+from garden_py.backend.streams.agent_link import AgentLink
+from garden_py.backend.streams.agent_replies import AgentExit
 from garden_py.model.errors import ContainerBroken
 from garden_py.model.limits import Limits
 from garden_py.model.process import ProcessSpec
@@ -36,6 +40,7 @@ class ContainerFacts:
         uid_slot: its range in the uid pool; -1 for a privileged container.
         pid: PID 1 as the host numbers it; 0 before it was started.
         pid_start: its start time in clock ticks, which tells it from a later process of that number.
+        boot: the boot of the machine that pid and pid_start are of.
     """
 
     runtime_id: str
@@ -44,6 +49,7 @@ class ContainerFacts:
     uid_slot: int
     pid: int = 0
     pid_start: int = 0
+    boot: str = field(default_factory=read_boot_id)
 
     def to_json(self) -> dict[str, Any]:
         """For the journal."""
@@ -56,8 +62,8 @@ class ContainerFacts:
 
     @property
     def identity(self) -> ProcessIdentity | None:
-        """PID 1, if it was ever started."""
-        return ProcessIdentity(self.pid, self.pid_start) if self.pid else None
+        """PID 1, if it was ever started in this boot: after another one its number is somebody else's."""
+        return ProcessIdentity(self.pid, self.pid_start) if self.pid and self.boot == read_boot_id() else None
 
 
 class LinuxContainer:
@@ -65,6 +71,11 @@ class LinuxContainer:
 
     Args:
         events: told of exits, out-of-memory and a lost agent.
+
+    Attributes:
+        held: processes that the agent had when it was greeted, with the exits of those that had ended.
+        broken_because: why it can only be destroyed; empty while it is whole.
+        agent_problem: why the agent could not be upgraded; empty if it is not to be.
     """
 
     def __init__(
@@ -83,6 +94,7 @@ class LinuxContainer:
         self.helpers: dict[str, asyncio.Future[AgentExit]] = {}
         self.held: dict[str, AgentExit | None] = {}
         self.broken_because = ""
+        self.agent_problem = ""
         self._events = events
         self._link: AgentLink | None = None
         self.spawning: set[str] = set()
@@ -97,13 +109,20 @@ class LinuxContainer:
 
     # --- the agent
 
-    def connect(self, socket_path: Path) -> None:
-        """Connect to the agent's socket. The answer to `greet` tells whether it lives."""
-        self._link = AgentLink.connect(self.handle, socket_path, on_exit=self._exited, on_lost=self._lost)
+    def connect(self, socket_path: Path, *, patience_s: float) -> None:
+        """Connect to the agent's socket. The answer to `greet` tells whether it lives.
 
-    async def greet(self, *, timeout_s: float) -> dict[str, AgentExit | None]:
-        """Wait until the agent answers; the processes it holds."""
-        return await self.link.hello(server="garden-py", timeout_s=timeout_s)
+        Args:
+            socket_path: of the agent.
+            patience_s: see AgentLink.
+        """
+        self._link = AgentLink.connect(
+            self.handle, socket_path, patience_s=patience_s, on_exit=self._exited, on_lost=self._lost
+        )
+
+    async def greet(self, *, timeout_s: float) -> None:
+        """Wait until the agent answers; `held` are the processes it has then."""
+        self.held = (await self.link.hello(server="garden-py", timeout_s=timeout_s)).processes
 
     @property
     def link(self) -> AgentLink:
@@ -116,10 +135,21 @@ class LinuxContainer:
             raise ContainerBroken(self.handle, self.broken_because or "its agent is not connected")
         return self._link
 
-    def watch(self) -> None:
-        """Be told when PID 1 ends, and when the workload runs out of memory."""
+    @property
+    def silent_since(self) -> float:
+        """When the agent has last said something, in the event loop's time; infinite when it is not to be asked."""
+        if self._link is None or self.broken_because:
+            return math.inf
+        return self._link.heard_at
+
+    def watch(self, pidfd: int) -> None:
+        """Be told when PID 1 ends, and when the workload runs out of memory.
+
+        Args:
+            pidfd: of PID 1; owned from here on.
+        """
         loop = asyncio.get_running_loop()
-        self._pidfd = os.pidfd_open(self.facts.pid)
+        self._pidfd = pidfd
         loop.add_reader(self._pidfd, self._lost, "its PID 1 has ended")
         self.watch_oom("", (WORK,))
 
@@ -142,12 +172,25 @@ class LinuxContainer:
             watch.close()
 
     def _lost(self, reason: str) -> None:
-        """The agent is gone: every process is, too, or cannot be reached any more."""
+        """The agent is gone, or of no use any more; every process goes with it."""
         if self.broken_because:
             return
         self.broken_because = reason
+        self.give_up()
         self.end_all(f"container broken: {reason}")
         self._events.broken(self.handle, reason)
+
+    def give_up(self) -> None:
+        """End PID 1, and with it everything in the container.
+
+        So what is told of a broken container's processes is true: they have ended. An agent that was stopped
+        (SIGSTOP) cannot come back either and go on with processes that nobody knows any more.
+        """
+        if self._pidfd >= 0:
+            try:
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            except ProcessLookupError:
+                return
 
     def end_all(self, reason: str) -> None:
         """Let go of the agent and report every running process as ended."""

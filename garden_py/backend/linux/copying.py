@@ -10,9 +10,9 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 
 from garden_py.backend.linux.container import COPY_PREFIX, LinuxContainer
-from garden_py.backend.streams.agent_link import AgentExit, Spawned
+from garden_py.backend.streams.agent_replies import AgentExit, Spawned
 from garden_py.backend.streams.stdin import StdinFeed
-from garden_py.model.errors import CopyFailed, InvalidField
+from garden_py.model.errors import ContainerBroken, CopyFailed, InvalidField
 from garden_py.model.process import ProcessSpec
 
 CHUNK_BYTES = 256 << 10
@@ -100,20 +100,21 @@ async def _helper(container: LinuxContainer, program: str, path: str, user: str)
 
 
 async def _end(container: LinuxContainer, helper_id: str, exited: asyncio.Future[AgentExit]) -> None:
-    if container.broken_because:
-        return
-    if not exited.done() and await container.link.signal(helper_id, signal.SIGKILL, group=True):
-        await asyncio.wait([exited], timeout=_KILL_PATIENCE_S)
-    if not container.broken_because:
+    try:
+        if not exited.done() and await container.link.signal(helper_id, signal.SIGKILL, group=True):
+            await asyncio.wait([exited], timeout=_KILL_PATIENCE_S)
         await container.link.release(helper_id)
+    except ContainerBroken:
+        return  # its agent is gone, and the helper with it; who copies learns it from the copy
 
 
 async def stream_in(container: LinuxContainer, path: str, user: str, chunks: AsyncIterator[bytes]) -> None:
     """Unpack chunks, a tar, at path; see service.ports.Backend.stream_in."""
     async with _helper(container, "tar-in", path, user) as helper:
-        feed = StdinFeed("tar-in", helper.fds.pop("stdin"), is_tty=False)
+        fed = asyncio.Event()
+        feed = StdinFeed("tar-in", helper.fds.pop("stdin"), is_tty=False, on_end=fed.set)
         finishing = asyncio.ensure_future(helper.finish())
-        feeding = asyncio.ensure_future(_feed(container, helper.id, feed, chunks))
+        feeding = asyncio.ensure_future(_feed(container, helper.id, feed, fed, chunks))
         try:
             # Whichever ends first: an archiver that gives up must not wait for a caller that sends no more.
             await asyncio.wait([finishing, feeding], return_when=asyncio.FIRST_COMPLETED)
@@ -128,11 +129,16 @@ async def stream_in(container: LinuxContainer, path: str, user: str, chunks: Asy
 
 
 async def _feed(
-    container: LinuxContainer, helper_id: str, feed: StdinFeed, chunks: AsyncIterator[bytes]
+    container: LinuxContainer,
+    helper_id: str,
+    feed: StdinFeed,
+    fed: asyncio.Event,
+    chunks: AsyncIterator[bytes],
 ) -> None:
     async for data in chunks:
         await feed.write(data, None)
     await feed.close()
+    await fed.wait()
     await container.link.close_stdin(helper_id)
 
 

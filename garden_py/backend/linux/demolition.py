@@ -17,6 +17,8 @@ from garden_py.backend.linux.container import ContainerFacts
 from garden_py.backend.linux.network import LinuxNetwork
 from garden_py.backend.linux.site import Site
 from garden_py.model.errors import Unkillable
+from garden_py.observe import failpoints
+from garden_py.observe.failpoints import Point
 
 log = structlog.get_logger()
 _RETRY_S = 0.005
@@ -39,15 +41,18 @@ class Demolition:
         deadline = time.monotonic() + self._site.config.destroy_timeout_s
         cgroup = self._site.cgroup(handle)
         await self._kill(handle, facts, cgroup, deadline)
+        failpoints.reach(Point.DESTROY_KILL)
         async with asyncio.TaskGroup() as steps:
-            steps.create_task(self._network.detach(handle, facts.lease, privileged=facts.privileged))
+            steps.create_task(self._detach(handle, facts))
             steps.create_task(self._remove_cgroup(handle, cgroup, deadline))
         # The runtime's record of a container whose processes, cgroups and mounts are gone is this directory and
         # nothing else; `runc delete` would do the same, 20 ms later (docs/decisions/0004-no-runc-delete.md).
         shutil.rmtree(
             self._site.runtime_root / facts.runtime_id, ignore_errors=False, onerror=_missing_is_fine
         )
+        failpoints.reach(Point.DESTROY_RUNTIME)
         self._site.depot.discard(handle)
+        failpoints.reach(Point.DESTROY_DIRECTORY)
         self._network.release(facts.lease)
         self._site.uids.release(facts.uid_slot)
 
@@ -66,18 +71,23 @@ class Demolition:
             groups.kill_all(cgroup)
             await asyncio.sleep(_RETRY_S)
 
+    async def _detach(self, handle: str, facts: ContainerFacts) -> None:
+        await self._network.detach(handle, facts.lease, privileged=facts.privileged)
+        failpoints.reach(Point.DESTROY_DETACH)
+
     async def _remove_cgroup(self, handle: str, cgroup: ContainerCgroup, deadline: float) -> None:
         # rmdir answers EBUSY until the last task has really left (cgroups(7)).
         while True:
             try:
                 groups.remove(cgroup)
-                return
+                break
             except OSError as error:
                 if error.errno != errno.EBUSY:
                     raise
                 if time.monotonic() > deadline:
                     raise Unkillable(handle, f"its cgroup stays busy: {error.filename}") from error
                 await asyncio.sleep(_RETRY_S)
+        failpoints.reach(Point.DESTROY_CGROUP)
 
 
 def _missing_is_fine(

@@ -59,7 +59,7 @@ class LinuxNetwork:
         self._launcher = launcher
         self._mtu = config.mtu or uplink_mtu
         self.addresses = AddressPool(config.network_pool)
-        self._ports = {
+        self.ports = {
             Transport.TCP: PortPool(config.port_pool_start, config.port_pool_size),
             Transport.UDP: PortPool(config.port_pool_start, config.port_pool_size),
         }
@@ -68,7 +68,11 @@ class LinuxNetwork:
     @property
     def ports_in_use(self) -> int:
         """Mapped ports, both transports."""
-        return sum(pool.in_use for pool in self._ports.values())
+        return sum(pool.in_use for pool in self.ports.values())
+
+    def taken_ports(self) -> set[tuple[str, int]]:
+        """(protocol, host port) of those that are taken, now."""
+        return {(kind.value, port) for kind, pool in self.ports.items() for port in pool.taken}
 
     @property
     def external_ip(self) -> str:
@@ -95,7 +99,7 @@ class LinuxNetwork:
 
     def lease_port(self, wanted: PortMapping) -> PortMapping:
         """Take one host port: the wanted one, or the next of the pool."""
-        pool = self._ports[wanted.transport]
+        pool = self.ports[wanted.transport]
         if wanted.host_port:
             pool.reserve(wanted.host_port)
             host_port = wanted.host_port
@@ -111,30 +115,31 @@ class LinuxNetwork:
         """
         self.addresses.reserve(lease.address)
         for mapping in lease.mappings:
-            self._ports[mapping.transport].reserve(mapping.host_port)
+            self.ports[mapping.transport].reserve(mapping.host_port)
 
     def release(self, lease: NetworkLease) -> None:
         """Give a lease back; the kernel has forgotten it."""
         self.addresses.release(lease.address)
         for mapping in lease.mappings:
-            self._ports[mapping.transport].release(mapping.host_port)
+            self.ports[mapping.transport].release(mapping.host_port)
 
     def release_port(self, mapping: PortMapping) -> None:
         """Give one port back."""
-        self._ports[mapping.transport].release(mapping.host_port)
+        self.ports[mapping.transport].release(mapping.host_port)
 
     # --- acts
 
-    async def _job(self, op: str, params: dict[str, Any], fds: list[int] | None = None) -> dict[str, Any]:
+    async def job(self, op: str, params: dict[str, Any], fds: list[int] | None = None) -> dict[str, Any]:
+        """Do a job of net/jobs.py in the launcher; HostFault and what else it raises."""
         return await self._launcher.run(f"net.{op}", {"host": self.host.to_json(), **params}, fds)
 
     async def ensure_host(self) -> dict[str, Any]:
         """Make or repair what all containers share."""
-        return await self._job("ensure_host", {"host_access": self._config.allow_host_access})
+        return await self.job("ensure_host", {"host_access": self._config.allow_host_access})
 
     async def remove_host(self) -> None:
         """Remove it, after the last container."""
-        await self._job("remove_host", {})
+        await self.job("remove_host", {})
 
     def _link(self, lease: NetworkLease, handle: str) -> LinkPlan:
         return plan_link(self.host, lease.address, handle=handle, mtu_bytes=self._mtu)
@@ -159,7 +164,7 @@ class LinuxNetwork:
             "mappings": [mapping.to_json() for mapping in self._mappings(lease)],
         }
         with _Namespaces(pid, privileged=privileged) as fds:
-            await self._job("attach", params, fds)
+            await self.job("attach", params, fds)
 
     async def detach(self, handle: str, lease: NetworkLease, *, privileged: bool) -> None:
         """Disconnect a container and its ports; what is gone already is fine."""
@@ -167,12 +172,12 @@ class LinuxNetwork:
         rules = host_firewall.compile_detach(
             self.host, link, mappings=self._mappings(lease), has_host_side_policy=privileged
         )
-        await self._job("detach", {"host_link": link.host_link, "rules": rules})
+        await self.job("detach", {"host_link": link.host_link, "rules": rules})
 
     async def map_port(self, lease: NetworkLease, mapping: PortMapping) -> None:
         """Put one more mapping in force."""
         (element,) = self._mappings(NetworkLease(lease.address, (mapping,)))
-        await self._job("map_port", {"mapping": element.to_json()})
+        await self.job("map_port", {"mapping": element.to_json()})
 
     async def set_egress(
         self, handle: str, pid: int, lease: NetworkLease, policy: EgressPolicy, *, privileged: bool
@@ -180,11 +185,11 @@ class LinuxNetwork:
         """Replace a container's whole policy in one transaction."""
         if privileged:
             rules = host_firewall.compile_host_side_policy(self.host, self._link(lease, handle), policy)
-            await self._job("set_egress", {"host_side": True, "rules": rules})
+            await self.job("set_egress", {"host_side": True, "rules": rules})
             return
         with _Namespaces(pid, privileged=False) as fds:
             rules = firewall.compile_container_ruleset(policy)
-            await self._job("set_egress", {"host_side": False, "rules": rules}, fds)
+            await self.job("set_egress", {"host_side": False, "rules": rules}, fds)
 
     async def egress_counts(
         self, handle: str, pid: int, lease: NetworkLease, rules: int, *, privileged: bool
@@ -192,7 +197,7 @@ class LinuxNetwork:
         """What each of a policy's rules has decided."""
         params = {"host_side": privileged, "link": self._link(lease, handle).to_json()}
         with _Namespaces(pid, privileged=privileged) as fds:
-            answer = await self._job("egress_counters", params, fds)
+            answer = await self.job("egress_counters", params, fds)
         counts = {c["rule"]: RuleCount(c["packets"], c["bytes"]) for c in answer["counters"]}
         per_rule = tuple(counts.get(index, RuleCount()) for index in range(rules))
         return EgressCounts(per_rule, counts.get("default", RuleCount()))

@@ -6,16 +6,22 @@ import asyncio
 import os
 import signal as _signal
 from collections.abc import Callable, Coroutine
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from garden_py.backend.streams.agent_link import AgentExit, AgentLink, Spawned
+import structlog
+
+from garden_py.backend.streams.agent_link import AgentLink
+from garden_py.backend.streams.agent_replies import AgentExit, Spawned
 from garden_py.backend.streams.pump import Pump
 from garden_py.backend.streams.segments import SegmentLog
+from garden_py.backend.streams.spool import NoSpool, Spool
 from garden_py.backend.streams.stdin import StdinFeed
 from garden_py.model.errors import ContainerBroken, NoTty, ProcessExited
 from garden_py.model.process import ExitStatus, OutputStream, ProcessSpec, WindowSize, signal_name
 
+log = structlog.get_logger()
 _SIGKILL_SHELL_CODE = 128 + _signal.SIGKILL
 
 
@@ -97,18 +103,39 @@ class LinuxProcess:
 
     def connect(self, spawned: Spawned, on_error: Callable[[str], None]) -> None:
         """Take over the process's stream descriptors; streams without one are closed."""
-        self._stdin = StdinFeed(
-            self.spec.id,
-            spawned.fds.get("stdin", -1),
-            is_tty=self.spec.tty is not None,
-            counted=not self._recovered,
-        )
+        self._stdin = self._connect_stdin(spawned)
         for stream, log in self.logs.items():
             fd = spawned.fds.get(stream.value)
             if fd is None:
                 log.close()
             else:
                 self._pumps[stream] = Pump(fd, log, on_end=self._ended(stream), on_error=on_error)
+
+    def _connect_stdin(self, spawned: Spawned) -> StdinFeed:
+        spool, link, is_tty = None, self._link, self.spec.tty is not None
+        if (spool_fd := spawned.fds.get("spool", -1)) >= 0:
+            try:
+                spool = Spool(spool_fd)
+            except NoSpool as error:
+                os.close(spool_fd)
+                log.warning("stdin.no_spool", process_id=self.id, error=str(error))
+        # An agent of wire version 1 keeps no spool, and its terminals' input is the master.
+        keep = partial(link.keep_spool, self.id) if link is not None and link.wire >= 2 else None
+        return StdinFeed(
+            self.spec.id,
+            spawned.fds.get("stdin", -1),
+            is_tty=is_tty,
+            is_master=is_tty and keep is None,
+            spool=spool,
+            keep=keep,
+            counted=keep is not None or not self._recovered,
+            on_end=self._stdin_fed,
+        )
+
+    def _stdin_fed(self) -> None:
+        """All input was fed: the agent's duplicate is the last that keeps the process from seeing the end."""
+        if self.spec.tty is None and self._link is not None and self.exit is None:
+            self._start(self._link.close_stdin(self.id))
 
     def _ended(self, stream: OutputStream) -> Callable[[], None]:
         def ended() -> None:
@@ -206,8 +233,7 @@ class LinuxProcess:
 
     async def close_stdin(self) -> None:
         """End stdin."""
-        if await self._stdin.close() and self.spec.tty is None and self._link is not None:
-            await self._link.close_stdin(self.id)
+        await self._stdin.close()
 
     async def resize(self, size: WindowSize) -> None:
         """Set the terminal's size."""
@@ -215,7 +241,10 @@ class LinuxProcess:
             raise NoTty(self.id)
         if self.exit is not None:
             raise ProcessExited(self.id)
-        self._stdin.resize(size)
+        if self._link is not None and self._link.wire >= 2:
+            await self._link.resize(self.id, size)
+        else:
+            self._stdin.resize(size)
 
     async def signal(self, number: int, *, group: bool) -> bool:
         """Send a signal; False if the process had exited."""

@@ -51,6 +51,11 @@ class UidPool:
         if 0 <= slot < self._next:
             self._next = slot
 
+    @property
+    def taken(self) -> frozenset[int]:
+        """The slots that are taken, now."""
+        return frozenset(self._taken)
+
     def base(self, slot: int) -> int:
         """First host id of a slot."""
         return self._start + slot * UIDS_PER_CONTAINER

@@ -21,8 +21,9 @@ from garden_py.agent.nft import Nft, NftError, is_missing, read_counters
 from garden_py.agent.rtnetlink import RTN_UNREACHABLE, Link, Rtnetlink, RtnetlinkError, VethEnd
 from garden_py.backend.net import host_firewall
 from garden_py.backend.net.host_firewall import HostPolicy, PortMapping
-from garden_py.backend.net.messages import Attachment, HostReport, Leftovers, RuleCounter
-from garden_py.backend.net.plan import HostPlan, LinkPlan, choose_mtu, parse_mac
+from garden_py.backend.net.messages import Attachment, HostReport, RuleCounter
+from garden_py.backend.net.plan import HostPlan, LinkPlan, address_of_link, choose_mtu, parse_mac
+from garden_py.backend.net.survey import Survey, read_chains, read_elements
 from garden_py.model.errors import HostFault, InvalidField, PortInUse
 
 T = TypeVar("T")
@@ -89,7 +90,8 @@ class HostNetwork:
             HostFault: the kernel refused a step; the other steps were tried all the same.
         """
         failures: list[HostFault] = []
-        names = [link.name for link in self._own_links()] + [self._plan.anchor_link]
+        containers = [link.name for link in self._own_links() if self._is_containers(link)]
+        names = [*containers, self._plan.anchor_link]
         steps: list[Callable[[], None]] = [partial(self._delete_link, name) for name in names]
         removal = host_firewall.compile_host_removal(self._plan)
         steps += [self._delete_pool_route, partial(self._run_nft, "network.table", removal)]
@@ -101,14 +103,40 @@ class HostNetwork:
         if failures:
             raise HostFault("network.remove", "; ".join(str(f) for f in failures))
 
-    def list_leftovers(self) -> Leftovers:
-        """What is on the host of this server instance's tag, whoever made it."""
-        tables = [o["table"]["name"] for o in self._nft.run_json("list tables inet") if "table" in o]
-        return Leftovers(
-            links={link.name: link.alias for link in self._own_links()},
-            tables=tuple(name for name in tables if name == self._plan.table),
+    def survey(self) -> Survey:
+        """Everything of this server instance's tag that is on the host, in detail.
+
+        Raises:
+            HostFault: the kernel refused a listing.
+        """
+        try:
+            listed: list[dict[str, Any]] | None = self._nft.run_json(f"list table inet {self._plan.table}")
+        except NftError as error:
+            if not is_missing(error):
+                raise HostFault("network.survey", error.message) from error
+            listed = None
+        return Survey(
+            links={link.name: link.kind for link in self._own_links()},
             anchor=self._netlink.find_link(self._plan.anchor_link) is not None,
+            table=listed is not None,
+            elements=read_elements(listed or []),
+            chains=read_chains(listed or []),
         )
+
+    def remove_link(self, name: str) -> None:
+        """Remove one of the server's links; gone is fine.
+
+        Raises:
+            HostFault: it is not a veth pair, or the kernel refused.
+        """
+        link = self._netlink.find_link(name)
+        if link is not None and not self._is_containers(link):
+            raise HostFault("network.link_delete", f"{name} is not a container's link")
+        self._delete_link(name)
+
+    def forget(self, rules: str) -> None:
+        """Run a transaction that deletes from the table; what is gone already is no error."""
+        self._forget("network.forget", rules)
 
     # --- containers ---
 
@@ -310,6 +338,10 @@ class HostNetwork:
 
     def _own_links(self) -> Sequence[Link]:
         return [link for link in self._netlink.links() if link.name.startswith(self._plan.link_prefix)]
+
+    def _is_containers(self, link: Link) -> bool:
+        """Whether it can be the host's end of a container's link: somebody else may like our prefix, too."""
+        return link.kind == "veth" and address_of_link(self._plan, link.name) is not None
 
     def _is_own(self, name: str) -> bool:
         return name == self._plan.anchor_link or name.startswith(self._plan.link_prefix)

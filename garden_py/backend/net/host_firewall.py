@@ -26,6 +26,11 @@ from garden_py.backend.net.firewall import DNS_PORT, REFUSE, REJECT, chain, comp
 from garden_py.backend.net.plan import HostPlan, LinkPlan
 from garden_py.model.netrule import EgressPolicy
 
+BASE_CHAINS = (
+    "refuse", "antispoof", "judge", "map_ports", "map_ports_local", "to_host", "input", "from_container",
+    "to_container", "forward", "source_nat",
+)  # fmt: skip
+
 
 class Access(Enum):
     """Whether a direction is open."""
@@ -111,6 +116,7 @@ def compile_host_base(host: HostPlan, policy: HostPolicy) -> str:
         ),
         "source_nat": ("type nat hook postrouting priority srcnat; policy accept;", _source_nat(host, ours)),
     }
+    assert tuple(chains) == BASE_CHAINS
     table = f"inet {host.table}"
     lines = [f"table {table} {{", *_SETS]
     for name, (hook, _) in chains.items():
@@ -205,7 +211,12 @@ def compile_unmap_port(host: HostPlan, mapping: PortMapping) -> str:
 
 def egress_chain(link: LinkPlan) -> str:
     """The chain of a privileged container in the server's table."""
-    return "egress_" + link.host_link.partition("-")[2]
+    return egress_chain_of(link.host_link)
+
+
+def egress_chain_of(host_link: str) -> str:
+    """The same by the name of its link."""
+    return "egress_" + host_link.partition("-")[2]
 
 
 # `local` also means the addresses of loopback, so that 127.0.0.1:PORT works on the host.

@@ -83,6 +83,23 @@ def map_port(net: HostNetwork, params: dict[str, Any], fds: list[int]) -> dict[s
     return {}
 
 
+def survey(net: HostNetwork, params: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+    """What of the server is on the host."""
+    return net.survey().to_json()
+
+
+def remove_link(net: HostNetwork, params: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+    """Remove a container's link that nobody claims."""
+    net.remove_link(params["link"])
+    return {}
+
+
+def forget(net: HostNetwork, params: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+    """Remove from the table what nobody claims."""
+    net.forget(params["rules"])
+    return {}
+
+
 NetJob = Callable[[HostNetwork, dict[str, Any], list[int]], dict[str, Any]]
 
 JOBS: dict[str, NetJob] = {
@@ -93,4 +110,7 @@ JOBS: dict[str, NetJob] = {
     "net.set_egress": set_egress,
     "net.egress_counters": egress_counters,
     "net.map_port": map_port,
+    "net.survey": survey,
+    "net.remove_link": remove_link,
+    "net.forget": forget,
 }

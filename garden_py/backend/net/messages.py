@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from garden_py.backend.net.plan import LinkPlan
@@ -63,30 +63,3 @@ class RuleCounter:
     rule: int | str
     packets: int
     bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Leftovers:
-    """What of a server instance is on the host.
-
-    Attributes:
-        links: host link name -> alias, the handle of the container it belongs to.
-        tables: names of its tables of family inet.
-        anchor: whether the link with the gateway address is there.
-    """
-
-    links: dict[str, str] = field(default_factory=dict)
-    tables: tuple[str, ...] = ()
-    anchor: bool = False
-
-    def __bool__(self) -> bool:
-        return bool(self.links or self.tables or self.anchor)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values for another process; `from_json` is the inverse."""
-        return {"links": self.links, "tables": list(self.tables), "anchor": self.anchor}
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Leftovers:
-        """Rebuild from `to_json`."""
-        return cls(value["links"], tuple(value["tables"]), value["anchor"])

@@ -23,6 +23,7 @@ MAX_ALIAS_BYTES = 255  # IFALIASZ - 1, linux/if.h
 DEFAULT_MTU_BYTES = 1500
 MIN_MTU_BYTES = 68  # RFC 791: every link carries 68 bytes
 
+_OFFSET = re.compile(r"[1-9a-f][0-9a-f]{0,7}")
 _TAG = re.compile(r"[0-9a-f]{4}")
 
 
@@ -119,13 +120,8 @@ def plan_link(host: HostPlan, address: IPv4Address, *, handle: str, mtu_bytes: i
     Raises:
         ValueError: the address is not in the pool.
     """
-    if address not in host.pool:
-        raise ValueError(f"address {address} is not in {host.pool}")
-    index = int(address) - int(host.pool.network_address)
-    name = f"{host.link_prefix}{index:x}"
-    assert len(name) <= MAX_LINK_NAME_BYTES, name
     return LinkPlan(
-        host_link=name,
+        host_link=host_link_name(host, address),
         container_link=CONTAINER_LINK,
         host_mac=format_mac(b"\x06\x00" + address.packed),
         container_mac=format_mac(b"\x02\x00" + address.packed),
@@ -134,6 +130,31 @@ def plan_link(host: HostPlan, address: IPv4Address, *, handle: str, mtu_bytes: i
         mtu_bytes=mtu_bytes,
         alias=_truncate(handle, MAX_ALIAS_BYTES),
     )
+
+
+def host_link_name(host: HostPlan, address: IPv4Address) -> str:
+    """The name of a container's link on the host: the offset of its address in the pool, in hexadecimal.
+
+    Raises:
+        ValueError: the address is not in the pool.
+    """
+    if address not in host.pool:
+        raise ValueError(f"address {address} is not in {host.pool}")
+    name = f"{host.link_prefix}{int(address) - int(host.pool.network_address):x}"
+    assert len(name) <= MAX_LINK_NAME_BYTES, name
+    return name
+
+
+def address_of_link(host: HostPlan, name: str) -> IPv4Address | None:
+    """The address that a link's name stands for; None if no container's link can have that name."""
+    digits = name.removeprefix(host.link_prefix)
+    if digits == name or not _OFFSET.fullmatch(digits):
+        return None
+    offset = int(digits, 16)
+    if not 0 < offset < host.pool.num_addresses - 1:
+        return None
+    address = host.pool[offset]
+    return None if address == host.gateway else address
 
 
 def choose_mtu(uplink_mtu_bytes: int | None, *, wanted_bytes: int | None = None) -> int:

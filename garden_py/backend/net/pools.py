@@ -84,6 +84,11 @@ class AddressPool:
             heapq.heappush(self._released, address)
 
     @property
+    def taken(self) -> frozenset[IPv4Address]:
+        """The addresses that are taken, now."""
+        return frozenset(self._taken)
+
+    @property
     def in_use(self) -> int:
         """How many addresses are taken."""
         return len(self._taken)
@@ -139,6 +144,11 @@ class PortPool:
     def release(self, port: int) -> None:
         """Give a port back; twice, or one that was never taken, is fine."""
         self._taken.discard(port)
+
+    @property
+    def taken(self) -> frozenset[int]:
+        """The ports that are taken, now."""
+        return frozenset(self._taken)
 
     @property
     def in_use(self) -> int:

@@ -95,17 +95,26 @@ def apply(plan: MountPlan) -> None:
 
 
 def release(directory: Path) -> None:
-    """Detach and remove everything below a plan's directory; a directory that is gone is fine."""
-    if not directory.exists():
+    """Detach and remove everything below a plan's directory; gone, or going by another worker's hand, is fine."""
+    try:
+        entries = sorted(os.scandir(directory), key=lambda e: e.name, reverse=True)  # rootfs before lower
+    except FileNotFoundError:
         return
-    for entry in sorted(os.scandir(directory), key=lambda e: e.name, reverse=True):  # rootfs before lower
+    for entry in entries:
         path = Path(entry.path)
         try:
             syscalls.umount(path, lazy=True)
         except OSError:
             if path.is_mount():
                 raise
-    shutil.rmtree(directory)
+    shutil.rmtree(directory, onerror=_gone_is_fine)
+
+
+def _gone_is_fine(
+    function: object, path: str, info: tuple[type[BaseException], BaseException, object]
+) -> None:
+    if not isinstance(info[1], FileNotFoundError):
+        raise info[1]
 
 
 def _mount_rootfs(plan: MountPlan, userns_fd: int | None) -> None:

@@ -36,7 +36,7 @@ from pathlib import Path
 _COMMAND_TIMEOUT_S = 60.0
 _PACKAGE = Path(__file__).resolve().parents[2]
 _HOST_ONLY = frozenset({"netrules.py", "rtnetlink.py", "nft.py"})  # run on the host's side of the launcher
-_ENTRY = "from garden_py.agent.main import main; main()"
+_ENTRY = "from garden_py.agent.main import main; main({version!r})"
 
 # What the interpreter imports on its own before the first line of the agent, and the landmark by which it
 # recognises its library (Modules/getpath.py: os.pyc).
@@ -108,11 +108,11 @@ class RuntimeBundle:
             "-X",
             "utf8",  # no locale, so no locale files of the image
             "-c",
-            _ENTRY,
+            _ENTRY.format(version=self.version),
         ]
 
 
-def build_runtime_bundle(parent: Path) -> RuntimeBundle:
+def build_runtime_bundle(parent: Path, package: Path = _PACKAGE) -> RuntimeBundle:
     """Build the bundle for the running interpreter below `parent`, or find it built.
 
     Safe to call from several servers at once: it is built aside and renamed into place. Bundles of other
@@ -120,6 +120,7 @@ def build_runtime_bundle(parent: Path) -> RuntimeBundle:
 
     Args:
         parent: made (0755) if missing; must be on a file system that containers may execute from.
+        package: directory of the package `garden_py` whose agent goes in.
 
     Raises:
         RuntimeBundleError: the interpreter is not one that can be copied (not ELF, musl, a library missing).
@@ -132,12 +133,12 @@ def build_runtime_bundle(parent: Path) -> RuntimeBundle:
             f"{interpreter} is linked with musl ({loader}); the agent needs a glibc interpreter: "
             "run the server with one"
         )
-    version = _version(interpreter, loader)
+    version = _version(interpreter, loader, package)
     parent.mkdir(parents=True, exist_ok=True)
     parent.chmod(0o755)  # containers of any uid range enter it, whatever our umask
     bundle = RuntimeBundle((parent / version).resolve(), version, loader.name)
     if not bundle.directory.is_dir():
-        _build_aside(parent, bundle, interpreter, loader)
+        _build_aside(parent, bundle, interpreter, loader, package)
     return bundle
 
 
@@ -167,7 +168,7 @@ def _read_elf_interpreter(executable: Path) -> Path:
     raise RuntimeBundleError(f"{executable} is statically linked; it could not load extension modules")
 
 
-def _version(interpreter: Path, loader: Path) -> str:
+def _version(interpreter: Path, loader: Path, package: Path) -> str:
     """A cheap key for all that goes in: the interpreter, the C library (by its loader), our own sources.
 
     This module is one of them: it decides what is built.
@@ -178,20 +179,21 @@ def _version(interpreter: Path, loader: Path) -> str:
         status = path.stat()
         facts += [str(path), status.st_mtime_ns, status.st_size]
     digest.update(json.dumps(facts).encode())
-    for source in (Path(__file__).resolve(), *_agent_sources()):
-        digest.update(f"\0{source.relative_to(_PACKAGE)}\0".encode() + source.read_bytes())
+    digest.update(Path(__file__).read_bytes())
+    for source in _agent_sources(package):
+        digest.update(f"\0{source.relative_to(package)}\0".encode() + source.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _agent_sources() -> list[Path]:
-    agent = [path for path in (_PACKAGE / "agent").glob("*.py") if path.name not in _HOST_ONLY]
-    return sorted([_PACKAGE / "__init__.py", _PACKAGE / "wire.py", *agent])
+def _agent_sources(package: Path) -> list[Path]:
+    agent = [path for path in (package / "agent").glob("*.py") if path.name not in _HOST_ONLY]
+    return sorted([package / "__init__.py", package / "wire.py", *agent])
 
 
-def _build_aside(parent: Path, bundle: RuntimeBundle, interpreter: Path, loader: Path) -> None:
+def _build_aside(parent: Path, bundle: RuntimeBundle, interpreter: Path, loader: Path, package: Path) -> None:
     building = Path(tempfile.mkdtemp(prefix=".building-", dir=parent))
     try:
-        _fill(building, interpreter, loader)
+        _fill(building, interpreter, loader, package)
         _seal(building)
         try:
             building.rename(bundle.directory)
@@ -203,7 +205,7 @@ def _build_aside(parent: Path, bundle: RuntimeBundle, interpreter: Path, loader:
         shutil.rmtree(building, ignore_errors=True)
 
 
-def _fill(building: Path, interpreter: Path, loader: Path) -> None:
+def _fill(building: Path, interpreter: Path, loader: Path, package: Path) -> None:
     libraries = building / "lib"
     modules = libraries / f"python{sys.version_info[0]}.{sys.version_info[1]}"
     extensions = modules / "lib-dynload"
@@ -214,14 +216,14 @@ def _fill(building: Path, interpreter: Path, loader: Path) -> None:
     (libraries / f"python{sys.version_info[0]}{sys.version_info[1]}.zip").touch()
     _copy_loader(loader, libraries / loader.name)
     binaries = [interpreter]
-    for name, origin in _needed_modules(interpreter).items():
+    for name, origin in _needed_modules(interpreter, package).items():
         if origin.suffix == ".py":
             _compile(origin, modules, name)
         else:
             shutil.copyfile(origin, extensions / origin.name)
             binaries.append(origin)
-    for source in _agent_sources():
-        target = modules / "garden_py" / source.relative_to(_PACKAGE).with_suffix(".pyc")
+    for source in _agent_sources(package):
+        target = modules / "garden_py" / source.relative_to(package).with_suffix(".pyc")
         _compile_file(source, target)
     for library in _libraries(binaries):
         shutil.copyfile(library, libraries / library.name)
@@ -237,11 +239,15 @@ def _copy_loader(loader: Path, target: Path) -> None:
     target.write_bytes(content)
 
 
-def _needed_modules(interpreter: Path) -> dict[str, Path]:
+def _needed_modules(interpreter: Path, package: Path) -> dict[str, Path]:
     """Modules of the standard library that are files, by name: what the agent imports, now or later."""
-    agent = [f"garden_py.agent.{source.stem}" for source in _agent_sources() if source.parent.name == "agent"]
+    agent = [
+        f"garden_py.agent.{source.stem}"
+        for source in _agent_sources(package)
+        if source.parent.name == "agent"
+    ]
     wanted = [name for name in agent if not name.endswith(("__init__",))]
-    output = _run([interpreter, "-I", "-S", "-B", "-c", _PROBE, _PACKAGE.parent, *_STARTUP_MODULES, *wanted])
+    output = _run([interpreter, "-I", "-S", "-B", "-c", _PROBE, package.parent, *_STARTUP_MODULES, *wanted])
     found: dict[str, str | None] = ast.literal_eval(output)
     needed = {}
     for name, origin in found.items():

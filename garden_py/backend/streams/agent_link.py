@@ -1,52 +1,48 @@
 """The server's conversation with one container's agent. What the agent says is hostile input.
 
-Nothing it sends becomes a path, a pid the server acts on, or unbounded memory: texts are cut, numbers checked,
-descriptors are accepted only if they are what was asked for.
+Nothing it sends becomes a path, a pid the server acts on, or unbounded memory (agent_replies.py). An agent that breaks
+the protocol, sends what nobody asked for, or does not answer ends its link with that reason, and with the link its own
+container. Nothing else is harmed: a turn of the event loop decodes a bounded amount, and nothing waits for an agent
+without a deadline.
 """
 
 from __future__ import annotations
 
-import errno
 import os
+import signal
 import socket
-import stat
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from garden_py import wire
 from garden_py.backend.host.framed import FramedLink, LinkClosed, Reply, RequestRefused
+from garden_py.backend.streams.agent_replies import (
+    AgentExit,
+    AgentMisbehaved,
+    ForeignWire,
+    Greeting,
+    Spawned,
+    parse_exit,
+    parse_greeting,
+    parse_spawned,
+    printable,
+)
+from garden_py.backend.streams.gate import Gate
+from garden_py.backend.streams.spawn_request import build_spawn_request, spawn_error
 from garden_py.model import errors
-from garden_py.model.process import ProcessSpec
+from garden_py.model.process import ProcessSpec, WindowSize
 
-REQUEST_TIMEOUT_S = 10.0
 SPAWN_TIMEOUT_S = 30.0
-_TEXT_MAX = 1024
-_STREAM_NAMES = ("stdin", "stdout", "stderr")
-_PTY_MASTER_DEVICES = {(5, 2)}  # /dev/ptmx, admin-guide/devices.txt
+UPGRADE_TIMEOUT_S = 60.0
+_UNASKED_MAX = 4096  # twice the processes that an agent may hold, each of which ends once
+_EVENT_MAX_BYTES = 1024
+_REPLY_MAX_BYTES = 64 << 10
+_EXPECTED_REFUSALS = ("process_not_found", "still_running", "no_tty")
 
 
-@dataclass(frozen=True, slots=True)
-class AgentExit:
-    """A process's end as the agent tells it: a raw wait status, and CLOCK_REALTIME ns."""
-
-    process_id: str
-    status: int
-    ended_ns: int
-
-
-@dataclass(frozen=True, slots=True)
-class Spawned:
-    """A started process: pid as the container numbers it, and our ends of its streams by name."""
-
-    pid: int
-    fds: dict[str, int]
-    exit: AgentExit | None = None
-
-
-class AgentMisbehaved(Exception):
-    """The agent's answer is not what the protocol allows."""
+class NoUpgrade(Exception):
+    """The agent stays what it is; the message says why. It goes on working."""
 
 
 class AgentLink:
@@ -54,8 +50,13 @@ class AgentLink:
 
     Args:
         handle: of the container, for errors.
+        patience_s: how long the agent may take to answer what it can answer at once.
         on_exit: called for each process end the agent reports.
         on_lost: called once if the connection ends by itself, with the reason.
+
+    Attributes:
+        wire: the version the agent speaks; known after `hello`.
+        build: name of the bundle the agent was started from; known after `hello`, empty in version 1.
     """
 
     def __init__(
@@ -63,73 +64,191 @@ class AgentLink:
         handle: str,
         sock: socket.socket,
         *,
+        patience_s: float,
         on_exit: Callable[[AgentExit], None],
         on_lost: Callable[[str], None],
     ) -> None:
         self._handle = handle
+        self._patience_s = patience_s
         self._on_exit = on_exit
-        self._link = FramedLink(sock, on_event=self._event, on_close=on_lost)
+        self._link = FramedLink(sock, on_event=self._event, on_close=on_lost, unasked_max=_UNASKED_MAX)
+        self._link.limits.update(
+            {wire.EVENT: _EVENT_MAX_BYTES, wire.REPLY: _REPLY_MAX_BYTES, wire.ERROR: _REPLY_MAX_BYTES}
+        )
+        self.wire = wire.VERSION
+        self.build = ""
 
     @classmethod
     def connect(
-        cls, handle: str, path: Path, *, on_exit: Callable[[AgentExit], None], on_lost: Callable[[str], None]
+        cls,
+        handle: str,
+        path: Path,
+        *,
+        patience_s: float,
+        on_exit: Callable[[AgentExit], None],
+        on_lost: Callable[[str], None],
     ) -> AgentLink:
         """Connect to an agent's socket, which listens before the agent even runs.
 
         Raises:
-            OSError: nothing listens there.
+            OSError: nothing listens there, or its backlog is full.
         """
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
+            sock.setblocking(False)  # the backlog of an agent that does not accept must not hold us
             sock.connect(os.fspath(path))
         except OSError:
             sock.close()
             raise
-        return cls(handle, sock, on_exit=on_exit, on_lost=on_lost)
+        return cls(handle, sock, patience_s=patience_s, on_exit=on_exit, on_lost=on_lost)
 
     @property
     def is_open(self) -> bool:
         """Whether the connection stands."""
         return self._link.is_open
 
+    @property
+    def heard_at(self) -> float:
+        """When the agent has last said something, in the event loop's time."""
+        return self._link.heard_at
+
     def close(self) -> None:
         """Disconnect; the agent and its processes do not notice."""
         self._link.close()
 
+    # --- what every request needs
+
     def _event(self, value: dict[str, Any]) -> None:
         if value.get("event") != "exited":
             return
-        found = _parse_exit({"id": value.get("process"), **value})
+        found = parse_exit({"id": value.get("process"), **value})
         if found is not None:
             self._on_exit(found)
 
-    async def _ask(self, value: dict[str, Any], fds: list[int] | None = None, *, timeout_s: float) -> Reply:
+    def _broken(self, reason: str) -> errors.ContainerBroken:
+        """End the link: there is no use in an agent like this."""
+        self._link.fail(reason)
+        return errors.ContainerBroken(self._handle, reason)
+
+    async def _ask(
+        self,
+        value: dict[str, Any],
+        fds: list[int] | None = None,
+        *,
+        timeout_s: float,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Reply:
+        """Ask something that may take its time.
+
+        Raises:
+            ContainerBroken: the agent is gone.
+            RequestRefused, TimeoutError.
+        """
         try:
-            return await self._link.request(value, fds, timeout_s=timeout_s)
+            return await self._link.request(value, fds, timeout_s=timeout_s, meanwhile=meanwhile)
         except LinkClosed as error:
             raise errors.ContainerBroken(self._handle, f"its agent is gone ({error})") from error
-        except TimeoutError as error:
-            raise errors.ContainerBroken(
-                self._handle, f"its agent gave no answer in {timeout_s:g} s"
-            ) from error
 
-    async def hello(self, *, server: str, timeout_s: float) -> dict[str, AgentExit | None]:
-        """Greet the agent; returns when it runs.
-
-        Returns:
-            The processes it holds, with the exits of those that have ended.
-        """
-        greeting = {"op": "hello", "server": server, "wire": [wire.VERSION, wire.VERSION]}
+    async def _tell(self, value: dict[str, Any]) -> dict[str, Any] | None:
+        """A request about a process that may be gone already; None if it is."""
         try:
-            reply = await self._ask(greeting, timeout_s=timeout_s)
+            reply = await self._ask_at_once(value)
         except RequestRefused as error:
+            if error.code in _EXPECTED_REFUSALS:
+                return None
             raise self._refused(error) from error
         reply.close_fds()
-        found: dict[str, AgentExit | None] = {}
-        for record in _list(reply.value, "processes"):
-            if isinstance(record, dict) and isinstance(record.get("id"), str):
-                found[record["id"]] = _parse_exit(record) if record.get("exited") is True else None
-        return found
+        return reply.value
+
+    async def _ask_at_once(self, value: dict[str, Any], timeout_s: float | None = None) -> Reply:
+        """Ask something that the agent answers without waiting for anything."""
+        patience_s = self._patience_s if timeout_s is None else timeout_s
+        try:
+            return await self._ask(value, timeout_s=patience_s)
+        except TimeoutError as error:
+            raise self._broken(f"its agent does not answer (for {patience_s:g} s)") from error
+
+    def _refused(self, error: RequestRefused) -> errors.ContainerBroken:
+        return self._broken(f"its agent refuses: {printable(str(error))}")
+
+    # --- requests
+
+    async def hello(self, *, server: str, timeout_s: float) -> Greeting:
+        """Greet the agent; returns when it runs.
+
+        Raises:
+            ContainerBroken: also if it speaks a foreign version of the protocol.
+        """
+        request = {"op": "hello", "server": server, "wire": [wire.OLDEST, wire.VERSION]}
+        self._link.limits[wire.REPLY] = wire.MAX_PAYLOAD
+        try:
+            reply = await self._ask_at_once(request, timeout_s)
+            reply.close_fds()
+            greeting = parse_greeting(reply.value)
+        except RequestRefused as error:
+            if error.code == "unsupported_wire":
+                raise self._foreign(printable(str(error))) from error
+            raise self._refused(error) from error
+        except ForeignWire as error:
+            raise self._foreign(str(error)) from error
+        except AgentMisbehaved as error:
+            raise self._broken(f"its agent misbehaves: {error}") from error
+        finally:
+            self._link.limits[wire.REPLY] = _REPLY_MAX_BYTES
+        self.wire, self.build = greeting.wire, greeting.build
+        return greeting
+
+    def _foreign(self, said: str) -> errors.ContainerBroken:
+        """Such an agent does nothing wrong: it and its processes are left alone."""
+        self._link.close()
+        spoken = f"{wire.OLDEST} to {wire.VERSION}"
+        return errors.ContainerBroken(
+            self._handle, f"its agent is of another release: this server speaks wire {spoken}, it: {said}"
+        )
+
+    async def ping(self) -> None:
+        """Make sure that the agent answers.
+
+        Raises:
+            ContainerBroken: it does not.
+        """
+        try:
+            (await self._ask_at_once({"op": "ping"})).close_fds()
+        except RequestRefused:  # version 1 does not know the word; an answer it is
+            return
+
+    async def upgrade(self, build: str, argv: list[str], env: tuple[str, ...]) -> None:
+        """Have the agent replace itself by another program; connection, processes and streams stay.
+
+        Args:
+            build: what the new agent will call itself.
+            argv: its command line, as seen in the container.
+            env: its whole environment.
+
+        Raises:
+            NoUpgrade: nothing has changed.
+            ContainerBroken: the agent is gone, or answers nothing any more.
+        """
+        if self.wire < 2:
+            raise NoUpgrade(f"the running agent speaks wire version {self.wire}, which knows no upgrade")
+        request = {
+            "op": "upgrade",
+            "build": build,
+            "argv": [os.fsencode(word) for word in argv],
+            "env": [os.fsencode(entry) for entry in env],
+        }
+        try:
+            reply = await self._ask(request, timeout_s=UPGRADE_TIMEOUT_S)
+            reply.close_fds()
+            greeting = parse_greeting(reply.value)
+        except RequestRefused as error:
+            raise NoUpgrade(printable(str(error))) from error
+        except TimeoutError as error:
+            await self.ping()
+            raise NoUpgrade(f"no answer in {UPGRADE_TIMEOUT_S:g} s") from error
+        except (ForeignWire, AgentMisbehaved) as error:
+            raise self._broken(f"its agent misbehaves after its upgrade: {error}") from error
+        self.wire, self.build = greeting.wire, greeting.build
 
     async def spawn(
         self,
@@ -138,6 +257,7 @@ class AgentLink:
         cgroup_fds: list[int],
         *,
         bounding: int | None,
+        before_exec: Callable[[], None] | None = None,
         program: str | None = None,
         program_path: str = "",
     ) -> Spawned:
@@ -148,98 +268,79 @@ class AgentLink:
             env: entries in order, later wins; the agent adds PATH, HOME and USER.
             cgroup_fds: cgroup.procs files it joins.
             bounding: capability mask it keeps; None: all of the container's.
+            before_exec: called while the agent prepares the process, which does not run before it has returned; what
+                it raises ends the start, and nothing has run.
             program: "tar-in" or "tar-out" instead of the spec's path.
             program_path: its argument.
 
         Raises:
             GardenError: as service.ports.Backend.start_process.
         """
-        argv = [] if program else [os.fsencode(text) for text in (spec.path, *spec.args)]
-        request: dict[str, Any] = {
-            "op": "spawn",
-            "id": spec.id,
-            "argv": argv,
-            "env": [os.fsencode(entry) for entry in env],
-            "dir": os.fsencode(spec.dir),
-            "user": spec.user,
-            "tty": None if spec.tty is None else {"rows": spec.tty.rows, "columns": spec.tty.columns},
-            "rlimits": {name: _signed(value) for name, value in spec.rlimits},
-            "bounding": bounding,
-            "no_new_privs": False,
-            "program": program,
-            "program_args": {"path": os.fsencode(program_path)} if program else {},
-        }
+        request = build_spawn_request(
+            spec,
+            env,
+            bounding=bounding,
+            program=program,
+            program_path=program_path,
+            gated=before_exec is not None and self.wire >= 2,
+        )
+        if before_exec is not None and self.wire < 2:
+            before_exec()
+            before_exec = None
         try:
-            reply = await self._ask(request, cgroup_fds, timeout_s=SPAWN_TIMEOUT_S)
+            if before_exec is None:
+                reply = await self._ask(request, cgroup_fds, timeout_s=SPAWN_TIMEOUT_S)
+            else:
+                reply = await self._ask_gated(request, cgroup_fds, before_exec)
         except RequestRefused as error:
-            raise self._spawn_error(spec, error) from error
-        return self._parse_spawned(reply, is_tty=spec.tty is not None)
+            if program is not None and error.code == "no_space":
+                raise errors.CopyFailed("no_space", printable(str(error))) from error
+            raise spawn_error(self._handle, spec, error) from error
+        except TimeoutError as error:
+            # It may yet start; nobody would know of it then.
+            await self.cancel(spec.id)
+            raise errors.ProcessStartFailed(f"it did not start in {SPAWN_TIMEOUT_S:g} s") from error
+        return self._take_streams(reply, is_tty=spec.tty is not None, is_complete=True)
+
+    async def _ask_gated(
+        self, request: dict[str, Any], cgroup_fds: list[int], before_exec: Callable[[], None]
+    ) -> Reply:
+        with Gate(before_exec) as gate:
+            fds = [*cgroup_fds, gate.child_end]
+            try:
+                reply = await self._ask(request, fds, timeout_s=SPAWN_TIMEOUT_S, meanwhile=gate.open)
+            except RequestRefused:
+                if gate.failure is not None:
+                    raise gate.failure from None
+                raise
+            if gate.failure is not None:
+                reply.close_fds()
+                raise gate.failure
+            return reply
 
     async def attach(self, process_id: str, *, is_tty: bool) -> Spawned:
         """Our ends of a running or finished process's streams again, those not yet dropped."""
         try:
-            reply = await self._ask({"op": "attach", "id": process_id}, timeout_s=REQUEST_TIMEOUT_S)
+            reply = await self._ask_at_once({"op": "attach", "id": process_id})
         except RequestRefused as error:
             raise self._refused(error) from error
-        return self._parse_spawned(reply, is_tty=is_tty)
+        return self._take_streams(reply, is_tty=is_tty, is_complete=False)
 
-    def _refused(self, error: RequestRefused) -> errors.ContainerBroken:
-        return errors.ContainerBroken(self._handle, f"its agent refuses: {_printable(str(error))}")
-
-    def _parse_spawned(self, reply: Reply, *, is_tty: bool) -> Spawned:
+    def _take_streams(self, reply: Reply, *, is_tty: bool, is_complete: bool) -> Spawned:
+        is_master = is_tty and self.wire < 2
         try:
-            names = _list(reply.value, "fds")
-            pid = reply.value.get("pid")
-            if not isinstance(pid, int) or not 1 < pid < 1 << 31:
-                raise AgentMisbehaved("a reply without a pid")
-            if len(names) != len(reply.fds) or any(name not in _STREAM_NAMES for name in names):
-                raise AgentMisbehaved("descriptors that nobody asked for")
-            found = {str(name): fd for name, fd in zip(names, reply.fds, strict=True)}
-            for name, fd in found.items():
-                _check_stream(fd, is_terminal=is_tty and name == "stdin")
-                _own_description(fd, name)
+            return parse_spawned(reply, is_master=is_master, is_complete=is_complete, is_tty=is_tty)
         except AgentMisbehaved as error:
-            reply.close_fds()
-            raise errors.ContainerBroken(self._handle, f"its agent misbehaves: {error}") from error
+            raise self._broken(f"its agent misbehaves: {error}") from error
         except OSError as error:
-            reply.close_fds()
             raise errors.HostFault("take over streams", str(error)) from error
-        reply.fds.clear()  # taken over
-        ended = _parse_exit(reply.value) if reply.value.get("exited") is True else None
-        return Spawned(pid, found, ended)
 
-    def _spawn_error(self, spec: ProcessSpec, error: RequestRefused) -> errors.GardenError:
-        message = _printable(str(error))
-        match error.code:
-            case "executable_not_found":
-                return errors.ExecutableNotFound(message)
-            case "not_executable":
-                return errors.NotExecutable(message)
-            case "user_not_found" | "group_not_found":
-                return errors.UserNotFound(message)
-            case "process_exists":
-                return errors.ProcessIdInUse(self._handle, spec.id)
-            case "bad_rlimit":
-                return errors.InvalidField("spec.rlimits", message)
-            case "bad_user":
-                return errors.InvalidField("spec.user", message)
-            case "bad_directory":
-                return errors.InvalidField("spec.dir", message)
-            case "invalid_request":
-                return errors.InvalidField(f"spec.{_printable(str(error.data.get('field', '')))}", message)
-            case _:
-                return errors.ProcessStartFailed(message)
-
-    async def _tell(self, value: dict[str, Any]) -> dict[str, Any] | None:
-        """A request about a process that may be gone already; None if it is."""
-        try:
-            reply = await self._ask(value, timeout_s=REQUEST_TIMEOUT_S)
-        except RequestRefused as error:
-            if error.code in ("process_not_found", "still_running", "no_tty"):
-                return None
-            raise self._refused(error) from error
-        reply.close_fds()
-        return reply.value
+    async def cancel(self, process_id: str) -> None:
+        """Have a process killed and forgotten, whether it has started or not; its end is not told."""
+        if self.wire < 2:
+            await self.signal(process_id, signal.SIGKILL, group=True)  # its record stays there
+            return
+        await self._tell({"op": "cancel", "id": process_id})
 
     async def signal(self, process_id: str, number: int, *, group: bool) -> bool:
         """Send a signal; False if the process is gone."""
@@ -250,6 +351,27 @@ class AgentLink:
         """Signal every process of the container but PID 1."""
         await self._tell({"op": "signal_all", "signal": int(number)})
 
+    async def resize(self, process_id: str, size: WindowSize) -> None:
+        """Set a terminal's size; 0 is the default of a dimension."""
+        await self._tell({"op": "resize", "id": process_id, "rows": size.rows, "columns": size.columns})
+
+    async def keep_spool(self, process_id: str, fd: int) -> None:
+        """Have the agent hold the spool of a process's input; `attach` gives it back.
+
+        Raises:
+            HostFault: it cannot.
+            ContainerBroken: the agent is gone.
+        """
+        try:
+            reply = await self._ask({"op": "keep", "id": process_id}, [fd], timeout_s=self._patience_s)
+        except RequestRefused as error:
+            if error.code in ("process_not_found", "not_kept"):
+                raise errors.HostFault("keep stdin", printable(str(error))) from error
+            raise self._refused(error) from error
+        except TimeoutError as error:
+            raise self._broken(f"its agent does not answer (for {self._patience_s:g} s)") from error
+        reply.close_fds()
+
     async def close_stdin(self, process_id: str) -> None:
         """Have the agent drop its duplicate of stdin, so that the process sees the end."""
         await self._tell({"op": "close_stdin", "id": process_id})
@@ -257,57 +379,3 @@ class AgentLink:
     async def release(self, process_id: str) -> None:
         """Let the agent forget a finished process whose exit is in the journal."""
         await self._tell({"op": "release", "id": process_id})
-
-
-def _parse_exit(record: dict[str, Any]) -> AgentExit | None:
-    process_id, status, ended_ns = record.get("id"), record.get("status"), record.get("ended_ns")
-    if not isinstance(process_id, str) or not isinstance(status, int) or not isinstance(ended_ns, int):
-        return None
-    return AgentExit(process_id, status & 0xFFFF, max(0, ended_ns))
-
-
-def _list(value: dict[str, Any], key: str) -> list[Any]:
-    found = value.get(key)
-    return found if isinstance(found, list) else []
-
-
-def _check_stream(fd: int, *, is_terminal: bool) -> None:
-    """Accept a pipe, or a terminal's master where one was asked for."""
-    found = os.fstat(fd)
-    if is_terminal:
-        device = (os.major(found.st_rdev), os.minor(found.st_rdev))
-        if not stat.S_ISCHR(found.st_mode) or device not in _PTY_MASTER_DEVICES:
-            raise AgentMisbehaved("a descriptor that is no terminal")
-    elif not stat.S_ISFIFO(found.st_mode):
-        raise AgentMisbehaved("a descriptor that is no pipe")
-
-
-def _own_description(fd: int, name: str) -> None:
-    """Put a pipe opened anew in fd's place; a stdin that nobody can read any more becomes /dev/null.
-
-    The agent holds the same open file description as fd, so it could clear O_NONBLOCK (fcntl(2), F_SETFL) and hold the
-    whole server in one write. A terminal's master cannot be opened a second time: /dev/ptmx makes a new pair (pts(4)).
-    """
-    if not stat.S_ISFIFO(os.fstat(fd).st_mode):
-        return
-    mode = os.O_WRONLY if name == "stdin" else os.O_RDONLY
-    try:
-        own = os.open(f"/proc/self/fd/{fd}", mode | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        if error.errno != errno.ENXIO:  # a pipe without a reader, fifo(7)
-            raise
-        own = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        os.dup2(own, fd, inheritable=False)
-    finally:
-        os.close(own)
-
-
-def _printable(text: str) -> str:
-    """Text from inside a container, cut and without control characters, fit for logs and terminals."""
-    return "".join(c if c.isprintable() else "?" for c in text[:_TEXT_MAX])
-
-
-def _signed(value: int) -> int:
-    """An rlimit as the wire carries it: RLIM_INFINITY (2^64-1) is -1, as in resource.RLIM_INFINITY."""
-    return value - (1 << 64) if value >= 1 << 63 else value

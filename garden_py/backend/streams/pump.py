@@ -89,7 +89,8 @@ class Pump:
     def _grow_when_busy(self, moved: int) -> None:
         # Only busy pipes are grown: unprivileged users' pipe pages are counted (pipe(7), pipe-user-pages-soft), and a
         # container's user over that bound would get tiny pipes from then on.
-        if not self._grown and moved >= _GROW_AFTER_BYTES // 4:
+        # One read to its end has been closed by now.
+        if self._fd >= 0 and not self._grown and moved >= _GROW_AFTER_BYTES // 4:
             self._grown = True
             try:
                 fcntl.fcntl(self._fd, fcntl.F_SETPIPE_SZ, _BUSY_PIPE_BYTES)

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 
-from garden_py.model.errors import OffsetOutOfRange
+from garden_py.model.errors import HostFault, OffsetOutOfRange
 
 # 8 MiB segments ran fastest when this was tried on ext4: 2.0 GB/s against 0.6 for one growing file.
 SEGMENT_BYTES = 8 << 20
@@ -201,8 +201,15 @@ class SegmentLog:
         raise OffsetOutOfRange(offset, self.first_offset, self.end_offset)
 
     def open_segment_file(self, start: int) -> int:
-        """A descriptor for reading the segment that begins at start; the caller closes it."""
-        return os.open(self._path(start), os.O_RDONLY | os.O_CLOEXEC)
+        """A descriptor for reading the segment that begins at start; the caller closes it.
+
+        Raises:
+            HostFault: it cannot be opened, e.g. because somebody has removed it by hand.
+        """
+        try:
+            return os.open(self._path(start), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise HostFault("read output", str(error)) from error
 
     def reader_moved(self) -> None:
         """A reader has read on or left: whoever is held back may try again."""

@@ -1,4 +1,4 @@
-"""The input side of a process: a pipe's write end or a terminal's master, fed in order, at most once per byte."""
+"""The input side of a process: accepted in order, each byte once, fed as fast as the process reads."""
 
 from __future__ import annotations
 
@@ -7,87 +7,132 @@ import fcntl
 import os
 import struct
 import termios
-from functools import partial
+from collections.abc import Awaitable, Callable
 
+from garden_py.backend.streams.spool import Spool
 from garden_py.model.errors import NoTty, OffsetOutOfRange, OffsetUnknown, StdinClosed
 from garden_py.model.process import WindowSize
 
 _END_OF_TRANSMISSION = b"\x04"  # VEOF of the default line discipline, termios(3)
 _BUSY_PIPE_BYTES = 1 << 20
 _GROW_AT_BYTES = 32 << 10
+_BACKLOG_BYTES = 1 << 20
+_TURNS = 4  # of at most 1 MiB before others get theirs
 
 
-def _finish(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
+def _nothing() -> None:
+    return
 
 
 class StdinFeed:
-    """Owns the descriptor that a process reads from.
+    """Owns the descriptor that a process reads from, and the spool before it.
 
     Args:
         fd: owned from here on; -1 when it is gone already.
-        is_tty: it is a terminal's master.
-        counted: nothing has been fed before; else how much was fed is not known, and offsets cannot be honoured.
+        is_tty: a terminal reads it: input ends by a typed ^D.
+        is_master: fd is a terminal's master, not a pipe.
+        spool: of an earlier server, owned from here on; what it still holds is fed at once.
+        keep: has a new spool kept by somebody who outlives this server; what it raises, the writer gets.
+        counted: all that was ever fed went through a spool; else offsets cannot be honoured.
+        on_end: called when input has ended and all of it was fed; fd is closed by then, unless it is a master.
     """
 
-    def __init__(self, process_id: str, fd: int, *, is_tty: bool, counted: bool = True) -> None:
+    def __init__(
+        self,
+        process_id: str,
+        fd: int,
+        *,
+        is_tty: bool,
+        is_master: bool = False,
+        spool: Spool | None = None,
+        keep: Callable[[int], Awaitable[None]] | None = None,
+        counted: bool = True,
+        on_end: Callable[[], None] = _nothing,
+    ) -> None:
         self._process_id = process_id
         self._fd = fd
         self._is_tty = is_tty
-        self._closed = False
-        self._grown = is_tty
-        self._turn = asyncio.Lock()
-        self._room: asyncio.Future[None] | None = None
+        self._is_master = is_master
+        self._spool = spool
+        self._keep = keep
         self._counted = counted
-        self._accepted = 0
+        self._on_end = on_end
+        self._closed = spool is not None and spool.ended
+        self._typed_end = self._closed and is_tty
+        self._accepted = 0 if spool is None else spool.size
+        self._grown = is_master
+        self._watching = False
+        self._turn = asyncio.Lock()
+        self._room = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
         if fd >= 0:
             os.set_blocking(fd, False)
+            if spool is not None:
+                self._feed()
 
     @property
     def accepted(self) -> int | None:
-        """Bytes taken so far; None if that is not known."""
-        return self._accepted if self._counted else None
+        """Bytes taken so far, a typed end not counted; None if that is not known."""
+        return self._accepted - self._typed_end if self._counted else None
 
     async def write(self, data: bytes, offset: int | None) -> None:
-        """Feed data; see service.ports.RunningProcess.write_stdin.
+        """Accept data; see service.ports.RunningProcess.write_stdin.
 
         Data for a process that does not read any more is dropped, like a shell pipeline does after SIGPIPE.
         """
         async with self._turn:
             if offset is not None:
-                data = self._without_fed(data, offset)
+                data = self._without_accepted(data, offset)
                 if not data:
                     return  # all of it is a repetition, which is fine after the end of stdin, too
             if self._closed:
                 raise StdinClosed(self._process_id)
-            await self._write_all(memoryview(data))
+            await self._accept(memoryview(data))
 
-    def _without_fed(self, data: bytes, offset: int) -> bytes:
-        """The part of data that has not been fed yet."""
-        if not self._counted:
+    def _without_accepted(self, data: bytes, offset: int) -> bytes:
+        """The part of data that has not been accepted yet."""
+        accepted = self.accepted
+        if accepted is None:
             raise OffsetUnknown(self._process_id)
-        if offset > self._accepted:
-            raise OffsetOutOfRange(offset, 0, self._accepted)
-        return data[self._accepted - offset :]
+        if offset > accepted:
+            raise OffsetOutOfRange(offset, 0, accepted)
+        return data[accepted - offset :]
 
-    async def _write_all(self, view: memoryview) -> None:
+    async def _accept(self, view: memoryview) -> None:
+        if self._spool is None and self._fd >= 0:
+            await self._open_spool()
         if len(view) >= _GROW_AT_BYTES and not self._grown and self._fd >= 0:
             self._grow()
-        while view:
-            if self._fd < 0:
-                self._accepted += len(view)
-                return
-            try:
-                written = os.write(self._fd, view)
-            except BlockingIOError:
-                await self._wait_for_room()
+        while view and self._fd >= 0 and self._spool is not None:
+            if self._spool.backlog >= _BACKLOG_BYTES:
+                self._room.clear()
+                await self._room.wait()
                 continue
-            except OSError:  # EPIPE: no reader; EIO: the terminal's other side is gone
-                self.release()
-                continue
-            self._accepted += written
-            view = view[written:]
+            taken = self._spool.append(view[: _BACKLOG_BYTES - self._spool.backlog])
+            view = view[taken:]
+            self._accepted += taken
+            if not self._watching:
+                self._feed()
+        if view:
+            self._drop(len(view))
+
+    async def _open_spool(self) -> None:
+        spool = Spool.create()
+        try:
+            if self._keep is not None:
+                await self._keep(spool.fd)
+        except BaseException:
+            spool.close()
+            raise
+        if self._fd < 0:  # released meanwhile
+            spool.close()
+        else:
+            self._spool = spool
+
+    def _drop(self, count: int) -> None:
+        self._accepted += count
+        if self._spool is not None and self._spool.fd >= 0:
+            self._spool.skip(count)
 
     def _grow(self) -> None:
         self._grown = True
@@ -96,29 +141,60 @@ class StdinFeed:
         except OSError:  # over pipe-user-pages-soft: it works with the size it has
             return
 
-    async def _wait_for_room(self) -> None:
-        loop = asyncio.get_running_loop()
-        ready = loop.create_future()
-        fd = self._fd
-        loop.add_writer(fd, partial(_finish, ready))
-        self._room = ready
+    def _feed(self) -> None:
+        """Move what fits. Runs whenever there is something to feed and room for it."""
+        assert self._spool is not None
         try:
-            await ready
-        finally:
-            if self._fd == fd:
-                loop.remove_writer(fd)
+            for _ in range(_TURNS):
+                if not self._spool.backlog:
+                    break
+                if not (self._spool.write if self._is_master else self._spool.move)(self._fd):
+                    raise BrokenPipeError
+        except BlockingIOError:
+            pass
+        except OSError:  # EPIPE: no reader; EIO: the terminal's other side is gone
+            self._give_up()
+            return
+        self._watch(bool(self._spool.backlog))
+        if self._spool.backlog < _BACKLOG_BYTES:
+            self._room.set()
+        if self._closed and not self._spool.backlog:
+            self._end()
 
-    async def close(self) -> bool:
-        """End of input; False if it had ended before."""
+    def _watch(self, wanted: bool) -> None:
+        if wanted and not self._watching:
+            self._loop.add_writer(self._fd, self._feed)
+        elif self._watching and not wanted:
+            self._loop.remove_writer(self._fd)
+        self._watching = wanted
+
+    async def close(self) -> None:
+        """End of input, after what has been accepted; twice is fine."""
         async with self._turn:
             if self._closed:
-                return False
+                return
             if self._is_tty:
-                await self._write_all(memoryview(_END_OF_TRANSMISSION))
+                await self._accept(memoryview(_END_OF_TRANSMISSION))
+                self._typed_end = True
             self._closed = True
-            if not self._is_tty:
-                self.release()
-            return True
+            if self._spool is not None and self._fd >= 0:
+                self._spool.end()
+                if not self._watching:
+                    self._feed()
+            else:
+                self._end()
+
+    def _end(self) -> None:
+        """All has been fed: the process sees the end."""
+        if not self._is_tty:
+            self._close_fd()
+        self._on_end()
+
+    def _give_up(self) -> None:
+        """Nobody reads: what is left is dropped, what comes is counted."""
+        self._close_fd()
+        if self._spool is not None and self._spool.fd >= 0 and not self._spool.ended:
+            self._spool.skip(0)
 
     def resize(self, size: WindowSize) -> None:
         """Set the terminal's size; the kernel sends SIGWINCH. TIOCSWINSZ, tty_ioctl(2).
@@ -133,11 +209,14 @@ class StdinFeed:
             fcntl.ioctl(self._fd, termios.TIOCSWINSZ, packed)
 
     def release(self) -> None:
-        """Close the descriptor; whoever waits for room in it goes on. Twice is fine."""
-        if self._fd < 0:
-            return
-        asyncio.get_running_loop().remove_writer(self._fd)
-        os.close(self._fd)
-        self._fd = -1
-        if self._room is not None and not self._room.done():
-            self._room.set_result(None)
+        """Close our descriptors; whoever waits for room goes on. Twice is fine."""
+        self._close_fd()
+        if self._spool is not None:
+            self._spool.close()
+
+    def _close_fd(self) -> None:
+        if self._fd >= 0:
+            self._watch(False)
+            os.close(self._fd)
+            self._fd = -1
+        self._room.set()

@@ -14,9 +14,11 @@ from typing import Annotated
 
 import typer
 
+from garden_py.cli import options as opt
 from garden_py.cli import parse, render
 from garden_py.cli.doctor import identity, kernel, network, runtimes, storage
 from garden_py.cli.doctor.finding import Finding, Level
+from garden_py.cli.doctor.leaks import report_leaks
 
 _COLOURS = {Level.OK: "\x1b[32m", Level.WARN: "\x1b[33m", Level.FAIL: "\x1b[31m"}
 _UIDS_PER_CONTAINER = 65_536
@@ -35,9 +37,27 @@ class Plan:
 
 
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document, for programs.")] = False,
+    context: typer.Context,
+    as_json: Annotated[bool, typer.Option("--json", help="The same as -o json.")] = False,
+    output: opt.FormatOption = render.OutputFormat.TABLE,
+    leaks: Annotated[
+        bool, typer.Option("--leaks", help="Instead: compare a server's journal with what is on the host.")
+    ] = False,
+    fix: Annotated[
+        bool, typer.Option("--fix", help="With --leaks: remove orphans that are surely the server's own.")
+    ] = False,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address",
+            metavar="ADDRESS",
+            help="With --leaks: ask this server.  [default: the one on --state-dir, if it runs]",
+            show_default=False,
+        ),
+    ] = None,
     state_dir: Annotated[
-        str, typer.Option("--state-dir", metavar="DIR", help="As for `garden server`.")
+        str,
+        typer.Option("--state-dir", metavar="DIR", envvar="GARDEN_STATE_DIR", help="As for `garden server`."),
     ] = "/var/lib/garden",
     runtime: Annotated[
         str, typer.Option("--runtime", metavar="NAME", help="As for `garden server`.")
@@ -52,7 +72,7 @@ def doctor(
         int, typer.Option("--uid-pool-size", metavar="N", help="As for `garden server`.")
     ] = 4096,
 ) -> None:
-    """Check what this host can do for containers.
+    """Check what this host can do for containers, or with --leaks what a server has left on it.
 
     Most things are found out by trying them, in namespaces that vanish with the trial; nothing is changed and
     no server is needed. Exit code 1 if something is missing that no container can do without (FAIL).
@@ -60,16 +80,34 @@ def doctor(
         garden doctor
 
         garden doctor --json | jq '.[] | select(.level != "OK")'
+
+    --leaks compares journal and host, both ways: `orphan` is on the host, carries the server's name, and belongs
+    to no container; `missing` should be there for a running container and is not. It asks the server on
+    --state-dir, or reads the journal itself if that server is stopped (as root; it cannot start meanwhile). What
+    is being made or destroyed is neither; what is found must be found twice, a second apart. Exit code 1 if a leak
+    is left. --fix removes orphans; what only looks like the server's is kept, and the last column says why. A
+    running server does the same by itself, see `garden server --janitor-interval-s`.
+
+        garden doctor --leaks
+
+        garden doctor --leaks --fix --state-dir /srv/garden -o json
     """
+    if fix and not leaks:
+        raise parse.BadInput("--fix goes with --leaks")
+    if as_json:
+        output = render.OutputFormat.JSON
+    if not state_dir.startswith("/"):
+        raise parse.BadInput(f"--state-dir: {state_dir!r} is not an absolute path")
+    if leaks:
+        report_leaks(context, Path(state_dir), address, output, fix=fix)
+        return
     try:
         pool = ipaddress.IPv4Network(network_pool)
     except ValueError as error:
         raise parse.BadInput(f"--network-pool: {error}") from error
-    if not state_dir.startswith("/"):
-        raise parse.BadInput(f"--state-dir: {state_dir!r} is not an absolute path")
     plan = Plan(Path(state_dir), runtime, pool, uid_pool_start, uid_pool_size)
     findings = run_checks(plan)
-    if as_json:
+    if output is render.OutputFormat.JSON:
         render.print_json(findings)
     else:
         _print_findings(findings)

@@ -71,6 +71,14 @@ class AsyncGardenClient:
         """What the server can hold and what is in use."""
         return await self._link.unary(calls.capacity())
 
+    async def check_leaks(self, *, remove: bool = False) -> Sequence[v.Leak]:
+        """What differs between the server's journal and its host; takes a second if anything does.
+
+        Args:
+            remove: also remove what is surely the server's own and belongs to no container.
+        """
+        return await self._link.unary(calls.check_leaks(remove=remove))
+
     async def create(self, spec: v.ContainerSpec | None = None, *, request_id: str = "") -> AsyncContainer:
         """Make a container; returns when it can run processes. `created` of the result describes it.
 

@@ -70,6 +70,14 @@ class GardenClient:
         """What the server can hold and what is in use."""
         return self._link.unary(calls.capacity())
 
+    def check_leaks(self, *, remove: bool = False) -> Sequence[v.Leak]:
+        """What differs between the server's journal and its host; takes a second if anything does.
+
+        Args:
+            remove: also remove what is surely the server's own and belongs to no container.
+        """
+        return self._link.unary(calls.check_leaks(remove=remove))
+
     def create(self, spec: v.ContainerSpec | None = None, *, request_id: str = "") -> Container:
         """Make a container; returns when it can run processes. `created` of the result describes it.
 

@@ -14,7 +14,11 @@ def apply(config: dict[str, Any], request: BundleRequest, facts: HostFacts, data
 
     Inheritable capabilities would survive an exec by a non-root user of a file with matching inheritable
     file capabilities (CVE-2022-29162).
+
+    The agent's own one keeps processes of the container from tracing it; it takes it out of the bounding set before
+    anything else runs (agent/syscalls.py, prepare_capabilities).
     """
-    wanted = facts.bounding_capabilities if request.privileged else data.capability_mask("unprivileged")
+    unprivileged = data.capability_mask("unprivileged") | data.capability_mask("agent")
+    wanted = facts.bounding_capabilities if request.privileged else unprivileged
     names = data.capability_names(wanted & facts.bounding_capabilities)
     config["process"]["capabilities"] = {"bounding": names, "effective": names, "permitted": names}

@@ -1,0 +1,141 @@
+"""Cgroups below `garden-<tag>` in every hierarchy, and the processes in those that belong to nobody."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import signal
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from garden_py.backend.cgroup import groups
+from garden_py.backend.cgroup.layout import ContainerCgroup, Hierarchies, remove_tree
+from garden_py.backend.host.pids import read_wait_channel
+from garden_py.backend.ledger.book import Book, Shared
+from garden_py.model.errors import HostFault
+from garden_py.model.handle import name_problem
+from garden_py.model.leak import Direction, Leak, LeakKind
+
+_RETRY_S = 0.01
+REMOVE_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What was seen.
+
+    Attributes:
+        parent: `garden-<tag>`.
+        parents: hierarchies that have it.
+        required: hierarchies that a container must be in.
+        groups: below the parent: name to the hierarchies that have it.
+        pids: of those that were not claimed when the look began.
+    """
+
+    parent: str
+    required: frozenset[Path]
+    parents: frozenset[Path] = frozenset()
+    groups: dict[str, set[Path]] = field(default_factory=dict)
+    pids: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+def look(hierarchies: Hierarchies, tag: str, handles: set[str]) -> Sight:
+    """Read the directories. `handles`: claimed when the look began."""
+    parent = f"garden-{tag}"
+    seen = Sight(
+        parent,
+        frozenset(hierarchies.distinct()),
+        frozenset(point for point in groups.all_hierarchies(hierarchies) if (point / parent).is_dir()),
+    )
+    for point in seen.parents:
+        for name in _directories(point / parent):
+            seen.groups.setdefault(name, set()).add(point)
+    for name in seen.groups.keys() - handles:
+        seen.pids[name] = tuple(_pids(hierarchies, f"{parent}/{name}"))
+    return seen
+
+
+def _directories(directory: Path) -> list[str]:
+    try:
+        with os.scandir(directory) as entries:
+            return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except FileNotFoundError:
+        return []
+
+
+def _pids(hierarchies: Hierarchies, path: str) -> list[int]:
+    found = (groups.pids_below(point / path) for point in groups.all_hierarchies(hierarchies))
+    return sorted({pid for pids in found for pid in pids})
+
+
+def judge(book: Book, seen: Sight) -> list[Leak]:
+    """Groups and processes that no row claims, and groups that a row lacks."""
+    found: list[Leak] = []
+    for name in seen.groups.keys() - book.handles:
+        keep = "no container can have this name" if name_problem(name) else ""
+        pids = seen.pids.get(name, ())
+        detail = f"{len(pids)} processes" if pids else ""
+        path = f"{seen.parent}/{name}"
+        found.append(Leak(LeakKind.CGROUP, Direction.ORPHAN, path, name, detail, keep))
+        found += [
+            Leak(LeakKind.PROCESS, Direction.ORPHAN, str(pid), name, f"in cgroup {path}", keep)
+            for pid in pids
+        ]
+    for holding in book.settled:
+        if lacking := seen.required - seen.groups.get(holding.handle, set()):
+            names = ", ".join(sorted(str(point) for point in lacking))
+            path = f"{seen.parent}/{holding.handle}"
+            found.append(Leak(LeakKind.CGROUP, Direction.MISSING, path, holding.handle, f"in {names}"))
+    return found + _judge_parent(book, seen)
+
+
+def _judge_parent(book: Book, seen: Sight) -> list[Leak]:
+    if book.shared is Shared.ORPHANED and seen.parents:
+        return [Leak(LeakKind.CGROUP, Direction.ORPHAN, seen.parent, detail="shared by all containers")]
+    if book.shared is Shared.REQUIRED and (lacking := seen.required - seen.parents):
+        names = ", ".join(sorted(str(point) for point in lacking))
+        return [Leak(LeakKind.CGROUP, Direction.MISSING, seen.parent, detail=f"in {names}")]
+    return []
+
+
+def holds_process(tag: str, name: str, pid: int) -> bool:
+    """Whether a process is in the group of that name, in any hierarchy. proc_pid_cgroup(5)."""
+    try:
+        lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    path = f"/garden-{tag}/{name}"
+    return any(f"{line.split(':', 2)[2]}/".startswith(f"{path}/") for line in lines)
+
+
+async def remove(cgroup: ContainerCgroup) -> None:
+    """Kill what is in a container's groups and remove them, in every hierarchy; gone is fine.
+
+    Raises:
+        HostFault: something does not end, or a group stays busy.
+    """
+    deadline = time.monotonic() + REMOVE_TIMEOUT_S
+    while True:
+        pids = _pids(cgroup.hierarchies, cgroup.path)
+        for pid in pids:
+            _kill(pid)
+        try:
+            for point in groups.all_hierarchies(cgroup.hierarchies):
+                remove_tree(point / cgroup.path)
+            return
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            if time.monotonic() > deadline:
+                cause = f"process {pids[0]}: {read_wait_channel(pids[0])}" if pids else "it stays busy"
+                raise HostFault("remove cgroup", f"{cgroup.path}: {cause}") from error
+        await asyncio.sleep(_RETRY_S)
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return

@@ -1,0 +1,63 @@
+"""Mounts: root file systems that a launcher still holds, and mounts on the host where the server makes none."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from garden_py.backend.ledger.book import Book
+from garden_py.model.leak import Direction, Leak, LeakKind
+
+_ESCAPE = re.compile(r"\\([0-7]{3})")
+_ELSEWHERE = (
+    "the server makes no mounts on the host, so somebody else made this one; it may keep a directory busy"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What was seen.
+
+    Attributes:
+        staged: runtime ids below the launcher's mount directory.
+        host: mount points of the host below directories that are the server's alone.
+    """
+
+    staged: frozenset[str] = frozenset()
+    host: frozenset[str] = frozenset()
+
+
+def parse_mount_points(mountinfo: str, below: Iterable[Path]) -> frozenset[str]:
+    """Mount points strictly below some directories.
+
+    Source: proc_pid_mountinfo(5): the fifth field, with space, tab, newline and backslash as octal escapes.
+    """
+    parents = tuple(f"{directory}/" for directory in below)
+    points = (line.split(" ")[4] for line in mountinfo.splitlines())
+    plain = (_ESCAPE.sub(lambda match: chr(int(match[1], 8)), point) for point in points)
+    return frozenset(point for point in plain if point.startswith(parents))
+
+
+def look(staged: Iterable[str], below: Iterable[Path]) -> Sight:
+    """Read the host's mount table; `staged` is what the launcher said."""
+    return Sight(frozenset(staged), parse_mount_points(Path("/proc/self/mountinfo").read_text(), below))
+
+
+def judge(book: Book, seen: Sight) -> list[Leak]:
+    """Mounts of nobody, and those of complete containers: these have their own copy by then."""
+    complete = {holding.runtime_id: holding.handle for holding in book.settled}
+    found = [
+        Leak(
+            LeakKind.MOUNT,
+            Direction.ORPHAN,
+            f"launcher:{name}",
+            detail="a root file system that the launcher holds"
+            + (f" though container {complete[name]} has its own" if name in complete else ""),
+        )
+        for name in seen.staged
+        if name not in book.runtime_ids or name in complete
+    ]
+    found += [Leak(LeakKind.MOUNT, Direction.ORPHAN, point, keep_because=_ELSEWHERE) for point in seen.host]
+    return found

@@ -1,0 +1,238 @@
+"""The ledger of one site: looks at the host, has it compared, removes orphans; implements service.ports.LeakFinder."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import Any, Protocol
+
+from garden_py.backend.cgroup import groups
+from garden_py.backend.cgroup.layout import ContainerCgroup, Hierarchies
+from garden_py.backend.depot import Depot
+from garden_py.backend.host.pids import ProcessIdentity, kill_and_wait, read_start_time, read_wait_channel
+from garden_py.backend.ledger import cgroups, files, leases, mounts, network, processes
+from garden_py.backend.ledger.book import Book, Holding, Mapping, Shared
+from garden_py.backend.ledger.compare import Sight, compare
+from garden_py.backend.linux.container import ContainerFacts
+from garden_py.backend.net.plan import HostPlan, address_of_link
+from garden_py.backend.net.survey import Survey, compile_forget, compile_forget_chain
+from garden_py.config import Config
+from garden_py.model.errors import HostFault
+from garden_py.model.leak import Leak, LeakKind
+from garden_py.service.ports import Claim, Witness
+
+_KILL_TIMEOUT_S = 10.0
+
+
+class Hands(Protocol):
+    """What differs between a running server, with its launcher and pools, and one that has stopped."""
+
+    async def network(self, op: str, params: dict[str, Any]) -> dict[str, Any]:
+        """Do a job of net/jobs.py; HostFault."""
+
+    async def staged(self) -> list[str]:
+        """Ids of launches whose mounts the launcher holds."""
+
+    async def release_mounts(self, runtime_id: str) -> None:
+        """Have the launcher let go of one launch's mounts."""
+
+    def launcher_session(self) -> int | None:
+        """Session of the server's own launcher; None without one."""
+
+    def leases(self) -> leases.Sight:
+        """What the pools have given out."""
+
+    def give_back(self, leak: Leak) -> None:
+        """Put a lease of nobody back into its pool."""
+
+    def hold(self, address: IPv4Address | None, port: tuple[str, int] | None) -> AbstractContextManager[None]:
+        """A context in which the pools give neither away."""
+
+    def shared(self, book_is_empty: bool) -> Shared:
+        """What is to be thought of the parts that all containers share."""
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where one server's things are."""
+
+    tag: str
+    host: HostPlan
+    depot: Depot
+    hierarchies: Hierarchies
+    mount_dir: Path
+    runtime_roots: tuple[Path, ...]
+
+    @property
+    def private(self) -> tuple[Path, ...]:
+        """Directories in which nothing is mounted on the host."""
+        depot = self.depot
+        return (depot.containers, depot.trash, depot.agents, self.mount_dir, *self.runtime_roots)
+
+
+def places_of(config: Config, host: HostPlan, depot: Depot, hierarchies: Hierarchies) -> Places:
+    """The places that settings lead to; those of a runtime used by an earlier server included."""
+    names = dict.fromkeys((Path(config.runtime).name, "runc", "crun"))
+    roots = tuple(config.run_dir / name for name in names)
+    return Places(config.tag, host, depot, hierarchies, config.run_dir / "mnt", roots)
+
+
+def holding_of(claim: Claim) -> Holding:
+    """A row's facts, as the judges read them."""
+    if not claim.facts:
+        return Holding(claim.handle)
+    facts = ContainerFacts.from_json(claim.facts)
+    return Holding(
+        handle=claim.handle,
+        runtime_id=facts.runtime_id,
+        address=str(facts.lease.address),
+        mappings=tuple(
+            Mapping(m.transport.value, m.host_port, m.container_port) for m in facts.lease.mappings
+        ),
+        uid_slot=facts.uid_slot,
+        privileged=facts.privileged,
+        init=facts.identity,
+    )
+
+
+class Ledger:
+    """Finds and removes what belongs to nobody at one site."""
+
+    def __init__(self, places: Places, hands: Hands) -> None:
+        self._places = places
+        self._hands = hands
+
+    async def find_leaks(self, witness: Witness) -> list[Leak]:
+        """See service.ports."""
+        known = [holding_of(claim) for claim in witness.claims()]
+        survey = Survey.from_json(await self._hands.network("survey", {}))
+        staged = await self._hands.staged()
+        seen = await asyncio.to_thread(self._look, known, survey, staged)
+        # Leases are taken and recorded in one turn of the loop, so here pools and rows are of one mind.
+        seen = replace(seen, leases=self._hands.leases())
+        claims = witness.claims()
+        book = Book(
+            map(holding_of, claims), map(holding_of, witness.settled()), self._hands.shared(not claims)
+        )
+        return compare(book, seen)
+
+    def _look(self, known: list[Holding], survey: Survey, staged: list[str]) -> Sight:
+        places = self._places
+        handles = {holding.handle for holding in known}
+        addresses = {holding.address for holding in known}
+        return Sight(
+            files=files.look(places.depot, places.runtime_roots, handles),
+            cgroups=cgroups.look(places.hierarchies, places.tag, handles),
+            processes=processes.look(places.mount_dir, self._hands.launcher_session(), known),
+            network=network.look(places.host, survey, addresses),
+            mounts=mounts.look(staged, places.private),
+            leases=leases.Sight(),
+        )
+
+    async def remove_leak(self, leak: Leak, claims: list[Claim]) -> bool:
+        """See service.ports."""
+        book = Book(map(holding_of, claims), (), Shared.ALLOWED)
+        match leak.kind:
+            case LeakKind.PROCESS | LeakKind.CGROUP | LeakKind.DIRECTORY if leak.handle in book.handles:
+                return False
+            case LeakKind.PROCESS:
+                await self._end(leak)
+            case LeakKind.CGROUP:
+                await self._remove_cgroup(leak)
+            case LeakKind.LINK | LeakKind.NFT_ELEMENT | LeakKind.NFT_CHAIN:
+                return await self._remove_from_network(leak, book)
+            case LeakKind.MOUNT:
+                await self._hands.release_mounts(leak.name.removeprefix("launcher:"))
+            case LeakKind.DIRECTORY | LeakKind.SOCKET | LeakKind.RUNTIME:
+                return await self._remove_file(leak, book)
+            case LeakKind.ADDRESS | LeakKind.PORT | LeakKind.UID_RANGE:
+                if _is_leased(leak, book):
+                    return False
+                self._hands.give_back(leak)
+        return True
+
+    async def _end(self, leak: Leak) -> None:
+        """Kill a process, if it still is what it was: its number may be another's by now."""
+        pid = int(leak.name)
+        identity = ProcessIdentity(pid, read_start_time(pid) or 0)
+        if leak.handle:
+            is_it = cgroups.holds_process(self._places.tag, leak.handle, pid)
+        else:
+            own = self._hands.launcher_session()
+            is_it = pid in processes.look(self._places.mount_dir, own, ()).strangers
+        if is_it and not await kill_and_wait(identity, timeout_s=_KILL_TIMEOUT_S):
+            raise HostFault("kill", f"process {pid} does not end: {read_wait_channel(pid)}")
+
+    async def _remove_cgroup(self, leak: Leak) -> None:
+        hierarchies, parent = self._places.hierarchies, f"garden-{self._places.tag}"
+        if leak.name == parent:
+            groups.remove_parent(hierarchies, self._places.tag)
+        else:
+            await cgroups.remove(ContainerCgroup(hierarchies, f"{parent}/{leak.name.partition('/')[2]}"))
+
+    async def _remove_from_network(self, leak: Leak, book: Book) -> bool:
+        host, words = self._places.host, leak.name.split(" ")
+        if leak.name in (host.anchor_link, f"table inet {host.table}"):
+            await self._hands.network("remove_host", {})
+            return True
+        address, port = _held_by(leak, host)
+        if (address is not None and str(address) in book.addresses) or port in book.ports:
+            return False
+        with self._hands.hold(address, port):
+            match leak.kind:
+                case LeakKind.LINK:
+                    await self._hands.network("remove_link", {"link": leak.name})
+                case LeakKind.NFT_ELEMENT:
+                    await self._hands.network("forget", {"rules": compile_forget(host, leak.name)})
+                case _:
+                    await self._hands.network("forget", {"rules": compile_forget_chain(host, words[0])})
+        return True
+
+    async def _remove_file(self, leak: Leak, book: Book) -> bool:
+        depot, (place, _, name) = self._places.depot, leak.name.rpartition("/")
+        if leak.kind is LeakKind.SOCKET:
+            if leak.name in {depot.socket(handle).name for handle in book.handles}:
+                return False
+            (depot.agents / leak.name).unlink(missing_ok=True)
+        elif leak.kind is LeakKind.RUNTIME:
+            if name in book.runtime_ids:
+                return False
+            root = next(root for root in self._places.runtime_roots if root.name == place)
+            await asyncio.to_thread(files.remove_runtime, root, name)
+        elif place == "containers":
+            depot.discard(name)
+        else:
+            depot.sweep()
+            await depot.settle()
+            if name in os.listdir(depot.trash):
+                raise HostFault("empty trash", f"{name} cannot be deleted; the log says why")
+        return True
+
+
+def _held_by(leak: Leak, host: HostPlan) -> tuple[IPv4Address | None, tuple[str, int] | None]:
+    """The address and the port that a thing of the network stands for."""
+    match leak.name.split(" "):
+        case ["member", _, address] | ["egress", address, _]:
+            return IPv4Address(address), None
+        case ["portmap", protocol, host_port, address, _]:
+            return IPv4Address(address), (protocol, int(host_port))
+        case [name] if leak.kind is LeakKind.LINK:
+            return address_of_link(host, name), None
+        case [chain]:
+            return address_of_link(host, f"{host.link_prefix}{chain.partition('_')[2]}"), None
+    raise ValueError(leak.name)
+
+
+def _is_leased(leak: Leak, book: Book) -> bool:
+    match leak.kind:
+        case LeakKind.ADDRESS:
+            return leak.name in book.addresses
+        case LeakKind.PORT:
+            protocol, port = leak.name.split(" ")
+            return (protocol, int(port)) in book.ports
+        case _:
+            return int(leak.name) in book.uid_slots

@@ -1,0 +1,21 @@
+"""Where everything waits: on SIGUSR1 the server writes the stack of every task to its log (docs/debugging.md)."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+
+
+def dump_tasks_on_signal() -> None:
+    """Answer SIGUSR1; to be called in the server's event loop. A loop that is itself stuck answers nothing."""
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, dump_tasks)
+
+
+def dump_tasks() -> None:
+    """Write every task of this loop with the place it waits at, innermost frame last."""
+    tasks = sorted(asyncio.all_tasks(), key=lambda task: task.get_name())
+    print(f"{len(tasks)} tasks", file=sys.stderr)
+    for task in tasks:
+        task.print_stack(file=sys.stderr)
+    sys.stderr.flush()

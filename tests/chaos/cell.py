@@ -1,0 +1,149 @@
+"""The server under attack and the small disk that its state directory is on."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+from kit.server import ServerProcess
+
+from garden_py.config import Config
+
+START_S = 40.0
+DISK_BYTES = 512 << 20
+
+
+class Cell:
+    """One server: started, killed, started again on the same directories."""
+
+    def __init__(self, place: Path, clients: int) -> None:
+        self.place = place
+        self.state = place / "state"
+        self.run = place / "run"
+        self.up = asyncio.Event()
+        flags = [
+            "--state-dir", str(self.state),
+            "--run-dir", str(self.run),
+            "--network-pool", "10.247.0.0/26",
+            "--port-pool-start", "28000",
+            "--port-pool-size", "12",
+            "--uid-pool-start", str(0x7800_0000),
+            "--uid-pool-size", "60",
+            # Fewer than clients, so that the pool is empty now and then.
+            "--max-containers", str(max(2, clients - 1)),
+            "--create-timeout-s", "20",
+        ]  # fmt: skip
+        self._server = ServerProcess(place, flags, f"unix:{self.run}/garden.sock")
+
+    @property
+    def address(self) -> str:
+        """Of its door."""
+        return self._server.address
+
+    @property
+    def tag(self) -> str:
+        """In the names of what this server makes on the host."""
+        return Config(state_dir=self.state).tag
+
+    @property
+    def pid(self) -> int:
+        """Of the server."""
+        return self._server.pid
+
+    async def start(self) -> float:
+        """Start it; seconds until it is ready."""
+        began = time.monotonic()
+        async with asyncio.timeout(START_S):
+            await asyncio.to_thread(self._server.start)
+        self.up.set()
+        return time.monotonic() - began
+
+    async def end(self, number: signal.Signals) -> int:
+        """End it with a signal; its exit status."""
+        self.up.clear()
+        ending = self._server.kill if number is signal.SIGKILL else self._server.stop
+        return await asyncio.to_thread(ending) or 0
+
+    def children(self, *, of: int | None = None) -> list[int]:
+        """Child processes; a process's threads have children of their own (proc(5))."""
+        found: list[int] = []
+        for file in Path(f"/proc/{of or self.pid}/task").glob("*/children"):
+            with suppress(OSError):
+                found += map(int, file.read_text().split())
+        return found
+
+    def workers(self) -> list[int]:
+        """The launcher's workers; its other children are containers' PID 1, which it has adopted."""
+        found = []
+        for pid in (worker for launcher in self.children() for worker in self.children(of=launcher)):
+            with suppress(OSError):
+                if b"garden_py.backend.launcher.main" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    found.append(pid)
+        return found
+
+    def runtimes(self) -> list[int]:
+        """Runtime processes at work for this server."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            with suppress(OSError, ValueError):
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+                if words[0].endswith(b"runc") and os.fsencode(self.run / "runc") in words:
+                    found.append(int(entry.name))
+        return found
+
+    def fill_disk(self) -> Path:
+        """Take all room of the state directory's disk; remove the file to give it back."""
+        filler = self.state / "filler"
+        with filler.open("wb") as file:
+            size, piece = 0, DISK_BYTES
+            while piece >= 512:
+                try:
+                    os.posix_fallocate(file.fileno(), size, piece)
+                    size += piece
+                except OSError:
+                    piece //= 2
+        return filler
+
+
+@asynccontextmanager
+async def open_cell(clients: int) -> AsyncIterator[Cell]:
+    """A cell on a disk of its own. Its place is removed at the end, unless something went wrong inside."""
+    cell = Cell(_make_place(), clients)
+    image = cell.place / "disk"
+    _mount(image, cell.state)
+    try:
+        await cell.start()
+        yield cell
+    finally:
+        if cell._server.process is not None:
+            await cell.end(signal.SIGKILL)
+        _run("umount", str(cell.state))
+        image.unlink()
+    shutil.rmtree(cell.place)
+
+
+def _make_place() -> Path:
+    place = Path(tempfile.mkdtemp(prefix="gchaos-", dir="/var/tmp"))
+    place.chmod(0o755)
+    return place
+
+
+def _mount(image: Path, target: Path) -> None:
+    target.mkdir()
+    with image.open("wb") as file:
+        file.truncate(DISK_BYTES)
+    _run("mkfs.ext4", "-q", "-m", "0", "-O", "^has_journal", str(image))
+    _run("mount", "-o", "loop", str(image), str(target))
+    target.chmod(0o711)
+
+
+def _run(*argv: str) -> None:
+    subprocess.run(argv, check=True, timeout=60)
