@@ -17,5 +17,9 @@ def dump_tasks() -> None:
     tasks = sorted(asyncio.all_tasks(), key=lambda task: task.get_name())
     print(f"{len(tasks)} tasks", file=sys.stderr)
     for task in tasks:
-        task.print_stack(file=sys.stderr)
+        print(f"{task.get_name()}: {task.get_coro()!r}", file=sys.stderr)
+        # Without source lines, as Task.print_stack() shows them: linecache fails on frames of compiled modules.
+        for frame in task.get_stack():
+            code = frame.f_code
+            print(f"  {code.co_filename}:{frame.f_lineno} {code.co_qualname}", file=sys.stderr)
     sys.stderr.flush()

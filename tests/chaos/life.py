@@ -15,7 +15,6 @@ from chaos.patience import persist
 from chaos.plan import CHANGES, LifePlan, Step, draw_policy, plan_life
 from chaos.work import RAN, Work
 from garden_py.client import AsyncContainer, AsyncGardenClient, ContainerState, Limits, NotFound
-from garden_py.client.errors import GardenError
 
 EXPIRY_S = 30.0
 
@@ -257,11 +256,11 @@ class Life:
         return await self._ask("list", listed)
 
     async def _give_up(self) -> None:
-        """After a failure: away with it, so that the end of the run does not fail for it once more."""
+        """After a failure: away with it, so that neither the next life nor the end of the run fails for it once more."""
+        self._subject.ending = True
         try:
-            async with asyncio.timeout(20):
-                await self._container.destroy()
-        except (GardenError, TimeoutError) as error:
+            await self._destroy()
+        except (Failure, Hurt) as error:
             print(
                 f"       {self._subject.handle} could not be removed after its failure: {error}", flush=True
             )

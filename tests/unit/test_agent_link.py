@@ -216,3 +216,35 @@ async def test_events_are_small_and_answers_not_much_larger(agent: FakeAgent) ->
     agent.answers["signal"] = reply({"x": [None] * 100_000})
     with pytest.raises(ContainerBroken, match="exceeds"):
         await agent.link.signal("p", 15, group=False)
+
+
+async def test_start_that_meets_a_mute_agent_finds_that_out_before_its_own_time_is_over(
+    agent: FakeAgent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start may take long, an agent may not: it is asked meanwhile."""
+    monkeypatch.setattr(agent_link, "_WONDER_AFTER_S", 0.05)
+    agent.answers |= {"spawn": silence, "ping": silence}
+    with pytest.raises(ContainerBroken, match="does not answer"):
+        await agent.link.spawn(TRUE, (), [], bounding=None)
+    assert "cancel" not in [request["op"] for request in agent.asked]
+    assert len(agent.lost) == 1
+
+
+async def test_start_that_takes_long_in_an_agent_that_is_well_goes_on(
+    agent: FakeAgent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its program may be on a file system that takes its time."""
+    monkeypatch.setattr(agent_link, "_WONDER_AFTER_S", 0.05)
+    held: list[wire.Frame] = []
+
+    def hold(request: wire.Frame) -> None:
+        held.append(request)
+
+    def answer_ping(request: wire.Frame) -> bytes | None:
+        late = wire.encode_frame(wire.ERROR, held[0].id, {"code": "spawn_failed", "message": "late"})
+        return wire.encode_frame(wire.REPLY, request.id, {}) + late
+
+    agent.answers |= {"spawn": hold, "ping": answer_ping}
+    with pytest.raises(ProcessStartFailed, match="late"):
+        await agent.link.spawn(TRUE, (), [], bounding=None)
+    assert agent.link.is_open

@@ -8,10 +8,12 @@ without a deadline.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,8 @@ from garden_py.model import errors
 from garden_py.model.process import ProcessSpec, WindowSize
 
 SPAWN_TIMEOUT_S = 30.0
+# A start may wait for a file system of the container's; whether the agent itself still answers is asked beside it.
+_WONDER_AFTER_S = 2.0
 UPGRADE_TIMEOUT_S = 60.0
 _UNASKED_MAX = 4096  # twice the processes that an agent may hold, each of which ends once
 _EVENT_MAX_BYTES = 1024
@@ -75,6 +79,7 @@ class AgentLink:
         self._link.limits.update(
             {wire.EVENT: _EVENT_MAX_BYTES, wire.REPLY: _REPLY_MAX_BYTES, wire.ERROR: _REPLY_MAX_BYTES}
         )
+        self._questions: set[asyncio.Task[None]] = set()
         self.wire = wire.VERSION
         self.build = ""
 
@@ -114,6 +119,8 @@ class AgentLink:
 
     def close(self) -> None:
         """Disconnect; the agent and its processes do not notice."""
+        for question in self._questions:
+            question.cancel()
         self._link.close()
 
     # --- what every request needs
@@ -287,6 +294,7 @@ class AgentLink:
         if before_exec is not None and self.wire < 2:
             before_exec()
             before_exec = None
+        wondering = asyncio.get_running_loop().call_later(_WONDER_AFTER_S, self._wonder)
         try:
             if before_exec is None:
                 reply = await self._ask(request, cgroup_fds, timeout_s=SPAWN_TIMEOUT_S)
@@ -300,7 +308,19 @@ class AgentLink:
             # It may yet start; nobody would know of it then.
             await self.cancel(spec.id)
             raise errors.ProcessStartFailed(f"it did not start in {SPAWN_TIMEOUT_S:g} s") from error
+        finally:
+            wondering.cancel()
         return self._take_streams(reply, is_tty=spec.tty is not None, is_complete=True)
+
+    def _wonder(self) -> None:
+        """Find out whether a request takes long or the agent is gone; if it is, the link and the request end."""
+        question = asyncio.ensure_future(self._find_out())
+        self._questions.add(question)
+        question.add_done_callback(self._questions.discard)
+
+    async def _find_out(self) -> None:
+        with suppress(errors.ContainerBroken):  # told by on_lost
+            await self.ping()
 
     async def _ask_gated(
         self, request: dict[str, Any], cgroup_fds: list[int], before_exec: Callable[[], None]

@@ -63,12 +63,18 @@ class AsyncRequestFeed(AsyncIterator[Message]):
         await self._changed.wait()
 
 
-def _stream_error(code: grpc.StatusCode, message: str | None, trailing: Iterable[Any] | None) -> GardenError:
-    """The typed error of a broken stream.
+def _stream_error(failure: grpc.aio.AioRpcError) -> GardenError:
+    """The typed error of a stream that the client writes to and that broke.
 
     When a write fails before the status has been read, grpc.aio puts INTERNAL in the status's place
     (`_StreamRequestMixin._write`). All that is known then is that the stream broke; the next try learns why.
     """
+    return _make_stream_error(failure.code(), failure.details(), failure.trailing_metadata())
+
+
+def _make_stream_error(
+    code: grpc.StatusCode, message: str | None, trailing: Iterable[Any] | None
+) -> GardenError:
     if code is grpc.StatusCode.INTERNAL and message == _FAILED_WRITE:
         return Unavailable("the stream broke while it was written to")
     return make_error(code, message, trailing)
@@ -95,7 +101,7 @@ class AsyncExchange:
         try:
             event = await self._call.read()
         except grpc.aio.AioRpcError as failure:
-            raise _stream_error(failure.code(), failure.details(), failure.trailing_metadata()) from None
+            raise _stream_error(failure) from None
         except asyncio.CancelledError:
             # gRPC raises this both for a cancelled task and for a call that was cancelled under the reader.
             task = asyncio.current_task()
@@ -111,7 +117,7 @@ class AsyncExchange:
         if code is grpc.StatusCode.OK:
             return None
         details, trailing = await self._call.details(), await self._call.trailing_metadata()
-        return _stream_error(code, details, trailing)
+        return _make_stream_error(code, details, trailing)
 
     def cancel(self) -> None:
         """Leave. Safe at any time and twice."""
@@ -186,7 +192,7 @@ class AsyncLink:
         except asyncio.InvalidStateError:
             await self._raise_end_of(stream)
         except grpc.aio.AioRpcError as failure:
-            raise error_from_rpc(failure) from None
+            raise _stream_error(failure) from None
         finally:
             stream.cancel()
 
@@ -195,7 +201,7 @@ class AsyncLink:
         try:
             await stream
         except grpc.aio.AioRpcError as failure:
-            raise error_from_rpc(failure) from None
+            raise _stream_error(failure) from None
 
     def run(self, first: pb.RunProcessRequest) -> AsyncExchange:
         """Open RunProcess."""
