@@ -256,7 +256,7 @@ class Life:
         return await self._ask("list", listed)
 
     async def _give_up(self) -> None:
-        """After a failure: away with it, so that neither the next life nor the end of the run fails for it once more."""
+        """After a failure: away with it, so that nothing fails for it once more."""
         self._subject.ending = True
         try:
             await self._destroy()

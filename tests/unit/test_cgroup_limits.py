@@ -154,6 +154,12 @@ def test_oom_kills_of_both_versions(tmp_path: Path) -> None:
         assert read_oom_kills(cgroup, ("work",)) == 3
 
 
+def test_group_that_somebody_has_removed_tells_of_no_oom_kill(tmp_path: Path) -> None:
+    """A process's end must be told also then."""
+    cgroup = ContainerCgroup(Hierarchies(2, {"memory": tmp_path}), "garden-test/absent")
+    assert read_oom_kills(cgroup, ("work",)) == 0
+
+
 def test_flat_keyed_files() -> None:
     """Lines that are no `name number` are left out."""
     assert parse_flat_keyed("a 1\nb 2 3\nc max\n\nd 4\n") == {"a": 1, "d": 4}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -89,7 +90,15 @@ def _read_v2(cgroup: ContainerCgroup) -> Usage:
 def read_oom_kills(cgroup: ContainerCgroup, leaf: tuple[str, ...]) -> int:
     """Tasks that the OOM killer has ended in a group; v2 counts those below it too, v1 its own.
 
+    0 if the group is gone: then somebody else has removed it, and ended what was in it.
+
     Source: cgroup-v2.rst, memory.events; cgroup-v1/memory.rst §10, memory.oom_control.
     """
     file = "memory.events" if cgroup.hierarchies.version == 2 else "memory.oom_control"
-    return parse_flat_keyed(cgroup.directory("memory", *leaf, file).read_text()).get("oom_kill", 0)
+    try:
+        text = cgroup.directory("memory", *leaf, file).read_text()
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENODEV):  # ENODEV: removed between open and read
+            raise
+        return 0
+    return parse_flat_keyed(text).get("oom_kill", 0)
