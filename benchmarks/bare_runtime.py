@@ -3,7 +3,8 @@
 The configuration is the very config.json that the server wrote for a container of its own, with as little changed
 as makes it run elsewhere: the root file system is a plain copy of the image owned by the container's root (the
 server's is mounted in its launcher's private mount namespace only), bind sources are the plain files, and the cgroup
-has another name. Namespaces, mounts, capabilities, seccomp and the agent as PID 1 stay.
+has another name. Namespaces, mounts, capabilities and the agent as PID 1 stay. The seccomp policy is the runtime's to
+compile, as in everybody else's bundles; under the server, the agent installs what was compiled once.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from stopwatch import Stopwatch, running_stopwatch
+
+from garden_py.backend.oci.data import load_runc_config
+from garden_py.backend.oci.facts import probe_host_facts
+from garden_py.backend.oci.rules.seccomp import seccomp_policy
 
 CGROUP = f"garden-bench-{os.getpid()}"
 _BUSY_TIMEOUT_S = 5.0
@@ -59,7 +64,17 @@ def prepare_bundle(bundle: Path, *, server_config: Path, image: Path, agents: Pa
     for mount in config["mounts"]:
         if mount["type"] == "bind":
             mount["source"] = str(sources[mount["destination"]])
+    _let_runtime_filter(config)
     _write_config(bundle, config)
+
+
+def _let_runtime_filter(config: dict[str, Any]) -> None:
+    process = config["process"]
+    if process["args"][-2] == "filter":
+        del process["args"][-2:]
+        for names in process["capabilities"].values():
+            names.remove("CAP_SYS_ADMIN")
+        config["linux"]["seccomp"] = seccomp_policy(probe_host_facts(), load_runc_config())
 
 
 def _copy_owned(image: Path, target: Path, uid: int) -> None:

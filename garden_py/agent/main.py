@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from garden_py.agent.processes import Asker
     from garden_py.agent.upgrade import Upgrader
 
-LISTENER_FD = 3  # what `runc run --preserve-fds 1` hands over: a listening unix stream socket
+LISTENER_FD = 3  # what `runc run --preserve-fds` hands over first: a listening unix stream socket
 PROCESS_NAME = b"garden-init"
 
 
@@ -30,8 +30,8 @@ def main(build: str) -> None:
 
     Args:
         build: name of the bundle that this program is from. Two more arguments on the command line, a mode and a
-            descriptor, tell that it takes the place of an earlier agent (`resume`), or is to try whether it could
-            (`check`); see `upgrade`.
+            descriptor, tell that it is to filter system calls with the program in that file (`filter`), that it takes
+            the place of an earlier agent (`resume`), or is to try whether it could (`check`); see `upgrade`.
 
     Raises:
         SystemExit: descriptor 3 is not what the server hands over; or a check has ended, with success if status 0.
@@ -39,6 +39,9 @@ def main(build: str) -> None:
     mode, state_fd = (sys.argv[1], int(sys.argv[2])) if len(sys.argv) == 3 else ("", -1)
     syscalls.set_process_name(PROCESS_NAME)
     syscalls.forbid_tracing()
+    if mode == "filter":
+        _filter_system_calls(state_fd)
+        mode = ""
     syscalls.prepare_capabilities()
     if mode:
         from garden_py.agent import handover
@@ -87,6 +90,12 @@ def main(build: str) -> None:
             connection, request_id = asker
             connection.send(wire.encode_frame(wire.REPLY, request_id, requests.introduction), [])
     loop.run()
+
+
+def _filter_system_calls(fd: int) -> None:
+    # All agents of a server share the file, and so the offset in it: it is not moved.
+    syscalls.install_filter(posix.pread(fd, posix.fstat(fd).st_size, 0))
+    posix.close(fd)
 
 
 def _make_defaults() -> Defaults:

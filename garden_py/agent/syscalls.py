@@ -30,6 +30,7 @@ else:
 # linux/prctl.h, prctl(2)
 _PR_SET_DUMPABLE = 4
 _PR_SET_NAME = 15
+_PR_SET_SECCOMP = 22
 _PR_CAPBSET_READ = 23
 _PR_CAPBSET_DROP = 24
 _PR_SET_CHILD_SUBREAPER = 36
@@ -37,7 +38,9 @@ _PR_SET_NO_NEW_PRIVS = 38
 _PR_CAP_AMBIENT = 47
 _PR_CAP_AMBIENT_CLEAR_ALL = 4
 
-_CAP_SYS_PTRACE, _CAP_WAKE_ALARM = 19, 35  # linux/capability.h
+_CAP_SYS_PTRACE, _CAP_SYS_ADMIN, _CAP_WAKE_ALARM = 19, 21, 35  # linux/capability.h
+_SECCOMP_MODE_FILTER = 2  # linux/seccomp.h
+_FILTER_INSTRUCTION_BYTES = 8  # struct sock_filter, linux/filter.h
 _LINUX_CAPABILITY_VERSION_3 = 0x20080522  # linux/capability.h, capget(2): 64 bit sets
 _SYS_OPENAT2 = 437  # one number on all architectures since Linux 5.6
 
@@ -101,6 +104,29 @@ def adopt_orphans() -> None:
 def forbid_new_privileges() -> None:
     """From now on exec grants nothing (setuid bits, file capabilities). PR_SET_NO_NEW_PRIVS."""
     _call_prctl(_PR_SET_NO_NEW_PRIVS, 1)
+
+
+def install_filter(program: bytes) -> None:
+    """Filter the system calls of this process and of all that it starts, for ever. PR_SET_SECCOMP.
+
+    It takes CAP_SYS_ADMIN, without which only processes that can gain no privileges may filter themselves (seccomp(2)).
+    PID 1 has it for this alone and lays it down here: nothing in the container has it afterwards, or can get it.
+
+    Args:
+        program: an array of struct sock_filter.
+    """
+    held = c_char * len(program)
+    instructions = held.from_buffer_copy(program)
+    # struct sock_fprog: unsigned short, and a pointer on its own alignment.
+    header = (len(program) // _FILTER_INSTRUCTION_BYTES).to_bytes(8, "little")
+    argument = (c_char * 16).from_buffer_copy(header + _ctypes.addressof(instructions).to_bytes(8, "little"))
+    _call_prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, _ctypes.addressof(argument))
+    words = _read_capabilities()
+    without = ~(1 << _CAP_SYS_ADMIN) & 0xFFFF_FFFF
+    for index in range(3):
+        words[index] = (int.from_bytes(words[index], "little") & without).to_bytes(4, "little")
+    _call_prctl(_PR_CAPBSET_DROP, _CAP_SYS_ADMIN)
+    _check(_capset(_capability_header(), b"".join(words)))
 
 
 def limit_bounding_set(keep_mask: int) -> None:

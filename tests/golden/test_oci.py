@@ -34,6 +34,7 @@ UNPRIVILEGED = BundleRequest(
     cgroup_path="/garden-1a2b/box",
     agent_argv=("/dev/.garden/v/ld.so", "/dev/.garden/v/python3", "-c", "agent"),
     agent_env=("PYTHONHOME=/dev/.garden/v",),
+    agent_filter_fd=None,
     agent_source="/run/garden/mnt/ab/agent",
     agent_target="/dev/.garden",
     binds=(("/run/garden/mnt/ab/bind-0", "/data"), ("/run/garden/mnt/ab/hosts", "/etc/hosts")),
@@ -45,6 +46,7 @@ V2 = replace(V1, cgroup_version=2, bounding_capabilities=WITHOUT_SYS_RESOURCE, n
 CASES = {
     "unprivileged_v1": (UNPRIVILEGED, V1),
     "unprivileged_v2_weak_host": (UNPRIVILEGED, V2),
+    "unprivileged_filtering_agent": (replace(UNPRIVILEGED, agent_filter_fd=4), V1),
     "unprivileged_aarch64": (replace(UNPRIVILEGED, binds=()), replace(V1, machine="aarch64")),
     "privileged_v1": (PRIVILEGED, V1),
     "privileged_v2_weak_host": (PRIVILEGED, V2),

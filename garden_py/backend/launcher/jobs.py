@@ -18,7 +18,7 @@ import sh
 from garden_py.backend.host import syscalls
 from garden_py.backend.net import jobs as net_jobs
 from garden_py.backend.rootfs import mounts
-from garden_py.backend.runtime.command import AGENT_LISTENER_FD, Runtime, cause_of_failure
+from garden_py.backend.runtime.command import AGENT_FDS, Runtime, cause_of_failure
 from garden_py.model.errors import HostFault, NotSupported
 from garden_py.observe import failpoints
 from garden_py.observe.failpoints import Point
@@ -45,7 +45,7 @@ def launch(bench: Bench, params: dict[str, Any], fds: list[int]) -> dict[str, An
         bench: of this worker.
         params: `plan` (MountPlan as a dict), `id`, `bundle`, `runtime`, `root`, `log`, `agent_log`,
             `fail_points` (observe/failpoints.py).
-        fds: the agent's listening socket.
+        fds: what is handed to PID 1: the agent's listening socket, and the program of its filter if it has one.
 
     Returns:
         `pid` of PID 1, in the host's numbering.
@@ -56,9 +56,12 @@ def launch(bench: Bench, params: dict[str, Any], fds: list[int]) -> dict[str, An
     mounts.apply(plan)
     try:
         failpoints.reach_in_worker(Point.CREATE_MOUNT, params["fail_points"])
-        os.dup2(fds[0], AGENT_LISTENER_FD, inheritable=True)
+        for fd, number in zip(fds, AGENT_FDS, strict=False):
+            os.dup2(fd, number, inheritable=True)
         runtime = Runtime(params["runtime"], Path(params["root"]))
-        argv = runtime.run_argv(params["id"], bundle=bundle, pid_file=pid_file, log=Path(params["log"]))
+        argv = runtime.run_argv(
+            params["id"], bundle=bundle, pid_file=pid_file, log=Path(params["log"]), fds=len(fds)
+        )
         _call_runtime(runtime, argv, log=Path(params["log"]), stderr=Path(params["agent_log"]))
         failpoints.reach_in_worker(Point.CREATE_RUN, params["fail_points"])
         pid = int(pid_file.read_text())
@@ -67,7 +70,8 @@ def launch(bench: Bench, params: dict[str, Any], fds: list[int]) -> dict[str, An
         raise
     finally:
         with open(os.devnull, "rb") as null:
-            os.dup2(null.fileno(), AGENT_LISTENER_FD, inheritable=False)
+            for number in AGENT_FDS:
+                os.dup2(null.fileno(), number, inheritable=False)
     # The container has its own copy of the mounts by now; letting go of ours takes milliseconds nobody need wait for.
     bench.afterwards.append(partial(mounts.release, plan.directory))
     return {"pid": pid}
@@ -102,7 +106,7 @@ def _call_runtime(runtime: Runtime, argv: list[str], *, log: Path, stderr: Path)
                 _in=null,
                 _out=null,
                 _err=errors,
-                _pass_fds={AGENT_LISTENER_FD},
+                _pass_fds=set(AGENT_FDS),
                 _tty_in=False,
                 _tty_out=False,
                 _bg=True,

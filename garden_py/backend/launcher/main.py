@@ -14,7 +14,7 @@ from pathlib import Path
 
 from garden_py.backend.host import syscalls
 from garden_py.backend.launcher import worker
-from garden_py.backend.runtime.command import AGENT_LISTENER_FD
+from garden_py.backend.runtime.command import AGENT_FDS
 
 _FIRST_FREE_FD = 10
 
@@ -24,7 +24,8 @@ def main() -> None:
     control_fd, mount_dir, lock_path = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
     control = socket.socket(fileno=_move_up(control_fd))
     null = _move_up(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC))
-    os.dup2(null, AGENT_LISTENER_FD, inheritable=False)
+    for number in AGENT_FDS:
+        os.dup2(null, number, inheritable=False)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # workers leave no zombies; they set it back for themselves
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C on the terminal is the server's to handle
     syscalls.adopt_orphans()  # containers' PID 1, so that they leave no zombies where the host's init is slow

@@ -23,6 +23,7 @@ from garden_py.backend.oci.data import load_runc_config
 from garden_py.backend.oci.request import BundleRequest
 from garden_py.backend.rootfs.mounts import BindSource, MountPlan
 from garden_py.backend.rootfs.names import build_hosts, build_resolv_conf
+from garden_py.backend.runtime.command import AGENT_FILTER_FD
 from garden_py.config import UIDS_PER_CONTAINER
 from garden_py.model.errors import FieldViolation, HostFault, ImageNotFound, InvalidRequest
 from garden_py.model.handle import hostname_for
@@ -76,7 +77,8 @@ class Construction:
         failpoints.reach(Point.CREATE_DIRECTORY)
         with _listen(site.depot.socket(spec.handle)) as listener:
             failpoints.reach(Point.CREATE_LISTEN)
-            facts.pid = await self._launch(facts, directory, plan, listener)
+            fds = [listener.fileno(), *([site.filter_fd] if self._has_filter(spec) else [])]
+            facts.pid = await self._launch(facts, directory, plan, fds)
         facts.pid_start = read_start_time(facts.pid) or 0
         record(facts.to_json())
         failpoints.reach(Point.CREATE_PID)
@@ -171,14 +173,16 @@ class Construction:
             cgroup_path=self._site.cgroup(spec.handle).runtime_path,
             agent_argv=tuple(self._site.bundle.argv(AGENT_TARGET)),
             agent_env=tuple(self._site.bundle.env),
+            agent_filter_fd=AGENT_FILTER_FD if self._has_filter(spec) else None,
             agent_source=str(plan.directory / "agent"),
             agent_target=AGENT_TARGET,
             binds=tuple(binds),
         )
 
-    async def _launch(
-        self, facts: ContainerFacts, directory: Path, plan: MountPlan, listener: socket.socket
-    ) -> int:
+    def _has_filter(self, spec: ContainerSpec) -> bool:
+        return not spec.privileged and self._site.filter_fd >= 0
+
+    async def _launch(self, facts: ContainerFacts, directory: Path, plan: MountPlan, fds: list[int]) -> int:
         params = {
             "plan": _plan_json(plan),
             "id": facts.runtime_id,
@@ -190,7 +194,7 @@ class Construction:
             "fail_points": failpoints.hand_over(Point.CREATE_MOUNT, Point.CREATE_RUN),
         }
         try:
-            answer = await self._launcher.run("container.launch", params, [listener.fileno()])
+            answer = await self._launcher.run("container.launch", params, fds)
         except HostFault:
             # A worker that was killed in the middle has left its mounts in the launcher's namespace.
             await self._launcher.run("container.release_mounts", {"directory": str(plan.directory)})

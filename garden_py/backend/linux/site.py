@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
 from dataclasses import dataclass
 from pathlib import Path
 
+import structlog
+
 from garden_py.backend.cgroup.layout import ContainerCgroup, Hierarchies, probe_hierarchies
 from garden_py.backend.depot import Depot
+from garden_py.backend.oci.data import load_runc_config
 from garden_py.backend.oci.facts import HostFacts, probe_host_facts
+from garden_py.backend.oci.rules.seccomp import seccomp_policy
+from garden_py.backend.oci.seccomp_filter import NoFilter, compile_filter
 from garden_py.backend.rootfs.runtime_bundle import RuntimeBundle, build_runtime_bundle
 from garden_py.config import UIDS_PER_CONTAINER, Config
 from garden_py.model.errors import PoolExhausted
 
+log = structlog.get_logger()
 AGENT_TARGET = "/dev/.garden"
+_CAP_SYS_ADMIN = 21  # linux/capability.h
+_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
 class UidPool:
@@ -68,6 +77,8 @@ class Site:
     Attributes:
         mount_dir: where the launcher mounts; exists only in its mount namespace.
         agent_dir: runtime bundles of the agent, by version.
+        filter_fd: of a sealed memfd with the program that filters unprivileged containers' system calls; -1: this host
+            cannot compile it, and the runtime does for each container.
     """
 
     config: Config
@@ -78,6 +89,7 @@ class Site:
     bundle: RuntimeBundle
     mount_dir: Path
     agent_dir: Path
+    filter_fd: int
 
     @property
     def runtime_root(self) -> Path:
@@ -107,7 +119,25 @@ def open_site(config: Config) -> Site:
         bundle=build_runtime_bundle(agent_dir),
         mount_dir=mount_dir,
         agent_dir=agent_dir,
+        filter_fd=_open_filter(facts),
     )
+
+
+def _open_filter(facts: HostFacts) -> int:
+    if not facts.bounding_capabilities >> _CAP_SYS_ADMIN & 1:
+        log.info(
+            "seccomp.by_runtime", reason="the server lacks CAP_SYS_ADMIN, so no agent can install a filter"
+        )
+        return -1
+    try:
+        program = compile_filter(seccomp_policy(facts, load_runc_config()))
+    except NoFilter as error:
+        log.info("seccomp.by_runtime", reason=str(error))
+        return -1
+    fd = os.memfd_create("garden-seccomp", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.write(fd, program)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+    return fd
 
 
 def _allow_many_files() -> None:

@@ -15,6 +15,7 @@ class BundleRequest:
         rootfs: where the launcher has mounted its root file system.
         cgroup_path: absolute within the hierarchies.
         agent_argv: command line of PID 1.
+        agent_filter_fd: descriptor of the program with which the agent filters system calls; None: the runtime filters.
         agent_source: host directory with the agent's runtime bundles.
         agent_target: where that directory appears in the container.
         binds: (host path, path in the container), already read-only where asked for.
@@ -29,6 +30,7 @@ class BundleRequest:
     cgroup_path: str
     agent_argv: tuple[str, ...]
     agent_env: tuple[str, ...]
+    agent_filter_fd: int | None
     agent_source: str
     agent_target: str
     binds: tuple[tuple[str, str], ...] = ()

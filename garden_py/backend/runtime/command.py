@@ -9,8 +9,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-# Runtimes hand descriptors 3, 4, … to PID 1 (runc --preserve-fds N); ours is the agent's listening socket.
-AGENT_LISTENER_FD = 3
+# Runtimes hand descriptors 3, 4, … to PID 1 (runc --preserve-fds N); ours are the agent's listening socket and, unless
+# the runtime is to install it, the program that filters system calls.
+AGENT_LISTENER_FD, AGENT_FILTER_FD = AGENT_FDS = (3, 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +26,11 @@ class Runtime:
     program: str
     root: Path
 
-    def run_argv(self, container_id: str, *, bundle: Path, pid_file: Path, log: Path) -> list[str]:
-        """Arguments of a detached run that hands descriptor 3 to PID 1."""
+    def run_argv(self, container_id: str, *, bundle: Path, pid_file: Path, log: Path, fds: int) -> list[str]:
+        """Arguments of a detached run that hands as many descriptors, from 3 on, to PID 1."""
         return [
             "--root", str(self.root), "--log", str(log), "--log-format", "json",
-            "run", "--detach", "--preserve-fds", "1", "--bundle", str(bundle), "--pid-file", str(pid_file),
+            "run", "--detach", "--preserve-fds", str(fds), "--bundle", str(bundle), "--pid-file", str(pid_file),
             container_id,
         ]  # fmt: skip
 

@@ -11,5 +11,6 @@ from garden_py.backend.oci.request import BundleRequest
 
 def apply(config: dict[str, Any], request: BundleRequest, facts: HostFacts, data: RuncConfigData) -> None:
     """Start the agent instead of anything from the image."""
-    config["process"]["args"] = list(request.agent_argv)
+    filtering = [] if request.agent_filter_fd is None else ["filter", str(request.agent_filter_fd)]
+    config["process"]["args"] = [*request.agent_argv, *filtering]
     config["process"]["env"] = list(request.agent_env)

@@ -16,9 +16,11 @@ def apply(config: dict[str, Any], request: BundleRequest, facts: HostFacts, data
     file capabilities (CVE-2022-29162).
 
     The agent's own one keeps processes of the container from tracing it; it takes it out of the bounding set before
-    anything else runs (agent/syscalls.py, prepare_capabilities).
+    anything else runs (agent/syscalls.py, prepare_capabilities). So it does with what installing a filter takes.
     """
     unprivileged = data.capability_mask("unprivileged") | data.capability_mask("agent")
+    if request.agent_filter_fd is not None:
+        unprivileged |= data.capability_mask("agent_filter")
     wanted = facts.bounding_capabilities if request.privileged else unprivileged
     names = data.capability_names(wanted & facts.bounding_capabilities)
     config["process"]["capabilities"] = {"bounding": names, "effective": names, "permitted": names}

@@ -10,12 +10,16 @@ from garden_py.backend.oci.request import BundleRequest
 
 
 def apply(config: dict[str, Any], request: BundleRequest, facts: HostFacts, data: RuncConfigData) -> None:
-    """Filter unprivileged containers; privileged ones run unfiltered."""
-    if request.privileged:
-        return
+    """Filter unprivileged containers, unless their agent does; privileged ones run unfiltered."""
+    if not request.privileged and request.agent_filter_fd is None:
+        config["linux"]["seccomp"] = seccomp_policy(facts, data)
+
+
+def seccomp_policy(facts: HostFacts, data: RuncConfigData) -> dict[str, Any]:
+    """The `linux.seccomp` of an unprivileged container on this host."""
     policy = dict(data.seccomp)
     policy["architectures"] = _ARCHITECTURES.get(facts.machine, policy["architectures"])
-    config["linux"]["seccomp"] = policy
+    return policy
 
 
 _ARCHITECTURES = {
