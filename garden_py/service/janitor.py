@@ -25,6 +25,7 @@ RECLAIM = "reclaim"
 SETTLE_S = 1.0
 _REMEDY_OF_CONTAINER = "it is missing: what works without it goes on; destroying the container works too"
 _REMEDY_OF_SERVER = "it is missing: a server makes it when it starts"
+_PUT_BACK = "it was missing and has been put back"
 _Key = tuple[object, ...]
 
 
@@ -108,7 +109,8 @@ class Janitor:
         """Compare journal and host.
 
         Args:
-            remove: also remove what is surely the server's own and orphaned.
+            remove: also remove what is surely the server's own and orphaned, and put back what is missing where that
+                can be done.
 
         Returns:
             What differs, in the order in which it was, or would be, removed.
@@ -118,7 +120,13 @@ class Janitor:
         """
         async with self._one_at_a_time:
             leaks = await self._confirmed()
-            reports = [await self._deal_with(leak, remove=remove) for leak in leaks]
+            put_back = await self._put_back(leaks) if remove else set()
+            reports = [
+                LeakReport(leak, kept_because=_PUT_BACK)
+                if leak.key in put_back
+                else await self._deal_with(leak, remove=remove)
+                for leak in leaks
+            ]
             self._tell(reports)
             return reports
 
@@ -132,6 +140,15 @@ class Janitor:
     async def _look(self) -> list[Leak]:
         with self._metrics.leak_check_seconds.time(), self._claims.witness() as witness:
             return await self._finder.find_leaks(witness)
+
+    async def _put_back(self, leaks: list[Leak]) -> set[_Key]:
+        missing = [leak for leak in leaks if leak.direction is Direction.MISSING]
+        try:
+            found = await self._finder.put_back(missing) if missing else []
+        except GardenError as error:
+            log.error("leak.not_put_back", error=str(error))
+            return set()
+        return {leak.key for leak in found}
 
     async def _deal_with(self, leak: Leak, *, remove: bool) -> LeakReport:
         reason = leak.keep_because

@@ -304,6 +304,13 @@ class LeakFinder(Protocol):
             HostFault: the host could not be looked at.
         """
 
+    async def put_back(self, leaks: list[Leak]) -> list[Leak]:
+        """Make again what is missing and can be made again without harm; those of the leaks that were.
+
+        Raises:
+            HostFault: it cannot be done.
+        """
+
     async def remove_leak(self, leak: Leak, claims: list[Claim]) -> bool:
         """Remove an orphan; False if it is in use again, and nothing was done.
 

@@ -84,6 +84,7 @@ class FakeBackend:
         destroy_failures: raised by one destroy each, in order, before anything is removed.
         destroy_gate: destroys wait for it.
         looks: what each search for leaks finds, in order.
+        can_put_back: names of what can be made again when it is missing.
         remove_gate: removals of leaks wait for it.
         calls: what was asked, in order: (verb, handle).
     """
@@ -97,6 +98,7 @@ class FakeBackend:
         self.destroy_failures: list[errors.GardenError] = []
         self.destroy_gate = open_gate()
         self.looks: list[Callable[[Witness], list[Leak]]] = []
+        self.can_put_back: set[str] = set()
         self.remove_gate = open_gate()
         self.calls: list[tuple[str, str]] = []
         self.connected: set[str] = set()
@@ -108,6 +110,10 @@ class FakeBackend:
 
     async def find_leaks(self, witness: Witness) -> list[Leak]:
         return self.looks.pop(0)(witness) if self.looks else []
+
+    async def put_back(self, leaks: list[Leak]) -> list[Leak]:
+        self.calls.extend(("put_back", leak.name) for leak in leaks)
+        return [leak for leak in leaks if leak.name in self.can_put_back]
 
     async def remove_leak(self, leak: Leak, claims: list[Claim]) -> bool:
         self.calls.append(("remove_leak", leak.name))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import socket
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 from kit.garden import code_of, sh, text_of, wait_until
-from kit.server import running_server
+from kit.server import ServerProcess, running_server
 
 from garden_py.client import (
     Aborted,
@@ -24,6 +25,7 @@ from garden_py.client import (
     PortProtocol,
     PortRange,
 )
+from garden_py.config import Config
 
 pytestmark = pytest.mark.root
 
@@ -285,3 +287,33 @@ def test_addresses_are_unique_and_used_again(garden: GardenClient) -> None:
         assert again.info().container_ip == addresses[2]
     for box in (*boxes[:2], *boxes[3:]):
         box.destroy()
+
+
+def test_table_that_somebody_removed_comes_back_with_all_that_was_in_it(
+    garden: GardenClient, garden_server: ServerProcess, server: Container
+) -> None:
+    """`nft flush ruleset` of another tool must not cost the containers their network until a restart."""
+    table = f"garden_{Config(state_dir=garden_server.place / 'state').tag}"
+    mapped = server.map_port(PORT)
+    with garden.create(ContainerSpec(egress=CLOSED, privileged=True)) as closed:
+        subprocess.run(["nft", "delete", "table", "inet", table], check=True, timeout=20)
+        with garden.create() as newcomer:
+            assert ask(newcomer, server.info().container_ip) == "hello"
+            assert ask_from_host("127.0.0.1", mapped.host_port) == "hello"
+            assert ask(closed, server.info().container_ip) == ""
+        rules = subprocess.run(
+            ["nft", "list", "table", "inet", table], check=True, capture_output=True, timeout=20
+        )
+        assert closed.info().container_ip in rules.stdout.decode()
+
+
+def test_table_that_somebody_removed_is_back_after_a_restart(no_trace: None) -> None:
+    """Whatever happened while no server ran."""
+    with running_server() as running, GardenClient(running.address) as client:
+        serve(client.create(ContainerSpec(handle="served")), "hello")
+        mapped = client.container("served").map_port(PORT)
+        running.stop()
+        table = f"garden_{Config(state_dir=running.place / 'state').tag}"
+        subprocess.run(["nft", "delete", "table", "inet", table], check=True, timeout=20)
+        running.start()
+        assert ask_from_host("127.0.0.1", mapped.host_port) == "hello"

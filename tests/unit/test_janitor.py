@@ -161,3 +161,17 @@ async def test_failed_round_is_counted_and_the_next_one_comes(server: Server) ->
     await until_removing(server)
     await janitor.close()
     assert metric(server, "garden_janitor_failures_total 1.0")
+
+
+async def test_what_is_missing_and_can_be_made_again_is(server: Server) -> None:
+    """But only by a check that may change something, and what it cannot make is told as before."""
+    table = Leak(LeakKind.NFT_CHAIN, Direction.MISSING, "table inet garden_1234")
+    link = Leak(LeakKind.LINK, Direction.MISSING, "gdn1234-7", "box")
+    server.backend.can_put_back = {table.name}
+    server.backend.looks = [sees(table, link)] * 4
+    told = await server.core.janitor.check(remove=False)
+    assert [report.kept_because.split(":")[0] for report in told] == ["it is missing"] * 2
+    assert ("put_back", table.name) not in server.backend.calls
+    told = await server.core.janitor.check(remove=True)
+    assert told[0].kept_because == "it was missing and has been put back"
+    assert told[1].kept_because.startswith("it is missing: what works without it goes on")

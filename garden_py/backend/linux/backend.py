@@ -31,7 +31,7 @@ from garden_py.backend.linux.upgrades import Upgrades
 from garden_py.backend.oci.data import load_runc_config
 from garden_py.backend.rootfs.embedded import build_embedded_rootfs
 from garden_py.config import Config
-from garden_py.model.codec import load_exit
+from garden_py.model.codec import load_container_spec, load_exit
 from garden_py.model.errors import (
     ContainerBroken,
     ContainerNotFound,
@@ -42,7 +42,7 @@ from garden_py.model.errors import (
     Unkillable,
 )
 from garden_py.model.leak import Leak
-from garden_py.model.lifecycle import State
+from garden_py.model.lifecycle import USABLE, State
 from garden_py.model.limits import Limits
 from garden_py.model.netrule import EgressPolicy
 from garden_py.model.process import ProcessSpec
@@ -111,11 +111,11 @@ class LinuxBackend:
             places_of(self._config, self._network.host, site.depot, site.hierarchies),
             ServerHands(site, self._launcher, self._network),
         )
+        self._hold_leases(rows)
         await self._network.ensure_host()
         groups.ensure_parent(self._site.hierarchies, self._config.tag)
         self._site.depot.open()
         self._discard_orphans({row.handle for row in rows})
-        self._hold_leases(rows)
         self._upgrades = Upgrades(self._site.bundle)
         self._heartbeat = Heartbeat(self._containers, period_s=self._config.agent_check_s)
         self._heartbeat.start()
@@ -140,13 +140,17 @@ class LinuxBackend:
             if not row.facts:
                 continue
             facts = ContainerFacts.from_json(row.facts)
+            self._site.uids.reserve(facts.uid_slot)
             try:
                 self._network.adopt(facts.lease)
             except GardenError as error:
                 self._unleased[row.handle] = (
                     f"its address or ports are not in the server's pools any more: {error}"
                 )
-            self._site.uids.reserve(facts.uid_slot)
+                continue
+            if row.state in USABLE:
+                policy = load_container_spec(row.spec).egress
+                self._network.remember(row.handle, facts.lease, policy, privileged=facts.privileged)
 
     async def adopt(self, row: ContainerRow) -> None:
         """Take over a container; see service.ports."""
@@ -359,7 +363,7 @@ class LinuxBackend:
         try:
             container.facts.lease = NetworkLease(before.address, (*before.mappings, leased))
             record(container.facts.to_json())
-            await self._network.map_port(container.facts.lease, leased)
+            await self._network.map_port(handle, container.facts.lease, leased)
         except BaseException:
             container.facts.lease = before
             self._network.release_port(leased)
@@ -384,6 +388,10 @@ class LinuxBackend:
     async def find_leaks(self, witness: Witness) -> list[Leak]:
         """Compare what is on the host with what is claimed."""
         return await self._ledger.find_leaks(witness)
+
+    async def put_back(self, leaks: list[Leak]) -> list[Leak]:
+        """Make again what is missing; see service.ports.LeakFinder."""
+        return await self._ledger.put_back(leaks)
 
     async def remove_leak(self, leak: Leak, claims: list[Claim]) -> bool:
         """Remove an orphan."""

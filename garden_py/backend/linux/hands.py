@@ -88,6 +88,11 @@ class ServerHands:
         """A running server needs them."""
         return Shared.REQUIRED
 
+    async def restore_network(self) -> bool:
+        """As at the start of a server."""
+        await self._network.ensure_host()
+        return True
+
 
 class StoppedHands:
     """Of a server that does not run, and cannot start meanwhile; see leaks.Hands."""
@@ -128,3 +133,7 @@ class StoppedHands:
     def shared(self, book_is_empty: bool) -> Shared:
         """Containers that go on without a server need them."""
         return Shared.ORPHANED if book_is_empty else Shared.ALLOWED
+
+    async def restore_network(self) -> bool:
+        """The next server does."""
+        return False

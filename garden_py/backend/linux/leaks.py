@@ -55,6 +55,9 @@ class Hands(Protocol):
     def shared(self, book_is_empty: bool) -> Shared:
         """What is to be thought of the parts that all containers share."""
 
+    async def restore_network(self) -> bool:
+        """Put back what the server and its containers have in the host's table; False: nobody here knows that."""
+
 
 @dataclass(frozen=True, slots=True)
 class Places:
@@ -132,6 +135,13 @@ class Ledger:
             mounts=mounts.look(staged, places.private),
             leases=leases.Sight(),
         )
+
+    async def put_back(self, leaks: list[Leak]) -> list[Leak]:
+        """See service.ports: the network's shared parts, and what containers have in its table."""
+        host = self._places.host
+        shared = (host.anchor_link, f"table inet {host.table}")
+        missing = [leak for leak in leaks if leak.kind is LeakKind.NFT_ELEMENT or leak.name in shared]
+        return missing if missing and await self._hands.restore_network() else []
 
     async def remove_leak(self, leak: Leak, claims: list[Claim]) -> bool:
         """See service.ports."""

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 from garden_py.backend.launcher.client import Launcher
 from garden_py.backend.net import firewall, host_firewall
 from garden_py.backend.net import host_firewall as hf
+from garden_py.backend.net.apply import TABLE_MISSING
 from garden_py.backend.net.messages import Attachment
 from garden_py.backend.net.plan import HostPlan, LinkPlan, plan_link
 from garden_py.backend.net.pools import AddressPool, PortPool
 from garden_py.config import Config
-from garden_py.model.errors import InvalidField
-from garden_py.model.netrule import EgressPolicy
+from garden_py.model.errors import HostFault, InvalidField
+from garden_py.model.netrule import DefaultAction, EgressPolicy
 from garden_py.model.spec import PortMapping, Transport
 from garden_py.service.ports import EgressCounts, RuleCount
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +57,24 @@ class LinkTraffic:
     tx_packets: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Attached:
+    """What a container has in the host's table.
+
+    Attributes:
+        policy: a privileged container's, whose rules are there; None: the rules are in its own namespace.
+    """
+
+    lease: NetworkLease
+    policy: EgressPolicy | None
+
+
 class LinuxNetwork:
-    """Leases and rules of all containers of one server."""
+    """Leases and rules of all containers of one server.
+
+    The table on the host is the server's own, but others can remove it (`nft flush ruleset`, a firewall that is
+    reloaded). A change that meets no table puts it back first, with all that containers had in it.
+    """
 
     def __init__(self, config: Config, launcher: Launcher, uplink_mtu: int) -> None:
         self._config = config
@@ -64,6 +86,9 @@ class LinuxNetwork:
             Transport.UDP: PortPool(config.port_pool_start, config.port_pool_size),
         }
         self.host = HostPlan(config.tag, config.network_pool, self.addresses.gateway)
+        self._attached: dict[str, _Attached] = {}
+        self._restoring = asyncio.Lock()
+        self._restored = 0
 
     @property
     def ports_in_use(self) -> int:
@@ -117,6 +142,15 @@ class LinuxNetwork:
         for mapping in lease.mappings:
             self.ports[mapping.transport].reserve(mapping.host_port)
 
+    def remember(
+        self, handle: str, lease: NetworkLease, policy: EgressPolicy | None, *, privileged: bool
+    ) -> None:
+        """Take down what a container has in the table: of one that an earlier server has attached."""
+        self._attached[handle] = _Attached(lease, self._complete(policy) if privileged else None)
+
+    def _complete(self, policy: EgressPolicy | None) -> EgressPolicy:
+        return policy or EgressPolicy(default_action=DefaultAction(self._config.default_egress))
+
     def release(self, lease: NetworkLease) -> None:
         """Give a lease back; the kernel has forgotten it."""
         self.addresses.release(lease.address)
@@ -131,11 +165,34 @@ class LinuxNetwork:
 
     async def job(self, op: str, params: dict[str, Any], fds: list[int] | None = None) -> dict[str, Any]:
         """Do a job of net/jobs.py in the launcher; HostFault and what else it raises."""
+        restored = self._restored
+        try:
+            return await self._job(op, params, fds)
+        except HostFault as fault:
+            if fault.step != TABLE_MISSING:
+                raise
+        async with self._restoring:
+            if restored == self._restored:  # else somebody has put it back meanwhile
+                log.warning("network.table_missing", table=self.host.table, containers=len(self._attached))
+                await self.ensure_host()
+        return await self._job(op, params, fds)
+
+    async def _job(self, op: str, params: dict[str, Any], fds: list[int] | None = None) -> dict[str, Any]:
         return await self._launcher.run(f"net.{op}", {"host": self.host.to_json(), **params}, fds)
 
     async def ensure_host(self) -> dict[str, Any]:
-        """Make or repair what all containers share."""
-        return await self.job("ensure_host", {"host_access": self._config.allow_host_access})
+        """Make or repair what all containers share, and what each has in the table."""
+        elements = "".join(self._elements_of(handle, each) for handle, each in self._attached.items())
+        params = {"host_access": self._config.allow_host_access, "elements": elements}
+        report = await self._job("ensure_host", params)
+        self._restored += 1
+        return report
+
+    def _elements_of(self, handle: str, attached: _Attached) -> str:
+        link = self._link(attached.lease, handle)
+        rules = host_firewall.compile_attach(self.host, link, host_side_policy=attached.policy)
+        mappings = self._mappings(attached.lease)
+        return rules + "".join(host_firewall.compile_map_port(self.host, each) for each in mappings)
 
     async def remove_host(self) -> None:
         """Remove it, after the last container."""
@@ -165,19 +222,23 @@ class LinuxNetwork:
         }
         with _Namespaces(pid, privileged=privileged) as fds:
             await self.job("attach", params, fds)
+        self._attached[handle] = _Attached(lease, policy if privileged else None)
 
     async def detach(self, handle: str, lease: NetworkLease, *, privileged: bool) -> None:
         """Disconnect a container and its ports; what is gone already is fine."""
+        self._attached.pop(handle, None)
         link = self._link(lease, handle)
         rules = host_firewall.compile_detach(
             self.host, link, mappings=self._mappings(lease), has_host_side_policy=privileged
         )
         await self.job("detach", {"host_link": link.host_link, "rules": rules})
 
-    async def map_port(self, lease: NetworkLease, mapping: PortMapping) -> None:
-        """Put one more mapping in force."""
+    async def map_port(self, handle: str, lease: NetworkLease, mapping: PortMapping) -> None:
+        """Put one more mapping in force; the lease names it already."""
         (element,) = self._mappings(NetworkLease(lease.address, (mapping,)))
         await self.job("map_port", {"mapping": element.to_json()})
+        if (attached := self._attached.get(handle)) is not None:
+            self._attached[handle] = replace(attached, lease=lease)
 
     async def set_egress(
         self, handle: str, pid: int, lease: NetworkLease, policy: EgressPolicy, *, privileged: bool
@@ -186,6 +247,7 @@ class LinuxNetwork:
         if privileged:
             rules = host_firewall.compile_host_side_policy(self.host, self._link(lease, handle), policy)
             await self.job("set_egress", {"host_side": True, "rules": rules})
+            self._attached[handle] = _Attached(lease, policy)
             return
         with _Namespaces(pid, privileged=False) as fds:
             rules = firewall.compile_container_ruleset(policy)

@@ -28,6 +28,9 @@ from garden_py.model.errors import HostFault, InvalidField, PortInUse
 
 T = TypeVar("T")
 
+# The step of the HostFault that says: not this change is at fault, somebody has removed the server's table.
+TABLE_MISSING = "network.table_missing"
+
 _SYSCTL = Path("/proc/sys/net")
 
 
@@ -60,10 +63,14 @@ class HostNetwork:
 
     # --- the host ---
 
-    def ensure_host(self, policy: HostPolicy) -> HostReport:
+    def ensure_host(self, policy: HostPolicy, elements: str = "") -> HostReport:
         """Make, or repair, what all containers share: anchor link, gateway address, forwarding, table.
 
         Members, mappings and privileged containers' chains that are there already stay.
+
+        Args:
+            policy: what holds for all containers.
+            elements: rules that put back what containers have in the table, for the same transaction.
 
         Raises:
             InvalidField: the pool overlaps a network that the host uses otherwise (field `network_pool`).
@@ -73,7 +80,7 @@ class HostNetwork:
         self._refuse_overlap(links)
         _step("network.anchor", self._ensure_anchor)
         turned_on = _step("network.ip_forward", _ensure_forwarding)
-        self._run_nft("network.table", host_firewall.compile_host_base(self._plan, policy))
+        self._run_nft("network.table", host_firewall.compile_host_base(self._plan, policy) + elements)
         uplink = self._find_uplink(links)
         return HostReport(
             ip_forward_turned_on=turned_on,
@@ -224,7 +231,7 @@ class HostNetwork:
         try:
             listed = self._nft.run_json(f"list chain inet {self._plan.table} {chain}")
         except NftError as error:
-            raise HostFault("network.counters", error.message) from error
+            raise self._fault("network.counters", error) from error
         return [RuleCounter(**counter) for counter in read_counters(listed)]  # type: ignore[arg-type]
 
     # --- mapped ports ---
@@ -241,7 +248,7 @@ class HostNetwork:
         except NftError as error:
             if "File exists" in error.message:
                 raise PortInUse(mapping.host_port) from error
-            raise HostFault("network.map_port", error.message) from error
+            raise self._fault("network.map_port", error) from error
 
     def unmap_port(self, mapping: PortMapping) -> None:
         """Undo map_port; a mapping that is gone already is no error."""
@@ -312,7 +319,17 @@ class HostNetwork:
         try:
             self._nft.run(text)
         except NftError as error:
-            raise HostFault(step, error.message) from error
+            raise self._fault(step, error) from error
+
+    def _fault(self, step: str, error: NftError) -> HostFault:
+        """What a refused transaction is told as: TABLE_MISSING if the whole table is."""
+        if is_missing(error) and not self._has_table():
+            return HostFault(TABLE_MISSING, f"somebody has removed the table inet {self._plan.table}")
+        return HostFault(step, error.message)
+
+    def _has_table(self) -> bool:
+        tables = [item["table"]["name"] for item in self._nft.run_json("list tables inet") if "table" in item]
+        return self._plan.table in tables
 
     def _forget(self, step: str, text: str) -> None:
         """Run a transaction that deletes; a missing table means that everything in it is gone already."""

@@ -33,7 +33,7 @@ def _namespaces(fds: list[int]) -> tuple[int, int | None]:
 def ensure_host(net: HostNetwork, params: dict[str, Any], fds: list[int]) -> dict[str, Any]:
     """Make or repair what all containers share."""
     access = Access.ALLOW if params["host_access"] else Access.DENY
-    return net.ensure_host(HostPolicy(host_access=access)).to_json()
+    return net.ensure_host(HostPolicy(host_access=access), params["elements"]).to_json()
 
 
 def remove_host(net: HostNetwork, params: dict[str, Any], fds: list[int]) -> dict[str, Any]:
