@@ -90,7 +90,7 @@ class ServerHands:
 
     async def restore_network(self) -> bool:
         """As at the start of a server."""
-        await self._network.ensure_host()
+        await self._network.restore_host()
         return True
 
 

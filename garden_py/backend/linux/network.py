@@ -174,19 +174,24 @@ class LinuxNetwork:
         async with self._restoring:
             if restored == self._restored:  # else somebody has put it back meanwhile
                 log.warning("network.table_missing", table=self.host.table, containers=len(self._attached))
-                await self.ensure_host()
+                await self.restore_host()
         return await self._job(op, params, fds)
 
     async def _job(self, op: str, params: dict[str, Any], fds: list[int] | None = None) -> dict[str, Any]:
         return await self._launcher.run(f"net.{op}", {"host": self.host.to_json(), **params}, fds)
 
-    async def ensure_host(self) -> dict[str, Any]:
-        """Make or repair what all containers share, and what each has in the table."""
-        elements = "".join(self._elements_of(handle, each) for handle, each in self._attached.items())
-        params = {"host_access": self._config.allow_host_access, "elements": elements}
-        report = await self._job("ensure_host", params)
+    async def ensure_host(self) -> None:
+        """Make or repair what all containers share, and what each has in the table, when the server starts."""
+        await self._job("ensure_host", self._shared())
+
+    async def restore_host(self) -> None:
+        """Repair it at any other time."""
+        await self._job("restore_host", self._shared())
         self._restored += 1
-        return report
+
+    def _shared(self) -> dict[str, Any]:
+        elements = "".join(self._elements_of(handle, each) for handle, each in self._attached.items())
+        return {"host_access": self._config.allow_host_access, "elements": elements}
 
     def _elements_of(self, handle: str, attached: _Attached) -> str:
         link = self._link(attached.lease, handle)

@@ -66,7 +66,8 @@ class HostNetwork:
     def ensure_host(self, policy: HostPolicy, elements: str = "") -> HostReport:
         """Make, or repair, what all containers share: anchor link, gateway address, forwarding, table.
 
-        Members, mappings and privileged containers' chains that are there already stay.
+        Members, mappings and privileged containers' chains that are there already stay. For a server that starts: the
+        check of the pool needs a host on which no container is being attached.
 
         Args:
             policy: what holds for all containers.
@@ -78,15 +79,24 @@ class HostNetwork:
         """
         links = {link.index: link for link in self._netlink.links()}
         self._refuse_overlap(links)
-        _step("network.anchor", self._ensure_anchor)
-        turned_on = _step("network.ip_forward", _ensure_forwarding)
-        self._run_nft("network.table", host_firewall.compile_host_base(self._plan, policy) + elements)
+        turned_on = self.restore_host(policy, elements)
         uplink = self._find_uplink(links)
         return HostReport(
             ip_forward_turned_on=turned_on,
             uplink=uplink.name if uplink else "",
             mtu_bytes=choose_mtu(uplink.mtu if uplink else None),
         )
+
+    def restore_host(self, policy: HostPolicy, elements: str) -> bool:
+        """Make again what of it is missing, at any time; whether forwarding had been off.
+
+        Raises:
+            HostFault: the kernel refused a step.
+        """
+        _step("network.anchor", self._ensure_anchor)
+        turned_on = _step("network.ip_forward", _ensure_forwarding)
+        self._run_nft("network.table", host_firewall.compile_host_base(self._plan, policy) + elements)
+        return turned_on
 
     def remove_host(self) -> None:
         """Remove all that this server instance has on the host, containers' links included.

@@ -31,9 +31,18 @@ def _namespaces(fds: list[int]) -> tuple[int, int | None]:
 
 
 def ensure_host(net: HostNetwork, params: dict[str, Any], fds: list[int]) -> dict[str, Any]:
-    """Make or repair what all containers share."""
-    access = Access.ALLOW if params["host_access"] else Access.DENY
-    return net.ensure_host(HostPolicy(host_access=access), params["elements"]).to_json()
+    """Make or repair what all containers share; at the start of a server."""
+    return net.ensure_host(_policy(params), params["elements"]).to_json()
+
+
+def restore_host(net: HostNetwork, params: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+    """Repair it while containers come and go."""
+    net.restore_host(_policy(params), params["elements"])
+    return {}
+
+
+def _policy(params: dict[str, Any]) -> HostPolicy:
+    return HostPolicy(host_access=Access.ALLOW if params["host_access"] else Access.DENY)
 
 
 def remove_host(net: HostNetwork, params: dict[str, Any], fds: list[int]) -> dict[str, Any]:
@@ -104,6 +113,7 @@ NetJob = Callable[[HostNetwork, dict[str, Any], list[int]], dict[str, Any]]
 
 JOBS: dict[str, NetJob] = {
     "net.ensure_host": ensure_host,
+    "net.restore_host": restore_host,
     "net.remove_host": remove_host,
     "net.attach": attach,
     "net.detach": detach,
