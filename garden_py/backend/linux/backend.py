@@ -64,6 +64,8 @@ from garden_py.service.ports import (
 
 log = structlog.get_logger()
 _REATTACH_TIMEOUT_S = 5.0
+# A file of a cgroup or a link that was removed: before open(2), or between it and read(2), as cgroups and links say it.
+_GONE = (errno.ENOENT, errno.ENODEV, errno.EINVAL)
 _OWN_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 
 
@@ -333,8 +335,11 @@ class LinuxBackend:
         try:
             found = read_usage(container.cgroup)
             traffic = self._network.read_traffic(handle, container.facts.lease)
-        except FileNotFoundError as error:
-            raise ContainerBroken(handle, f"{error.filename} is gone") from error
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise
+            what = error.filename or "its cgroup or link"
+            raise ContainerBroken(handle, f"{what} is gone") from error
         return replace(
             found,
             network_rx_bytes=traffic.rx_bytes,
