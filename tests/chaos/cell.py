@@ -40,6 +40,8 @@ class Cell:
             # Fewer than clients, so that the pool is empty now and then.
             "--max-containers", str(max(2, clients - 1)),
             "--create-timeout-s", "20",
+            # A stopped agent is found out sooner than by default, or its client would do nothing for most of the run.
+            "--agent-patience-s", "5",
         ]  # fmt: skip
         self._server = ServerProcess(place, flags, f"unix:{self.run}/garden.sock")
 

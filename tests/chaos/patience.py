@@ -68,7 +68,7 @@ async def persist(board: Board, subject: Subject, what: str, act: Callable[[], A
             board.dump()
             raise Failure(f"{what}: no answer in {ANSWER_S} s (hurt by {subject.hurt})") from error
         await asyncio.sleep(pause_s * random.uniform(0.5, 1.5))
-        pause_s = min(pause_s * 2, 0.5)
+        pause_s = min(pause_s * 2, 0.2)
 
 
 def excused(board: Board, error: GardenError, began: float) -> bool:

@@ -1,49 +1,87 @@
-"""Measuring a container whose cgroup or link goes away at that moment is the container's fault, not the server's."""
+"""What is asked of a container whose cgroup or link goes away meanwhile fails for the container, not the server."""
 
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from garden_py.backend.cgroup.layout import ContainerCgroup, Hierarchies
 from garden_py.backend.linux import backend as module
 from garden_py.backend.linux.backend import LinuxBackend
+from garden_py.backend.linux.container import LinuxContainer
 from garden_py.config import Config
 from garden_py.model.errors import ContainerBroken
+from garden_py.model.limits import Limits
+from garden_py.model.process import ProcessSpec
 
 
 @pytest.fixture
-def backend(monkeypatch: pytest.MonkeyPatch) -> LinuxBackend:
-    """With one container, of which everything can be read."""
+def backend(tmp_path: Path) -> LinuxBackend:
+    """With one container, whose cgroup is not there."""
     backend = LinuxBackend(Config())
-    container: Any = SimpleNamespace(cgroup=None, facts=SimpleNamespace(lease=None))
-    backend._containers["box"] = container
-    monkeypatch.setattr(module, "read_usage", lambda cgroup: None)
+    cgroup = ContainerCgroup(
+        Hierarchies(2, {"pids": tmp_path, "memory": tmp_path, "cpu": tmp_path}), "garden-test/box"
+    )
+    nobody: Any = None
+    backend._containers["box"] = LinuxContainer("box", nobody, cgroup, tmp_path, nobody)
     return backend
 
 
+def start(backend: LinuxBackend, limits: Limits) -> Any:
+    spec = ProcessSpec(path="true", id="p", limits=limits)
+    return backend.start_process("box", spec, (), lambda: None)
+
+
+async def count(backend: LinuxBackend) -> int:
+    return backend.workload_count("box")
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda backend: backend.usage("box"),
+        lambda backend: backend.limits("box"),
+        lambda backend: backend.update_limits("box", Limits(pids=10)),
+        lambda backend: start(backend, Limits()),
+        lambda backend: start(backend, Limits(pids=10)),
+        count,
+    ],
+    ids=["usage", "limits", "update_limits", "start", "start with limits", "count"],
+)
+async def test_container_without_its_cgroup_is_broken(backend: LinuxBackend, ask: Any) -> None:
+    """Somebody has removed it, and ended what was in it; the message names the file."""
+    with pytest.raises(ContainerBroken, match=r"garden-test/box.* is gone"):
+        await ask(backend)
+
+
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.ENODEV, errno.EINVAL])
-async def test_what_is_gone_is_told_as_broken(backend: LinuxBackend, number: int) -> None:
+async def test_link_that_goes_while_it_is_measured(
+    backend: LinuxBackend, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Sysfs answers EINVAL for the statistics of a link that was removed between open and read, cgroups ENODEV."""
-
-    def read_traffic(handle: str, lease: object) -> None:
-        raise OSError(number, "gone")
-
-    network: Any = SimpleNamespace(read_traffic=read_traffic)
-    backend._network = network
     with pytest.raises(ContainerBroken, match="gone"):
-        await backend.usage("box")
+        await measure(backend, number, monkeypatch)
 
 
-async def test_any_other_failure_is_not_swallowed(backend: LinuxBackend) -> None:
+async def test_any_other_failure_is_not_swallowed(
+    backend: LinuxBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """EMFILE says nothing about the container."""
+    with pytest.raises(OSError, match="no statistics"):
+        await measure(backend, errno.EMFILE, monkeypatch)
 
+
+async def measure(backend: LinuxBackend, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def read_traffic(handle: str, lease: object) -> None:
-        raise OSError(errno.EMFILE, "too many")
+        raise OSError(number, "no statistics")
 
+    monkeypatch.setattr(module, "read_usage", lambda cgroup: None)
     network: Any = SimpleNamespace(read_traffic=read_traffic)
     backend._network = network
-    with pytest.raises(OSError, match="too many"):
-        await backend.usage("box")
+    container: Any = SimpleNamespace(cgroup=None, facts=SimpleNamespace(lease=None))
+    backend._containers["box"] = container
+    await backend.usage("box")

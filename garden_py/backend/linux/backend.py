@@ -19,7 +19,7 @@ from garden_py.backend.cgroup.stats import read_usage
 from garden_py.backend.launcher.client import Launcher
 from garden_py.backend.linux import copying
 from garden_py.backend.linux.construction import Construction
-from garden_py.backend.linux.container import ContainerFacts, LinuxContainer
+from garden_py.backend.linux.container import ContainerFacts, LinuxContainer, may_be_gone
 from garden_py.backend.linux.demolition import Demolition
 from garden_py.backend.linux.hands import ServerHands
 from garden_py.backend.linux.heartbeat import Heartbeat
@@ -64,8 +64,6 @@ from garden_py.service.ports import (
 
 log = structlog.get_logger()
 _REATTACH_TIMEOUT_S = 5.0
-# A file of a cgroup or a link that was removed: before open(2), or between it and read(2), as cgroups and links say it.
-_GONE = (errno.ENOENT, errno.ENODEV, errno.EINVAL)
 _OWN_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 
 
@@ -327,19 +325,15 @@ class LinuxBackend:
 
     def workload_count(self, handle: str) -> int:
         """Tasks in the container, the agent not counted."""
-        return groups.workload_count(self._get(handle).cgroup)
+        with may_be_gone(handle):
+            return groups.workload_count(self._get(handle).cgroup)
 
     async def usage(self, handle: str) -> Usage:
         """What the container uses now."""
         container = self._get(handle)
-        try:
+        with may_be_gone(handle):
             found = read_usage(container.cgroup)
             traffic = self._network.read_traffic(handle, container.facts.lease)
-        except OSError as error:
-            if error.errno not in _GONE:
-                raise
-            what = error.filename or "its cgroup or link"
-            raise ContainerBroken(handle, f"{what} is gone") from error
         return replace(
             found,
             network_rx_bytes=traffic.rx_bytes,
@@ -350,13 +344,15 @@ class LinuxBackend:
 
     async def limits(self, handle: str) -> Limits:
         """The limits in force."""
-        return read_limits(self._get(handle).cgroup)
+        with may_be_gone(handle):
+            return read_limits(self._get(handle).cgroup)
 
     async def update_limits(self, handle: str, limits: Limits) -> Limits:
         """Change limits; those in force afterwards."""
         cgroup = self._get(handle).cgroup
-        change_limits(cgroup, limits.over(_period_of(limits, read_limits(cgroup))))
-        return read_limits(cgroup)
+        with may_be_gone(handle):
+            change_limits(cgroup, limits.over(_period_of(limits, read_limits(cgroup))))
+            return read_limits(cgroup)
 
     async def map_port(
         self, handle: str, mapping: PortMapping, record: Callable[[dict[str, Any]], None]
@@ -413,7 +409,8 @@ class LinuxBackend:
         container.spawning.add(spec.id)
         try:
             if not spec.limits.empty():
-                groups.add_process_group(container.cgroup, spec.id, spec.limits)
+                with may_be_gone(handle):
+                    groups.add_process_group(container.cgroup, spec.id, spec.limits)
             made: list[LinuxProcess] = []
 
             def prepare() -> None:

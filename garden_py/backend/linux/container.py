@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import math
 import os
 import signal
@@ -29,6 +30,8 @@ from garden_py.model.limits import Limits
 from garden_py.model.process import ProcessSpec
 from garden_py.service.ports import BackendEvents
 
+# Removed before open(2), and between it and read(2) as cgroups and as links' statistics say it.
+_GONE = (errno.ENOENT, errno.ENODEV, errno.EINVAL)
 COPY_PREFIX = ".copy-"  # names of the agent's own helpers; no caller's process id begins with a dot
 
 
@@ -277,18 +280,26 @@ class LinuxContainer:
 
     @contextmanager
     def group_fds(self, leaf: tuple[str, ...]) -> Iterator[list[int]]:
-        """Descriptors through which a process joins leaf. Those of the common leaf stay open from one to the next."""
+        """Descriptors through which a process joins leaf. Those of the common leaf stay open from one to the next.
+
+        Raises:
+            ContainerBroken: somebody has removed the cgroup.
+        """
         if leaf == self.cgroup.leaf(None):
             if not self._default_group:
-                self._default_group = groups.open_procs(self.cgroup, leaf)
+                self._default_group = self._open_group(leaf)
             yield self._default_group
             return
-        fds = groups.open_procs(self.cgroup, leaf)
+        fds = self._open_group(leaf)
         try:
             yield fds
         finally:
             for fd in fds:
                 os.close(fd)
+
+    def _open_group(self, leaf: tuple[str, ...]) -> list[int]:
+        with may_be_gone(self.handle):
+            return groups.open_procs(self.cgroup, leaf)
 
     def leaf_of(self, spec: ProcessSpec) -> tuple[str, ...]:
         """The cgroup that a process's tasks go to."""
@@ -297,6 +308,17 @@ class LinuxContainer:
     def drop_process_group(self, process_id: str) -> None:
         """Remove a finished process's own cgroup, if its last child has gone too."""
         groups.remove_process_group(self.cgroup, process_id)
+
+
+@contextmanager
+def may_be_gone(handle: str) -> Iterator[None]:
+    """Tell a cgroup or link that somebody has removed as what it is: the container's end, not the server's fault."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _GONE:
+            raise
+        raise ContainerBroken(handle, f"{error.filename or 'its cgroup or link'} is gone") from error
 
 
 def limit_leaf(leaf: tuple[str, ...]) -> tuple[str, ...]:
