@@ -157,8 +157,13 @@ def lock_state_dir(state_dir: Path) -> int:
         raise AlreadyRunning(
             f"another garden server (pid {holder}) uses {state_dir}; give this one its own --state-dir"
         ) from error
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    holder = f"{os.getpid()}\n"
+    try:
+        # In this order: a block that was let go of would be missing on a full disk.
+        os.pwrite(fd, holder.encode(), 0)
+        os.ftruncate(fd, len(holder))
+    except OSError as error:  # it only helps people
+        log.warning("lock.holder_not_recorded", error=str(error))
     return fd
 
 

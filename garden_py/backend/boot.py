@@ -28,15 +28,45 @@ def was_rebooted(state_dir: Path) -> bool:
 
 
 def remember_boot(state_dir: Path) -> None:
-    """Write the running boot down. To be called once nothing of an earlier one is taken for alive any more."""
-    new = state_dir / f"{_FILE}.new"
-    with new.open("w") as file:
-        file.write(f"{read_boot_id()}\n")
-        file.flush()
-        os.fsync(file.fileno())  # lost in a power cut, it would be missed at the very start that it is for
-    new.rename(state_dir / _FILE)
-    directory = os.open(state_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    """Write the running boot down. To be called once nothing of an earlier one is taken for alive any more.
+
+    Raises:
+        OSError: it cannot be written. Then no container may be made: the next server would take it for one of before.
+    """
+    path = state_dir / _FILE
+    if path.exists() and path.read_text().strip() == read_boot_id():
+        return
+    try:
+        _replace(path)
+    except OSError:
+        if not path.exists():
+            raise
+        # On a full disk there is no room for another file, but this one has its block, and ids have one length.
+        _overwrite(path)
+
+
+def _replace(path: Path) -> None:
+    new = path.with_suffix(".new")
+    try:
+        with new.open("w") as file:
+            file.write(f"{read_boot_id()}\n")
+            file.flush()
+            os.fsync(
+                file.fileno()
+            )  # lost in a power cut, it would be missed at the very start that it is for
+        new.rename(path)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def _overwrite(path: Path) -> None:
+    with path.open("r+") as file:
+        file.write(f"{read_boot_id()}\n")
+        file.flush()
+        os.fsync(file.fileno())

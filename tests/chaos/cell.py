@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from ipaddress import IPv4Network
 from pathlib import Path
 
 from kit.server import ServerProcess
@@ -19,6 +21,18 @@ from garden_py.config import Config
 
 START_S = 40.0
 DISK_BYTES = 512 << 20
+
+
+def find_free_pool() -> IPv4Network:
+    """Addresses that nothing on this host uses: a run that was killed leaves its links behind."""
+    listed = subprocess.run(
+        ["ip", "-json", "-4", "route", "show", "table", "all"], check=True, capture_output=True, timeout=20
+    )
+    taken = [IPv4Network(route["dst"]) for route in json.loads(listed.stdout) if route["dst"] != "default"]
+    for pool in IPv4Network("10.247.0.0/16").subnets(new_prefix=26):
+        if not any(pool.overlaps(other) for other in taken):
+            return pool
+    raise AssertionError("all of 10.247.0.0/16 is in use")
 
 
 class Cell:
@@ -32,7 +46,7 @@ class Cell:
         flags = [
             "--state-dir", str(self.state),
             "--run-dir", str(self.run),
-            "--network-pool", "10.247.0.0/26",
+            "--network-pool", str(find_free_pool()),
             "--port-pool-start", "28000",
             "--port-pool-size", "12",
             "--uid-pool-start", str(0x7800_0000),
