@@ -47,6 +47,32 @@ class Config(BaseModel):
         int, Field(ge=1 << 20, le=64 << 20, description="Largest gRPC message taken, in bytes.")
     ] = 16 << 20
 
+    # -- the Garden door: api/http/door.py
+    garden_http: Annotated[
+        str, Field(description="Address for Garden clients: unix:PATH or HOST:PORT; empty: nowhere.")
+    ] = ""
+    garden_http_mode: Annotated[str, Field(description="Mode of the Garden door's unix socket, octal.")] = (
+        "0660"
+    )
+    garden_http_group: Annotated[
+        str, Field(description="Group that owns the Garden door's unix socket; empty: the server's.")
+    ] = ""
+    garden_http_insecure: Annotated[
+        bool,
+        Field(
+            description="Allow --garden-http on an address that others can reach: it asks for no password."
+        ),
+    ] = False
+    garden_attach_cursor: Annotated[
+        bool,
+        Field(
+            description="A Garden client that attaches again reads on where the last one stopped, not from now."
+        ),
+    ] = True
+    read_header_timeout_s: Annotated[
+        float, Field(ge=0, description="Seconds a Garden client may take for a request's head; 0: any time.")
+    ] = 30.0
+
     # -- places: wiring.py, backend
     state_dir: Annotated[
         Path, Field(description="Journal, containers' writable layers and output. On a disk, not on a tmpfs.")

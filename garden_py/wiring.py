@@ -24,6 +24,7 @@ import structlog
 
 from garden_py.api.activation import take_inherited_socket
 from garden_py.api.grpc.server import GrpcDoor
+from garden_py.api.http.door import GardenDoor
 from garden_py.api.metrics import MetricsDoor
 from garden_py.backend.boot import remember_boot, was_rebooted
 from garden_py.backend.journal import SETTINGS, Journal, open_journal
@@ -128,13 +129,15 @@ async def running_server(config: Config, inherited: socket.socket | None = None)
         await core.recovery.run(rebooted=rebooted)
         remember_boot(config.state_dir)
         door, metrics_door = GrpcDoor(core, config, inherited), MetricsDoor(core.metrics, config)
+        garden_door = GardenDoor(core, config)
         try:
             await metrics_door.start()
+            await garden_door.start()
             address = await door.start()
             core.janitor.start()
             yield address
         finally:
-            await door.stop()
+            await asyncio.gather(door.stop(), garden_door.stop())
             await metrics_door.stop()
             await core.close()
             journal.close()

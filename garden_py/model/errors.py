@@ -107,6 +107,27 @@ class Unkillable(GardenError):
         self.reason = reason
 
 
+class BeingDestroyed(GardenError):
+    """Somebody is destroying the container already, and the caller did not want to wait for that."""
+
+    code = "being_destroyed"
+
+    def __init__(self, handle: str) -> None:
+        super().__init__("container already being destroyed")  # compared with by Diego's executor
+        self.handle = handle
+
+
+class PropertyNotFound(GardenError):
+    """The container has no property of this name."""
+
+    code = "property_not_found"
+
+    def __init__(self, handle: str, key: str) -> None:
+        super().__init__(f"property does not exist: {key}")
+        self.handle = handle
+        self.key = key
+
+
 class PoolExhausted(GardenError):
     """A pool of the server has nothing left.
 

@@ -12,6 +12,7 @@ from .errors import FieldViolation
 MEMORY_FLOOR_BYTES = 4 << 20
 PIDS_FLOOR = 1
 CPU_WEIGHT_RANGE = (1, 10_000)
+CPU_SHARES_RANGE = (2, 262_144)
 CPU_QUOTA_FLOOR_US = 1_000
 CPU_PERIOD_RANGE_US = (1_000, 1_000_000)
 CPU_PERIOD_DEFAULT_US = 100_000
@@ -25,6 +26,8 @@ class Limits:
     Attributes:
         memory_bytes: all processes together, swap included.
         cpu_weight: share under contention, 1 to 10000, as cgroup v2's cpu.weight; the kernel's default is 100.
+        cpu_shares: the same as cgroup v1's cpu.shares, 2 to 262144, whose default is 1024; goes before cpu_weight. What
+            is not asked for in shares is not told in them, except by v1, which keeps nothing else.
         cpu_quota_us: CPU time in µs per period, cgroup v2's cpu.max.
         cpu_period_us: length of the period in µs.
         pids: processes and threads together.
@@ -35,12 +38,15 @@ class Limits:
     cpu_quota_us: int | None = None
     cpu_period_us: int | None = None
     pids: int | None = None
+    cpu_shares: int | None = None
 
     def over(self, older: Limits) -> Limits:
         """These limits, with older's value wherever this has no statement."""
+        is_weighed = self.cpu_weight is not None or self.cpu_shares is not None
         return Limits(
             memory_bytes=older.memory_bytes if self.memory_bytes is None else self.memory_bytes,
-            cpu_weight=older.cpu_weight if self.cpu_weight is None else self.cpu_weight,
+            cpu_weight=self.cpu_weight if is_weighed else older.cpu_weight,
+            cpu_shares=self.cpu_shares if is_weighed else older.cpu_shares,
             cpu_quota_us=older.cpu_quota_us if self.cpu_quota_us is None else self.cpu_quota_us,
             cpu_period_us=older.cpu_period_us if self.cpu_period_us is None else self.cpu_period_us,
             pids=older.pids if self.pids is None else self.pids,
@@ -63,6 +69,7 @@ def limit_violations(limits: Limits, prefix: str) -> list[FieldViolation]:
 
     check("memory_bytes", limits.memory_bytes, MEMORY_FLOOR_BYTES, UINT63_MAX, zero_is_unlimited=True)
     check("cpu_weight", limits.cpu_weight, *CPU_WEIGHT_RANGE, zero_is_unlimited=False)
+    check("cpu_shares", limits.cpu_shares, *CPU_SHARES_RANGE, zero_is_unlimited=False)
     check("cpu_quota_us", limits.cpu_quota_us, CPU_QUOTA_FLOOR_US, UINT63_MAX // 1000, zero_is_unlimited=True)
     check("cpu_period_us", limits.cpu_period_us, *CPU_PERIOD_RANGE_US, zero_is_unlimited=False)
     check("pids", limits.pids, PIDS_FLOOR, 4_194_304, zero_is_unlimited=True)  # PID_MAX_LIMIT, proc(5)

@@ -19,7 +19,7 @@ from garden_py.model.codec import dump_container_spec
 from garden_py.model.handle import hostname_for, make_name
 from garden_py.model.lifecycle import USABLE, State
 from garden_py.model.limits import Limits, limit_violations
-from garden_py.model.netrule import DefaultAction, EgressPolicy
+from garden_py.model.netrule import DefaultAction, EgressPolicy, EgressRule
 from garden_py.model.spec import (
     REQUEST_ID_MAX,
     ContainerSpec,
@@ -342,13 +342,25 @@ class Containers:
             current = self._etag(container)
             if etag and etag != current:
                 raise errors.EtagMismatch(etag, current)
-            former = self._complete(container.spec.egress)
-            await self._backend.set_egress(handle, wanted)
-            changed = replace(container.spec, egress=wanted)
-            await self._save_or_undo(container, changed, lambda: self._backend.set_egress(handle, former))
-            container.egress_etag = egress_etag(wanted)
-        self._events.publish(EventKind.EGRESS_CHANGED, handle, etag=container.egress_etag)
+            await self._change_egress(container, self._complete(container.spec.egress), wanted)
         return wanted
+
+    async def _change_egress(self, container: Container, former: EgressPolicy, wanted: EgressPolicy) -> None:
+        handle = container.handle
+        await self._backend.set_egress(handle, wanted)
+        changed = replace(container.spec, egress=wanted)
+        await self._save_or_undo(container, changed, lambda: self._backend.set_egress(handle, former))
+        container.egress_etag = egress_etag(wanted)
+        self._events.publish(EventKind.EGRESS_CHANGED, handle, etag=container.egress_etag)
+
+    async def open_egress(self, handle: str, rules: tuple[EgressRule, ...]) -> None:
+        """Put rules before those there are, in one step; Garden's NetOut (statement N22)."""
+        await self._guard.complete("egress", self._open_egress(handle, rules))
+
+    async def _open_egress(self, handle: str, rules: tuple[EgressRule, ...]) -> None:
+        async with self._changing(handle, "given an egress policy") as container:
+            former = self._complete(container.spec.egress)
+            await self._change_egress(container, former, replace(former, rules=(*rules, *former.rules)))
 
     def egress_etag(self, handle: str) -> str:
         """The etag of the policy in force."""
@@ -415,12 +427,18 @@ class Containers:
         while self._backend.workload_count(handle) and time.monotonic() < until:  # noqa: ASYNC110
             await asyncio.sleep(_STOP_POLL_S)
 
-    async def destroy(self, handle: str) -> None:
-        """Remove a container with everything it had; a second call joins the first.
+    async def destroy(self, handle: str, *, joins: bool = True) -> None:
+        """Remove a container with everything it had.
+
+        Args:
+            handle: of the container.
+            joins: a second call waits for the first; else it is refused.
 
         Raises:
-            ContainerNotFound, Unkillable, HostFault.
+            ContainerNotFound, BeingDestroyed, Unkillable, HostFault.
         """
+        if not joins and self._guard.running("destroy", handle) is not None:
+            raise errors.BeingDestroyed(handle)
         making = self._guard.running("create", handle)
         if making is not None:
             await asyncio.wait([making])

@@ -156,6 +156,15 @@ class EgressCounts:
     default: RuleCount
 
 
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Bytes of a stream in a file: count of them from an offset in it. The descriptor is the reader's till it moves."""
+
+    fd: int
+    offset: int
+    count: int
+
+
 class OutputReader(Protocol):
     """One reader of one stream, at its own offset. While it is open, a full stream waits for it."""
 
@@ -168,6 +177,12 @@ class OutputReader(Protocol):
 
     def read_nowait(self, max_bytes: int) -> bytes:
         """The bytes that are there now, perhaps none."""
+
+    def span(self, max_bytes: int) -> Span | None:
+        """Where the bytes that are there now lie in a file, for sendfile(2); None if there are none, or in no file."""
+
+    def skip(self, count: int) -> None:
+        """Go on as if count bytes of the last span had been read."""
 
     def close(self) -> None:
         """Stop holding the stream back."""
@@ -187,6 +202,9 @@ class OutputLog(Protocol):
     @property
     def closed(self) -> bool:
         """Whether no more bytes will come."""
+
+    delivered: int
+    """How far readers that keep no place of their own have got; kept over restarts, as far as the disk has room."""
 
     def open_reader(self, offset: int, wake: asyncio.Event | None = None) -> OutputReader:
         """A reader from offset.

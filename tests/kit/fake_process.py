@@ -17,6 +17,7 @@ class FakeLog:
     def __init__(self) -> None:
         self.data = bytearray()
         self.closed = False
+        self.delivered = 0
         self.readers: set[FakeReader] = set()
 
     @property
@@ -59,6 +60,12 @@ class FakeReader:
         data = bytes(self._log.data[self.offset : self.offset + max_bytes])
         self.offset += len(data)
         return data
+
+    def span(self, max_bytes: int) -> None:
+        return None
+
+    def skip(self, count: int) -> None:
+        raise AssertionError("there was no span")
 
     async def read(self, max_bytes: int) -> bytes:
         while True:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,20 @@ def test_v2_plan() -> None:
     ]
 
 
+@pytest.mark.parametrize(("version", "expected"), [(1, "cpu/cpu.shares=280"), (2, "cpu/cpu.weight=37")])
+def test_shares_go_before_the_weight(version: int, expected: str) -> None:
+    """Garden's callers count in shares; v1 takes them as they are, v2 converted (statement CP2)."""
+    assert texts(plan_writes(Limits(cpu_weight=50, cpu_shares=280), version)) == [expected]
+
+
+def test_weight_and_shares_are_one_statement() -> None:
+    """The later one counts, whichever of both it is."""
+    by_weight, by_shares = Limits(cpu_weight=50), Limits(cpu_shares=280)
+    assert by_weight.over(by_shares) == by_weight
+    assert by_shares.over(by_weight) == by_shares
+    assert Limits(pids=3).over(by_shares) == Limits(pids=3, cpu_shares=280)
+
+
 @pytest.mark.parametrize(
     ("version", "expected"),
     [
@@ -86,7 +101,7 @@ def test_v1_limits_are_written_and_read_back(tmp_path: Path) -> None:
     memory = cgroup.directory("memory", "work")
     (memory / "memory.limit_in_bytes").write_text(str((1 << 63) - 4096))
     write_limits(cgroup, ALL)
-    assert read_limits(cgroup) == ALL
+    assert read_limits(cgroup) == replace(ALL, cpu_shares=512)
     assert (memory / "memory.memsw.limit_in_bytes").read_text() == "67108864"
     (memory / "memory.limit_in_bytes").write_text(str((1 << 63) - 4096))
     assert read_limits(cgroup).memory_bytes == 0

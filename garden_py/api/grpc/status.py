@@ -37,6 +37,8 @@ CODES: dict[type[errors.GardenError], StatusCode] = {
     errors.OffsetUnknown: StatusCode.FAILED_PRECONDITION,
     errors.EtagMismatch: StatusCode.ABORTED,
     errors.CopyFailed: StatusCode.FAILED_PRECONDITION,
+    errors.BeingDestroyed: StatusCode.ABORTED,
+    errors.PropertyNotFound: StatusCode.NOT_FOUND,
     errors.NotSupported: StatusCode.UNIMPLEMENTED,
     errors.HostFault: StatusCode.INTERNAL,
     errors.ContainerRecovering: StatusCode.UNAVAILABLE,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from garden_py.backend.cgroup.layout import WORK, ContainerCgroup
 from garden_py.model.errors import HostFault, LimitRefused
-from garden_py.model.limits import CPU_PERIOD_DEFAULT_US, Limits, shares_from_weight
+from garden_py.model.limits import CPU_PERIOD_DEFAULT_US, Limits, shares_from_weight, weight_from_shares
 
 # memory.limit_in_bytes of an unlimited v1 group reads as LONG_MAX rounded down to pages (cgroup-v1/memory.rst).
 V1_UNLIMITED_BYTES = 1 << 62
@@ -53,7 +53,9 @@ def _plan_v1(limits: Limits, leaf: tuple[str, ...], weight_at: tuple[str, ...]) 
             LimitWrite("memory", leaf, "memory.limit_in_bytes", value, "memory_bytes"),
             LimitWrite("memory", leaf, "memory.memsw.limit_in_bytes", value, "memory_bytes", optional=True),
         ]
-    if limits.cpu_weight is not None:
+    if limits.cpu_shares is not None:
+        writes.append(LimitWrite("cpu", weight_at, "cpu.shares", str(limits.cpu_shares), "cpu_shares"))
+    elif limits.cpu_weight is not None:
         shares = str(shares_from_weight(limits.cpu_weight))
         writes.append(LimitWrite("cpu", weight_at, "cpu.shares", shares, "cpu_weight"))
     if limits.cpu_period_us is not None:
@@ -77,7 +79,10 @@ def _plan_v2(limits: Limits, leaf: tuple[str, ...], weight_at: tuple[str, ...]) 
         )
         swap = "0" if limits.memory_bytes else "max"
         writes.append(LimitWrite("memory", leaf, "memory.swap.max", swap, "memory_bytes", optional=True))
-    if limits.cpu_weight is not None:
+    if limits.cpu_shares is not None:
+        weight = str(weight_from_shares(limits.cpu_shares))
+        writes.append(LimitWrite("cpu", weight_at, "cpu.weight", weight, "cpu_shares"))
+    elif limits.cpu_weight is not None:
         writes.append(LimitWrite("cpu", weight_at, "cpu.weight", str(limits.cpu_weight), "cpu_weight"))
     if limits.cpu_quota_us is not None:
         quota = str(limits.cpu_quota_us or "max")
@@ -164,9 +169,11 @@ def read_limits(cgroup: ContainerCgroup, *, leaf: tuple[str, ...] = (WORK,)) -> 
             pids=pids,
         )
     memory = int(read("memory", leaf, "memory.limit_in_bytes"))
+    shares = int(read("cpu", weight_at, "cpu.shares"))
     return Limits(
         memory_bytes=0 if memory >= V1_UNLIMITED_BYTES else memory,
-        cpu_weight=max(1, round(int(read("cpu", weight_at, "cpu.shares")) * 100 / V1_DEFAULT_SHARES)),
+        cpu_weight=max(1, round(shares * 100 / V1_DEFAULT_SHARES)),
+        cpu_shares=shares,
         cpu_quota_us=max(0, int(read("cpu", leaf, "cpu.cfs_quota_us"))),
         cpu_period_us=int(read("cpu", leaf, "cpu.cfs_period_us")),
         pids=pids,

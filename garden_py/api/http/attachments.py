@@ -1,0 +1,225 @@
+"""Attachments: what a client of Run or Attach reads, and the side connections that carry it.
+
+A stream id names the place in both outputs from which a client reads on. Nothing is buffered for it: the bytes lie in
+the process's stored streams, and go from there to the socket by sendfile(2). While a side connection is open, a full
+stream waits for its reader; one that never comes holds nothing back.
+
+Where a client's reading has got to is remembered with the process (`OutputLog.delivered`): who attaches again without
+saying from where goes on there. Source: Garden HTTP protocol §6.3.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import fcntl
+import itertools
+import socket
+import termios
+from collections import defaultdict
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import IO, Any, Final, cast
+
+from garden_py.model.process import OutputStream
+from garden_py.service.ports import OutputReader, RunningProcess
+
+LATE_S: Final = 60.0  # so long after the process's end a side connection may still come (§6.3, statement 15)
+_PIECE_BYTES: Final = 64 << 10
+_SENDFILE_BYTES: Final = 8 << 20
+_Key = tuple[str, str, OutputStream]
+
+
+@dataclass(slots=True, eq=False)
+class Attachment:
+    """One Run or Attach.
+
+    Attributes:
+        offsets: of the next byte of each stream that its client has not been sent.
+        sides: its open side connections.
+    """
+
+    id: str
+    handle: str
+    process: RunningProcess
+    offsets: dict[OutputStream, int]
+    sides: set[asyncio.StreamWriter] = field(default_factory=set)
+
+
+@dataclass(slots=True, eq=False)
+class _Side:
+    """A side connection that is open: what of it has arrived for certain."""
+
+    writer: asyncio.StreamWriter
+    reader: OutputReader
+
+    def acknowledged(self) -> int:
+        """The offset up to which the client's host has the bytes."""
+        return self.reader.offset - _unacknowledged(self.writer)
+
+
+class Attachments:
+    """All attachments of one door.
+
+    Args:
+        remember: whether a client that does not say where to begin goes on where the last one stopped.
+    """
+
+    def __init__(self, *, remember: bool) -> None:
+        self._remember = remember
+        self._by_id: dict[str, Attachment] = {}
+        self._numbers = itertools.count(1)
+        self._open: defaultdict[_Key, set[_Side]] = defaultdict(set)
+
+    def begin(
+        self, handle: str, process: RunningProcess, given: dict[OutputStream, int | None], *, fresh: bool
+    ) -> Attachment:
+        """A new attachment.
+
+        Args:
+            handle: of the container.
+            process: that is read.
+            given: offsets that the client asked for.
+            fresh: the process was started for it, so it reads from the beginning.
+
+        Raises:
+            OffsetOutOfRange: those bytes are not kept, or not there yet.
+        """
+        offsets = {}
+        for stream in OutputStream:
+            wanted = given.get(stream)
+            if wanted is None:
+                wanted = 0 if fresh else self._place(handle, process, stream)
+            else:
+                process.output(stream).open_reader(wanted).close()  # refuses what cannot be read
+            offsets[stream] = wanted
+        attachment = Attachment(str(next(self._numbers)), handle, process, offsets)
+        self._by_id[attachment.id] = attachment
+        return attachment
+
+    def _place(self, handle: str, process: RunningProcess, stream: OutputStream) -> int:
+        """Where a client that does not say begins: where the last one stopped, or now."""
+        log = process.output(stream)
+        if not self._remember:
+            return log.end_offset
+        sides = self._open.get((handle, process.id, stream))
+        place = max(side.acknowledged() for side in sides) if sides else log.delivered
+        return min(max(place, log.first_offset), log.end_offset)
+
+    def find(self, stream_id: str, handle: str, process_id: str) -> Attachment | None:
+        """The attachment of a side connection's path; None if there is none, or not any more."""
+        found = self._by_id.get(stream_id)
+        if found is None or (found.handle, found.process.id) != (handle, process_id):
+            return None
+        return found
+
+    def retire(self, attachment: Attachment) -> None:
+        """The process has ended and the client was told: it may still read for a while."""
+        asyncio.get_running_loop().call_later(LATE_S, self._by_id.pop, attachment.id, None)
+
+    def drop(self, attachment: Attachment) -> None:
+        """The client has gone: so do its side connections."""
+        self._by_id.pop(attachment.id, None)
+        for writer in list(attachment.sides):
+            writer.close()
+
+    async def pour(
+        self,
+        attachment: Attachment,
+        stream: OutputStream,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        """Send a stream from the attachment's place to its end; returns when that is done or the client has gone."""
+        log = attachment.process.output(stream)
+        wake = asyncio.Event()
+        output = log.open_reader(max(attachment.offsets[stream], log.first_offset), wake)
+        side = _Side(writer, output)
+        key = (attachment.handle, attachment.process.id, stream)
+        self._open[key].add(side)
+        attachment.sides.add(writer)
+        left = asyncio.ensure_future(_until_gone(reader))
+        try:
+            while not left.done():
+                wake.clear()
+                if await _send_some(output, writer):
+                    attachment.offsets[stream] = output.offset
+                    log.delivered = max(log.delivered, output.offset)
+                elif log.closed and output.offset >= log.end_offset:
+                    return
+                else:
+                    await _first_of(wake, left)
+        except (ConnectionError, TimeoutError):
+            log.delivered = max(0, min(log.delivered, side.acknowledged()))
+        finally:
+            if left.done() and log.delivered == output.offset:
+                log.delivered = max(0, side.acknowledged())  # it has gone without the rest
+            left.cancel()
+            await asyncio.wait([left])
+            output.close()
+            attachment.sides.discard(writer)
+            self._open[key].discard(side)
+            if not self._open[key]:
+                del self._open[key]
+
+
+async def _until_gone(reader: asyncio.StreamReader) -> None:
+    """A reader of output sends nothing; whatever comes is ignored until the end comes."""
+    with suppress(ConnectionError):
+        while await reader.read(_PIECE_BYTES):
+            pass
+
+
+async def _first_of(wake: asyncio.Event, left: asyncio.Future[None]) -> None:
+    waking: asyncio.Future[Any] = asyncio.ensure_future(wake.wait())
+    leaving: asyncio.Future[Any] = left
+    try:
+        await asyncio.wait([waking, leaving], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        waking.cancel()
+
+
+async def _send_some(output: OutputReader, writer: asyncio.StreamWriter) -> bool:
+    """Send what is there, a bounded amount; whether there was anything. Waits for a slow client."""
+    span = output.span(_SENDFILE_BYTES)
+    if span is not None and span.count > _PIECE_BYTES:
+        loop = asyncio.get_running_loop()
+        await writer.drain()
+        file = cast("IO[bytes]", _Descriptor(span.fd))
+        sent = await loop.sendfile(writer.transport, file, span.offset, span.count, fallback=False)
+        output.skip(sent)
+        return True
+    data = output.read_nowait(_PIECE_BYTES)
+    if data:
+        writer.write(data)
+        await writer.drain()
+    return bool(data)
+
+
+@dataclass(frozen=True, slots=True)
+class _Descriptor:
+    """What loop.sendfile needs of a file."""
+
+    fd: int
+
+    def fileno(self) -> int:
+        """See io.IOBase."""
+        return self.fd
+
+
+def _unacknowledged(writer: asyncio.StreamWriter) -> int:
+    """Bytes that were sent and have not arrived: in our buffer, and in the kernel's. SIOCOUTQ, tcp(7).
+
+    A unix socket has no such queue: what was sent is in the receiver's buffer at once, and whether it has read it
+    cannot be known here.
+    """
+    waiting = writer.transport.get_write_buffer_size()
+    sock: socket.socket | None = writer.get_extra_info("socket")
+    if sock is None or sock.family == socket.AF_UNIX or sock.fileno() < 0:
+        return waiting
+    queued = array.array("i", [0])
+    try:
+        fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, queued)
+    except OSError:
+        return waiting
+    return waiting + queued[0]

@@ -1,0 +1,195 @@
+"""From the Garden protocol's objects to ours. Source: Garden HTTP protocol §2."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address
+from typing import Any
+
+from garden_py.api.http.fields import UINT64_MAX, BadJson, Fields, as_fields
+from garden_py.api.http.messages import window_size
+from garden_py.model.errors import GardenError, InvalidField, NotSupported
+from garden_py.model.limits import UINT63_MAX, Limits
+from garden_py.model.netrule import (
+    MAX_PORT,
+    AddressRange,
+    DefaultAction,
+    EgressPolicy,
+    EgressRule,
+    IcmpMatch,
+    PortRange,
+    Protocol,
+)
+from garden_py.model.process import ProcessSpec, WindowSize
+from garden_py.model.spec import BindMount, ContainerSpec, MountMode, PortMapping
+
+_PROTOCOLS = {0: Protocol.ALL, 1: Protocol.TCP, 2: Protocol.UDP, 3: Protocol.ICMP}
+_RLIMITS = (
+    "as", "core", "cpu", "data", "fsize", "locks", "memlock", "msgqueue", "nice", "nofile", "nproc", "rss", "rtprio",
+    "sigpending", "stack",
+)  # fmt: skip
+
+
+def container_spec(fields: Fields, default_egress: DefaultAction) -> ContainerSpec:
+    """The body of a create.
+
+    Raises:
+        BadJson: a field has a wrong type or is out of its range.
+        GardenError: a field asks for what this server does not do, or contradicts another.
+    """
+    rules = fields.each("netout_rules", lambda value, path: egress_rule(as_fields(value, path)))
+    grace_ns = fields.number("grace_time", least=-UINT63_MAX, most=UINT63_MAX)
+    if fields.text("network"):
+        raise NotSupported("network: this server does not place containers in chosen subnets yet")
+    return ContainerSpec(
+        handle=fields.text("handle"),
+        image=image(fields.child("image"), fields.text("rootfs")),
+        privileged=fields.flag("privileged"),
+        env=fields.texts("env"),
+        properties=tuple(sorted(fields.text_map("properties").items())),
+        bind_mounts=fields.each("bind_mounts", lambda value, path: bind_mount(as_fields(value, path))),
+        limits=container_limits(fields.child("limits")),
+        grace_time_s=max(grace_ns, 0) / 1e9 or None,
+        port_mappings=fields.each("netin", lambda value, path: port_mapping(as_fields(value, path))),
+        egress=EgressPolicy(default_egress, rules) if rules else None,
+    )
+
+
+def image(found: Fields, rootfs: str) -> str:
+    """A container's image, from the field of today and the one of old (statement M1)."""
+    uri = found.text("uri")
+    if uri and rootfs:
+        raise InvalidField("image", "Cannot provide both Image.URI and RootFSPath")
+    reference = uri or rootfs
+    scheme, colon, _ = reference.partition(":")
+    if colon and scheme in ("docker", "oci", "preloaded+layer"):
+        raise NotSupported(f"image: this server does not unpack {scheme} images yet; use raw:///directory")
+    return reference
+
+
+def bind_mount(fields: Fields) -> BindMount:
+    """`origin` is ignored, as in the reference: the source is a path of the host (statement BI5)."""
+    fields.number("origin", most=1)
+    mode = MountMode.READ_WRITE if fields.number("mode", most=1) else MountMode.READ_ONLY
+    return BindMount(fields.text("src_path"), fields.text("dst_path"), mode)
+
+
+def container_limits(fields: Fields) -> Limits:
+    """Limits of a container; 0 and absent are the same: none."""
+    disk = fields.child("disk_limits")
+    for name in ("byte_hard", "byte_soft", "inode_hard", "inode_soft"):
+        if disk.number(name):
+            raise NotSupported(f"limits.disk_limits.{name}: this server cannot limit disk space yet")
+    disk.number("scope", most=1)
+    bandwidth = fields.child("bandwidth_limits")
+    for name in ("rate", "burst"):
+        if bandwidth.number(name):
+            raise NotSupported(f"limits.bandwidth_limits.{name}: this server cannot limit bandwidth yet")
+    pids = fields.child("pid_limits").number("max")
+    return _process_limits(fields, pids or None)
+
+
+def _process_limits(fields: Fields, pids: int | None) -> Limits:
+    cpu = fields.child("cpu_limits")
+    shares = cpu.number("weight") or cpu.number("limit_in_shares")
+    memory = min(fields.child("memory_limits").number("limit_in_bytes"), UINT63_MAX)
+    return Limits(memory_bytes=memory or None, cpu_shares=shares or None, pids=pids)
+
+
+def port_mapping(fields: Fields) -> PortMapping:
+    """A pair of ports; 0 asks for one."""
+    return PortMapping(
+        fields.number("host_port", most=MAX_PORT), fields.number("container_port", most=MAX_PORT)
+    )
+
+
+# --- net-out rules
+
+
+def egress_rule(fields: Fields) -> EgressRule:
+    """One net-out rule.
+
+    Raises:
+        BadJson, GardenError.
+    """
+    number = fields.number("protocol", most=255)
+    if number not in _PROTOCOLS:
+        raise InvalidField("protocol", f"invalid protocol: {number}")
+    protocol = _PROTOCOLS[number]
+    ports = fields.each("ports", lambda value, path: _port_range(as_fields(value, path)))
+    if ports and protocol in (Protocol.ALL, Protocol.ICMP):
+        raise InvalidField("ports", f"Ports cannot be specified for Protocol {protocol.value.upper()}")
+    return EgressRule(
+        protocol=protocol,
+        networks=fields.each("networks", lambda value, path: _address_range(as_fields(value, path))),
+        ports=ports,
+        icmp=_icmp(fields.child("icmps")) if fields.has("icmps") and protocol is Protocol.ICMP else None,
+        log=fields.flag("log"),
+    )
+
+
+def _icmp(fields: Fields) -> IcmpMatch:
+    return IcmpMatch(fields.number("type", most=255), fields.optional_number("code", most=255))
+
+
+def _address_range(fields: Fields) -> AddressRange:
+    start, end = fields.text("start"), fields.text("end")
+    if not start and not end:
+        raise BadJson("networks: a range needs a start or an end")
+    try:
+        return AddressRange(ip_address(start or end), ip_address(end or start))
+    except GardenError:
+        raise
+    except ValueError:
+        bad = next(text for text in (start, end) if text and not _is_address(text))
+        raise BadJson(f"invalid IP address: {bad}") from None
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _port_range(fields: Fields) -> PortRange:
+    start, end = fields.number("start", most=MAX_PORT), fields.number("end", most=MAX_PORT)
+    return PortRange(start or end, end or start)
+
+
+# --- processes
+
+
+def process_spec(fields: Fields) -> ProcessSpec:
+    """The body of a run.
+
+    Raises:
+        BadJson, GardenError.
+    """
+    found_image = fields.child("image")
+    if any(found_image.text(name) for name in ("uri", "username", "password")):
+        raise NotSupported("image: this server does not run processes with an image of their own yet")
+    if fields.each("bind_mounts", lambda value, path: bind_mount(as_fields(value, path))):
+        problem = "Running a process with bind mounts and no image provided is not allowed"
+        raise InvalidField("bind_mounts", problem)
+    rlimits = fields.child("rlimits")
+    given = {name: rlimits.optional_number(name, most=UINT64_MAX) for name in _RLIMITS}
+    tty = fields.child("tty")
+    return ProcessSpec(
+        path=fields.text("path"),
+        id=fields.text("id"),
+        args=fields.texts("args"),
+        env=fields.texts("env"),
+        dir=fields.text("dir"),
+        user=fields.text("user"),
+        tty=window_size(tty) or WindowSize() if fields.has("tty") else None,
+        rlimits=tuple((name, value) for name, value in given.items() if value is not None),
+        limits=_process_limits(fields.child("limits"), None),
+    )
+
+
+def grace_time_s(value: Any) -> float:
+    """A bare number of nanoseconds; what is not above 0 means never (§7, statement 7)."""
+    if not isinstance(value, int) or isinstance(value, bool) or abs(value) > UINT63_MAX:
+        raise BadJson("grace time: must be a number of nanoseconds")
+    return max(value, 0) / 1e9

@@ -1,0 +1,197 @@
+"""The Garden door: where it listens, and what every request goes through."""
+
+from __future__ import annotations
+
+import asyncio
+import grp
+import os
+import socket
+import stat
+import time
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from garden_py.api.address import is_loopback
+from garden_py.api.http.errors import describe
+from garden_py.api.http.exchange import (
+    Answer,
+    BodyTooLarge,
+    Connection,
+    Disconnected,
+    Reply,
+    Request,
+    json_reply,
+)
+from garden_py.api.http.fields import BadJson
+from garden_py.api.http.handlers import GardenHandlers
+from garden_py.api.http.routes import NoMatch, match_route
+from garden_py.config import Config
+from garden_py.model.errors import GardenError, HostFault, InvalidField
+from garden_py.service.core import Core
+
+log = structlog.get_logger()
+_BACKLOG: Final = 1024
+_STREAM_LIMIT: Final = 1 << 20
+_IDLE_S: Final = 300.0
+_STOP_GRACE_S: Final = 2.0
+
+
+class GardenDoor:
+    """Serves the Garden protocol on `config.garden_http`, if that is set."""
+
+    def __init__(self, core: Core, config: Config) -> None:
+        self._core = core
+        self._config = config
+        self._handlers = GardenHandlers(core, config)
+        self._server: asyncio.Server | None = None
+        self._bound_path: Path | None = None
+        self._connections: dict[asyncio.Task[None], Connection] = {}
+        self._stopping = False
+
+    async def start(self) -> str:
+        """Bind and serve; the address, empty if there is none.
+
+        Raises:
+            InvalidField: it is neither unix:PATH nor HOST:PORT, or others could reach it and nobody said they may.
+            HostFault: it cannot be bound.
+        """
+        address = self._config.garden_http
+        if not address:
+            return ""
+        try:
+            if address.startswith("unix:"):
+                self._server = await self._listen_unix(Path(address.removeprefix("unix:")))
+            else:
+                self._server = await self._listen_tcp(address)
+        except OSError as error:
+            raise HostFault("listen", f"cannot bind {address} for Garden clients: {error}") from error
+        return address
+
+    async def _listen_unix(self, path: Path) -> asyncio.Server:
+        self._bound_path = path
+        sock = _bind_unix(path, int(self._config.garden_http_mode, 8), self._config.garden_http_group)
+        return await asyncio.start_unix_server(self._accept, sock=sock, backlog=_BACKLOG, limit=_STREAM_LIMIT)
+
+    async def _listen_tcp(self, address: str) -> asyncio.Server:
+        if not is_loopback(address, field="garden_http") and not self._config.garden_http_insecure:
+            raise InvalidField(
+                "garden_http",
+                f"{address}: the protocol has no authentication, and whoever reaches it is root here; use a unix "
+                "socket or a loopback address, or say --garden-http-insecure",
+            )
+        host, _, port = address.rpartition(":")
+        return await asyncio.start_server(
+            self._accept, host.strip("[]"), int(port), backlog=_BACKLOG, limit=_STREAM_LIMIT
+        )
+
+    async def stop(self) -> None:
+        """As the protocol's §6.6 says: requests under way are finished, Run and Attach end without a last message."""
+        self._stopping = True
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        self._handlers.controls.stop()
+        for task, connection in self._connections.items():
+            if connection.is_idle:
+                task.cancel()
+        if self._connections:
+            await asyncio.wait(self._connections, timeout=_STOP_GRACE_S)
+        for task in list(self._connections):
+            task.cancel()
+        if self._connections:
+            await asyncio.wait(self._connections)
+        if self._bound_path is not None:
+            self._bound_path.unlink(missing_ok=True)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        sock: socket.socket = writer.get_extra_info("socket")
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # Run connections are quiet for weeks: only so a client that is gone without a word is noticed (tcp(7)).
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
+        connection = Connection(
+            reader,
+            writer,
+            self._answer,
+            head_timeout_s=self._config.read_header_timeout_s,
+            idle_timeout_s=_IDLE_S,
+        )
+        task = asyncio.current_task()
+        assert task is not None
+        self._connections[task] = connection
+        try:
+            await connection.serve()
+        except asyncio.CancelledError:
+            if not self._stopping:
+                raise
+        finally:
+            del self._connections[task]
+            writer.close()
+
+    # --- one request
+
+    async def _answer(self, request: Request) -> Answer:
+        """Route, log, and make every error a reply."""
+        started = time.monotonic()
+        match = match_route(request.method, request.target)
+        if isinstance(match, NoMatch):
+            return _no_route(match)
+        name, trace = match.name, request.headers.get("x-vcap-request-id", "")
+        with structlog.contextvars.bound_contextvars(**({"request_id": trace[:128]} if trace else {})):
+            try:
+                await self._core.recovery.wait_for(match.captures.get("handle", ""))
+                answer = await self._handlers.route(name)(match, request)
+            except (GardenError, BadJson) as error:
+                reply = describe(error)
+                report = log.warning if isinstance(error, HostFault) else log.debug
+                report("garden.refused", route=name, error=str(error), took_ms=_ms_since(started))
+                return json_reply(reply.as_json(), reply.status)
+            except BodyTooLarge:
+                most = self._config.max_message_bytes
+                return json_reply(describe(BadJson(f"the body is larger than {most} bytes")).as_json(), 500)
+            except (Disconnected, ConnectionError):
+                raise
+            except Exception as error:
+                log.exception("garden.failed", route=name, took_ms=_ms_since(started))
+                return json_reply(describe(error).as_json(), 500)
+            log.debug("garden.done", route=name, took_ms=_ms_since(started))
+            return answer
+
+
+def _bind_unix(path: Path, mode: int, group: str) -> socket.socket:
+    """With the final mode from the first moment: the umask decides it before anyone can connect."""
+    path.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
+    if path.exists() and not stat.S_ISSOCK(path.lstat().st_mode):
+        raise InvalidField("garden_http", f"{path} is there already, and is no socket")
+    path.unlink(missing_ok=True)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    before = os.umask(0o777 & ~mode)
+    try:
+        sock.bind(os.fspath(path))
+        if group:
+            os.chown(path, -1, grp.getgrnam(group).gr_gid)
+        path.chmod(mode)
+    except KeyError as error:
+        sock.close()
+        raise InvalidField("garden_http_group", f"no group {group!r}") from error
+    except OSError:
+        sock.close()
+        raise
+    finally:
+        os.umask(before)
+    return sock
+
+
+def _no_route(match: NoMatch) -> Reply:
+    """§1.1, statement 11."""
+    kind, nosniff = "text/plain; charset=utf-8", ("X-Content-Type-Options", "nosniff")
+    if match.allowed:
+        return Reply(405, b"Method Not Allowed\n", kind, (("Allow", ", ".join(match.allowed)), nosniff))
+    return Reply(404, b"404 page not found\n", kind, (nosniff,))
+
+
+def _ms_since(started: float) -> float:
+    return round((time.monotonic() - started) * 1000, 2)
