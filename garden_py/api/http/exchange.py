@@ -160,7 +160,7 @@ class Connection:
         answer = await self._handle(request)
         match answer:
             case Reply():
-                await self._send_reply(answer)
+                await self._send_reply(answer, is_head=request.method == "HEAD")
             case Stream():
                 await self._send_stream(answer)
             case Hijack():
@@ -199,6 +199,12 @@ class Connection:
 
     async def _finish_request(self) -> bool:
         """After an answer: read what is left of the body for a moment; whether the connection is as good as new."""
+        try:
+            # What has come of it already, which for most requests is an end without a body.
+            while self._http.their_state is h11.SEND_BODY and self._http.next_event() is not h11.NEED_DATA:
+                pass
+        except h11.RemoteProtocolError:
+            return False
         if self._http.their_state is h11.SEND_BODY:
             if self._writer.can_write_eof():
                 self._writer.write_eof()
@@ -218,7 +224,7 @@ class Connection:
             self._writer.write(data)
             await self._writer.drain()
 
-    async def _send_reply(self, reply: Reply) -> None:
+    async def _send_reply(self, reply: Reply, *, is_head: bool) -> None:
         headers = [
             ("Content-Type", reply.content_type),
             ("Date", formatdate(usegmt=True)),
@@ -226,9 +232,10 @@ class Connection:
             *reply.headers,
         ]
         head = h11.Response(status_code=reply.status, reason=_reason(reply.status), headers=headers)
+        body = b"" if is_head else reply.body
         parts = (
             self._http.send(head),
-            self._http.send(h11.Data(data=reply.body)),
+            self._http.send(h11.Data(data=body)),
             self._http.send(h11.EndOfMessage()),
         )
         await self._write(b"".join(part or b"" for part in parts))

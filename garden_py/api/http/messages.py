@@ -95,6 +95,8 @@ class MessageDecoder:
                 at += 1
             if at == len(text):
                 return ""
+            if text[at] != "{":
+                raise Garbage("a message must be a JSON object")
             try:
                 value, at = self._json.raw_decode(text, at)
             except ValueError:

@@ -1,0 +1,115 @@
+"""Control messages may be cut anywhere, and what makes no sense costs nothing but itself."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from garden_py.api.http.messages import (
+    MESSAGE_MAX_CHARS,
+    Garbage,
+    GardenSignal,
+    Message,
+    MessageDecoder,
+    Resize,
+    SignalProcess,
+    StdinData,
+    StdinEnd,
+)
+from garden_py.model.process import WindowSize
+
+
+def decode(*pieces: bytes) -> list[Message]:
+    decoder = MessageDecoder()
+    return [message for piece in pieces for message in decoder.feed(piece)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"process_id":"p","source":0,"data":"hello"}', StdinData(b"hello")),
+        ('{"process_id":"p","source":0}', StdinEnd()),
+        ('{"source":0,"data":null}', StdinEnd()),
+        ('{"source":2,"data":"x"}', StdinData(b"x")),
+        ('{"source":0,"data":""}', StdinData(b"")),
+        ('{"tty":{"window_size":{"columns":100,"rows":40}}}', Resize(WindowSize(rows=40, columns=100))),
+        ('{"tty":{},"source":0,"signal":1}', Resize(None)),
+        ('{"signal":0}', SignalProcess(GardenSignal.TERMINATE)),
+        ('{"source":0,"data":"x","signal":1}', StdinData(b"x")),
+        ('{"signal":1}', SignalProcess(GardenSignal.KILL)),
+        (r'{"source":0,"data":"\ud83d\ude00 \ud800"}', StdinData("\U0001f600 �".encode())),
+    ],
+)
+def test_messages_and_their_precedence(text: str, message: Message) -> None:
+    """Statements 17 and 19 of the protocol's §6.4; a newline is not needed."""
+    assert decode(text.encode()) == [message]
+    assert decode(text.encode() + b"\n") == [message]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"process_id":"p"}',
+        "{}",
+        '{"signal":2}',
+        '{"signal":"TERM"}',
+        '{"tty":{"window_size":{"rows":70000}}}',
+    ],
+)
+def test_unknown_messages_are_ignored(text: str) -> None:
+    """Statement 21."""
+    assert decode(text.encode(), b'{"signal":1}\n') == [SignalProcess(GardenSignal.KILL)]
+
+
+@pytest.mark.parametrize("data", [b"hello\n", b"[1]\n", b'"text"\n', b"}"])
+def test_what_is_no_object_is_garbage(data: bytes) -> None:
+    """Nothing behind it could be understood."""
+    with pytest.raises(Garbage):
+        decode(data)
+
+
+def test_message_without_end_is_garbage() -> None:
+    """Memory is bounded."""
+    decoder = MessageDecoder()
+    decoder.feed(b'{"source":0,"data":"')
+    with pytest.raises(Garbage, match="longer than"):
+        list(map(decoder.feed, [b"x" * (64 << 10)] * (MESSAGE_MAX_CHARS // (64 << 10) + 1)))
+
+
+_messages = st.one_of(
+    st.builds(
+        lambda data: ({"source": 0, "data": data}, StdinData(data.encode())),
+        st.text(st.characters(exclude_categories=["Cs"])),
+    ),
+    st.just(({"source": 0}, StdinEnd())),
+    st.just(({"signal": 1}, SignalProcess(GardenSignal.KILL))),
+)
+
+
+@given(
+    st.lists(_messages, max_size=8), st.lists(st.integers(1, 40), max_size=60), st.booleans(), st.booleans()
+)
+def test_cuts_change_nothing(
+    messages: list[tuple[dict[str, Any], Message]], cuts: list[int], newlines: bool, indented: bool
+) -> None:
+    """The same messages come out wherever the network cuts them."""
+    end = "\n" if newlines else ""
+    data = "".join(json.dumps(value, indent=1 if indented else None) + end for value, _ in messages).encode()
+    pieces, at = [], 0
+    for cut in cuts:
+        pieces.append(data[at : at + cut])
+        at += cut
+    assert decode(*pieces, data[at:]) == [message for _, message in messages]
+
+
+@given(st.lists(st.binary(max_size=40), max_size=20))
+def test_no_bytes_make_it_fail_otherwise(pieces: list[bytes]) -> None:
+    """Messages, or Garbage."""
+    try:
+        decode(*pieces)
+    except Garbage:
+        return
