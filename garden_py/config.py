@@ -63,12 +63,12 @@ class Config(BaseModel):
             description="Allow --garden-http on an address that others can reach: it asks for no password."
         ),
     ] = False
-    garden_attach_cursor: Annotated[
+    no_attach_cursor: Annotated[
         bool,
         Field(
-            description="A Garden client that attaches again reads on where the last one stopped, not from now."
+            description="A Garden client that attaches again reads from now on, not from where the last one stopped."
         ),
-    ] = True
+    ] = False
     read_header_timeout_s: Annotated[
         float, Field(ge=0, description="Seconds a Garden client may take for a request's head; 0: any time.")
     ] = 30.0
@@ -137,7 +137,11 @@ class Config(BaseModel):
     ] = ()
     mtu: Annotated[int, Field(ge=0, le=65_535, description="MTU of containers' links; 0: the uplink's.")] = 0
 
-    # -- observe: api/metrics.py, service/janitor.py
+    # -- observe: api/pages.py, service/janitor.py
+    debug: Annotated[
+        str,
+        Field(description="HOST:PORT, loopback, to serve /debug/vars and /debug/tasks on; empty: nowhere."),
+    ] = ""
     metrics: Annotated[
         str, Field(description="HOST:PORT to serve /metrics on, for Prometheus; empty: nowhere.")
     ] = ""

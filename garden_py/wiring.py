@@ -25,7 +25,7 @@ import structlog
 from garden_py.api.activation import take_inherited_socket
 from garden_py.api.grpc.server import GrpcDoor
 from garden_py.api.http.door import GardenDoor
-from garden_py.api.metrics import MetricsDoor
+from garden_py.api.pages import debug_door, metrics_door
 from garden_py.backend.boot import remember_boot, was_rebooted
 from garden_py.backend.journal import SETTINGS, Journal, open_journal
 from garden_py.config import Config
@@ -128,17 +128,19 @@ async def running_server(config: Config, inherited: socket.socket | None = None)
         core = build_core(config, load_backend(config), journal)
         await core.recovery.run(rebooted=rebooted)
         remember_boot(config.state_dir)
-        door, metrics_door = GrpcDoor(core, config, inherited), MetricsDoor(core.metrics, config)
-        garden_door = GardenDoor(core, config)
+        door, garden_door = GrpcDoor(core, config, inherited), GardenDoor(core, config)
+        pages = (metrics_door(core.metrics, config), debug_door(config))
         try:
-            await metrics_door.start()
+            for each in pages:
+                await each.start()
             await garden_door.start()
             address = await door.start()
             core.janitor.start()
             yield address
         finally:
             await asyncio.gather(door.stop(), garden_door.stop())
-            await metrics_door.stop()
+            for each in pages:
+                await each.stop()
             await core.close()
             journal.close()
     finally:

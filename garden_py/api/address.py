@@ -19,7 +19,7 @@ def is_loopback(address: str, *, field: str) -> bool:
     """
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdigit():
-        shape = "HOST:PORT" if field == "metrics" else "unix:PATH or HOST:PORT"
+        shape = "HOST:PORT" if field in ("metrics", "debug") else "unix:PATH or HOST:PORT"
         raise InvalidField(field, f"{address!r} must be {shape}")
     if host == "localhost":
         return True

@@ -13,13 +13,18 @@ def dump_tasks_on_signal() -> None:
 
 
 def dump_tasks() -> None:
-    """Write every task of this loop with the place it waits at, innermost frame last."""
+    """Write `describe_tasks` to stderr, which is the log."""
+    print(describe_tasks(), end="", file=sys.stderr, flush=True)
+
+
+def describe_tasks() -> str:
+    """Every task of this loop with the place it waits at, innermost frame last."""
     tasks = sorted(asyncio.all_tasks(), key=lambda task: task.get_name())
-    print(f"{len(tasks)} tasks", file=sys.stderr)
+    lines = [f"{len(tasks)} tasks\n"]
     for task in tasks:
-        print(f"{task.get_name()}: {task.get_coro()!r}", file=sys.stderr)
+        lines.append(f"{task.get_name()}: {task.get_coro()!r}\n")
         # Without source lines, as Task.print_stack() shows them: linecache fails on frames of compiled modules.
         for frame in task.get_stack():
             code = frame.f_code
-            print(f"  {code.co_filename}:{frame.f_lineno} {code.co_qualname}", file=sys.stderr)
-    sys.stderr.flush()
+            lines.append(f"  {code.co_filename}:{frame.f_lineno} {code.co_qualname}\n")
+    return "".join(lines)

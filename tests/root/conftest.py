@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from garden_image import garden_http, garden_http_server
 from kit.garden import open_stub
 from kit.server import ServerProcess
 
@@ -38,3 +39,6 @@ def shared_box(garden: GardenClient) -> Iterator[Container]:
     """A default container for tests that leave nothing behind in it."""
     with garden.create() as container:
         yield container
+
+
+__all__ = ["garden_http", "garden_http_server"]  # fixtures of the Garden door

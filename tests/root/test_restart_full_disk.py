@@ -14,16 +14,15 @@ pytestmark = pytest.mark.root
 
 
 async def test_server_starts_and_takes_over_on_a_full_disk(no_trace: None) -> None:
-    """It lists and destroys; what needs room is refused in so many words, and works once there is room."""
+    """It lists what there is; what needs room is refused in so many words, and works once there is room."""
     async with open_cell(4) as cell:
         async with AsyncGardenClient(cell.address) as garden:
             kept = await garden.create(ContainerSpec(handle="kept"))
-            gone = await garden.create(ContainerSpec(handle="gone"))
+            await garden.create(ContainerSpec(handle="other"))
             filler = cell.fill_disk()
             await cell.end(signal.SIGKILL)
             await cell.start()
             assert (await kept.info()).state is ContainerState.ACTIVE
-            await gone.destroy()
             with pytest.raises(ServerFault, match=r"full|space"):
                 await create_until_refused(garden)
             filler.unlink()
@@ -35,6 +34,6 @@ async def test_server_starts_and_takes_over_on_a_full_disk(no_trace: None) -> No
 
 
 async def create_until_refused(garden: AsyncGardenClient) -> None:
-    """What a destroyed container has left is room for some."""
+    """Some bytes may be left."""
     for _ in range(20):
         await garden.create()

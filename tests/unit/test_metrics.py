@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 
 import pytest
 from kit.core import Server
 
-from garden_py.api.metrics import MetricsDoor
+from garden_py.api.pages import PagesDoor, debug_door, metrics_door
 from garden_py.config import load_config
 from garden_py.model.errors import HostFault, InvalidField
 from garden_py.model.spec import ContainerSpec
@@ -21,8 +22,8 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-def door_on(address: str, metrics: Metrics | None = None, **settings: str) -> MetricsDoor:
-    return MetricsDoor(metrics or Metrics(), load_config({"metrics": address, **settings}, environ={}))
+def door_on(address: str, metrics: Metrics | None = None, **settings: str) -> PagesDoor:
+    return metrics_door(metrics or Metrics(), load_config({"metrics": address, **settings}, environ={}))
 
 
 async def ask(port: int, request: bytes) -> bytes:
@@ -129,3 +130,29 @@ async def test_no_address_no_door() -> None:
     door = door_on("")
     await door.start()
     await door.stop()
+
+
+async def test_debug_pages_tell_of_memory_and_of_everything_under_way() -> None:
+    """In the shape that monitors of the reference server read; private memory of this very process."""
+    port = free_port()
+    door = debug_door(load_config({"debug": f"127.0.0.1:{port}"}, environ={}))
+    await door.start()
+    waiting = asyncio.ensure_future(asyncio.sleep(60))
+    try:
+        head, _, body = (await ask(port, b"GET /debug/vars HTTP/1.1\r\n\r\n")).partition(b"\r\n\r\n")
+        assert b"200 OK" in head
+        memory = json.loads(body)["memstats"]
+        assert 1 << 20 < memory["Alloc"] <= memory["Sys"]
+        tasks = (await ask(port, b"GET /debug/tasks HTTP/1.1\r\n\r\n")).decode()
+        assert "sleep" in tasks
+        assert "thread MainThread" in tasks
+        assert b"404" in await ask(port, b"GET /metrics HTTP/1.1\r\n\r\n")
+    finally:
+        waiting.cancel()
+        await door.stop()
+
+
+async def test_debug_pages_are_for_this_host_only() -> None:
+    """They tell handles and command lines, and no flag opens them to others."""
+    with pytest.raises(InvalidField, match="debug"):
+        await debug_door(load_config({"debug": "0.0.0.0:17013"}, environ={})).start()

@@ -14,12 +14,13 @@ import array
 import asyncio
 import fcntl
 import itertools
+import os
 import socket
 import termios
 from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import IO, Any, Final, cast
+from typing import Final
 
 from garden_py.model.process import OutputStream
 from garden_py.service.ports import OutputReader, RunningProcess
@@ -134,21 +135,22 @@ class Attachments:
         log = attachment.process.output(stream)
         wake = asyncio.Event()
         output = log.open_reader(max(attachment.offsets[stream], log.first_offset), wake)
-        side = _Side(writer, output)
+        side, outlet = _Side(writer, output), _Outlet(writer)
         key = (attachment.handle, attachment.process.id, stream)
         self._open[key].add(side)
         attachment.sides.add(writer)
         left = asyncio.ensure_future(_until_gone(reader))
+        left.add_done_callback(lambda _: wake.set())
         try:
             while not left.done():
                 wake.clear()
-                if await _send_some(output, writer):
+                if await outlet.send_some(output):
                     attachment.offsets[stream] = output.offset
                     log.delivered = max(log.delivered, output.offset)
                 elif log.closed and output.offset >= log.end_offset:
                     return
                 else:
-                    await _first_of(wake, left)
+                    await wake.wait()
         except (ConnectionError, TimeoutError):
             log.delivered = max(0, min(log.delivered, side.acknowledged()))
         finally:
@@ -156,6 +158,7 @@ class Attachments:
                 log.delivered = max(0, side.acknowledged())  # it has gone without the rest
             left.cancel()
             await asyncio.wait([left])
+            outlet.close()
             output.close()
             attachment.sides.discard(writer)
             self._open[key].discard(side)
@@ -170,41 +173,55 @@ async def _until_gone(reader: asyncio.StreamReader) -> None:
             pass
 
 
-async def _first_of(wake: asyncio.Event, left: asyncio.Future[None]) -> None:
-    waking: asyncio.Future[Any] = asyncio.ensure_future(wake.wait())
-    leaving: asyncio.Future[Any] = left
-    try:
-        await asyncio.wait([waking, leaving], return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        waking.cancel()
+class _Outlet:
+    """Sends a stored stream into a connection.
 
+    It has a descriptor of its own for the socket, so that it can wait for room in it beside the connection's transport.
+    """
 
-async def _send_some(output: OutputReader, writer: asyncio.StreamWriter) -> bool:
-    """Send what is there, a bounded amount; whether there was anything. Waits for a slow client."""
-    span = output.span(_SENDFILE_BYTES)
-    if span is not None and span.count > _PIECE_BYTES:
+    def __init__(self, writer: asyncio.StreamWriter) -> None:
+        self._writer = writer
+        self._socket: socket.socket = writer.get_extra_info("socket").dup()
+
+    async def send_some(self, output: OutputReader) -> bool:
+        """Send what is there, a bounded amount; whether there was anything. Waits for a slow client."""
+        span = output.span(_SENDFILE_BYTES)
+        if span is None:
+            return await self._copy_some(output)
+        if self._writer.transport.get_write_buffer_size():
+            await self._writer.drain()  # the head goes first
+        while True:
+            try:
+                output.skip(os.sendfile(self._socket.fileno(), span.fd, span.offset, span.count))
+                return True
+            except BlockingIOError:
+                await self._writable()
+
+    async def _copy_some(self, output: OutputReader) -> bool:
+        """Of streams that are in no file."""
+        data = output.read_nowait(_PIECE_BYTES)
+        if data:
+            self._writer.write(data)
+            await self._writer.drain()
+        return bool(data)
+
+    async def _writable(self) -> None:
         loop = asyncio.get_running_loop()
-        await writer.drain()
-        file = cast("IO[bytes]", _Descriptor(span.fd))
-        sent = await loop.sendfile(writer.transport, file, span.offset, span.count, fallback=False)
-        output.skip(sent)
-        return True
-    data = output.read_nowait(_PIECE_BYTES)
-    if data:
-        writer.write(data)
-        await writer.drain()
-    return bool(data)
+        ready: asyncio.Future[None] = loop.create_future()
+        loop.add_writer(self._socket, _finish, ready)
+        try:
+            await ready
+        finally:
+            loop.remove_writer(self._socket)
+
+    def close(self) -> None:
+        """Close the second descriptor."""
+        self._socket.close()
 
 
-@dataclass(frozen=True, slots=True)
-class _Descriptor:
-    """What loop.sendfile needs of a file."""
-
-    fd: int
-
-    def fileno(self) -> int:
-        """See io.IOBase."""
-        return self.fd
+def _finish(ready: asyncio.Future[None]) -> None:
+    if not ready.done():
+        ready.set_result(None)
 
 
 def _unacknowledged(writer: asyncio.StreamWriter) -> int:

@@ -34,7 +34,7 @@ class GardenHandlers:
         self._core = core
         self._containers_dir = config.state_dir / "containers"
         self._body_max = config.max_message_bytes
-        self.attachments = Attachments(remember=config.garden_attach_cursor)
+        self.attachments = Attachments(remember=not config.no_attach_cursor)
         self.controls = Controls(core.processes, self.attachments)
 
     def route(self, name: str) -> Route:

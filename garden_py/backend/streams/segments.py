@@ -75,6 +75,7 @@ class SegmentLog:
         self.end_offset = 0
         self.closed = False
         self._delivered = 0
+        self._delivered_fd = -1
         self._when_reader_moves: Callable[[], None] | None = None
         if recover:
             self._recover()
@@ -111,17 +112,15 @@ class SegmentLog:
             return
         self._delivered = offset
         try:
+            if self._delivered_fd < 0:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+                self._delivered_fd = os.open(self._delivered_path, flags, 0o600)
             # In place: eight bytes of one block; a server that is killed here has written all or none of them.
-            fd = os.open(self._delivered_path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        except OSError:
-            return  # no room, or the directory was removed: it is remembered as long as this server lives
-        try:
-            os.pwrite(fd, offset.to_bytes(8, "little"), 0)
+            os.pwrite(self._delivered_fd, offset.to_bytes(8, "little"), 0)
         except OSError as error:
-            if error.errno not in _FULL:
+            # No room, or the directory was removed by hand: it is remembered as long as this server lives.
+            if error.errno not in _FULL and error.errno != errno.ENOENT:
                 raise
-        finally:
-            os.close(fd)
 
     @property
     def first_offset(self) -> int:
@@ -257,6 +256,9 @@ class SegmentLog:
     def forget_reader(self, reader: SegmentReader) -> None:
         """Stop waiting for reader."""
         self._readers.discard(reader)
+        if not self._readers and self._delivered_fd >= 0:
+            os.close(self._delivered_fd)
+            self._delivered_fd = -1
         self.reader_moved()
 
 
