@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import gc
 import json
 import os
 import signal
 import socket
+import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -48,6 +50,7 @@ from garden_py.service.registry import Registry
 
 log = structlog.get_logger()
 BACKEND_GROUP = "garden_py.backends"
+_SWITCH_S = 0.0005
 
 
 class AlreadyRunning(GardenError):
@@ -187,6 +190,8 @@ def remember_settings(journal: Journal, config: Config, inherited: socket.socket
 async def serve(config: Config) -> None:
     """Run a server until SIGTERM or SIGINT; containers keep running when it stops."""
     failpoints.arm(config.fail_points)
+    # grpc's polling thread wakes this one, for which it needs the interpreter; the default lets it wait 5 ms at worst.
+    sys.setswitchinterval(_SWITCH_S)
     dump_tasks_on_signal()
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -195,6 +200,7 @@ async def serve(config: Config) -> None:
     async with running_server(config, take_inherited_socket(os.environ)) as address:
         print(f"garden server ready on {address}", flush=True)
         notify_systemd("READY=1")
+        gc.freeze()  # what was made so far stays, and need not be looked through for garbage again
         log.info("server.ready", address=address, state_dir=str(config.state_dir), tag=config.tag)
         await stopping.wait()
         notify_systemd("STOPPING=1")

@@ -6,6 +6,7 @@ import asyncio
 import time
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 
 import structlog
 
@@ -65,24 +66,18 @@ class Processes:
         return known
 
     async def _start(self, container: Container, spec: ProcessSpec, request_id: str) -> ProcessEntry:
-        row = ProcessRow(
-            container.handle,
-            spec.id,
-            request_id,
-            time.time_ns(),
-            pid=0,
-            spec=dump_process_spec(spec),
-            exit=None,
-        )
+        started_ns = time.time_ns()
+
+        def record() -> None:
+            # The pid comes with the exit; after a restart the agent tells it.
+            row = ProcessRow(
+                container.handle, spec.id, request_id, started_ns, 0, dump_process_spec(spec), exit=None
+            )
+            self._registry.records.save_process(row)
+
         env = (*container.spec.env, *spec.env)
         try:
-            process = await self._backend.start_process(
-                container.handle,
-                spec,
-                env,
-                # The pid comes with the exit; after a restart the agent tells it.
-                record=lambda: self._registry.records.save_process(row),
-            )
+            process = await self._backend.start_process(container.handle, spec, env, record)
         except BaseException:
             self._registry.records.forget_process(container.handle, spec.id)
             raise
@@ -146,7 +141,10 @@ class Processes:
         assert status is not None
         self._save_exit(container, process, status)
         self._events.publish(EventKind.PROCESS_EXITED, container.handle, process_id=process.id, exit=status)
-        log.info("process.exited", handle=container.handle, process_id=process.id, status=status.shell_code())
+        # Whoever waits for the exit is called first.
+        code, handle = status.shell_code(), container.handle
+        loop = asyncio.get_running_loop()
+        loop.call_soon(partial(log.info, "process.exited", handle=handle, process_id=process.id, status=code))
 
     def _save_exit(self, container: Container, process: RunningProcess, status: ExitStatus) -> None:
         """On a full disk, later: until it is written, the agent keeps the exit for the next server to ask for."""
