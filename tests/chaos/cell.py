@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager, suppress
 from ipaddress import IPv4Network
 from pathlib import Path
 
-from kit.server import ServerProcess
+from kit.server import ServerProcess, destroy_all
 
 from garden_py.config import Config
 
@@ -131,7 +131,7 @@ class Cell:
 
 @asynccontextmanager
 async def open_cell(clients: int) -> AsyncIterator[Cell]:
-    """A cell on a disk of its own. Its place is removed at the end, unless something went wrong inside."""
+    """A cell on a disk of its own. At the end nothing of it is left, whatever went wrong inside."""
     cell = Cell(_make_place(), clients)
     image = cell.place / "disk"
     _mount(image, cell.state)
@@ -139,11 +139,27 @@ async def open_cell(clients: int) -> AsyncIterator[Cell]:
         await cell.start()
         yield cell
     finally:
-        if cell._server.process is not None:
-            await cell.end(signal.SIGKILL)
-        _run("umount", str(cell.state))
-        image.unlink()
-    shutil.rmtree(cell.place)
+        try:
+            await _clear(cell)
+        finally:
+            _run("umount", str(cell.state))
+            shutil.rmtree(cell.place)
+
+
+async def _clear(cell: Cell) -> None:
+    """End the containers of a run that did not come to do so itself."""
+    if cell._server.process is None and cell._server.has_served:
+        (cell.state / "filler").unlink(missing_ok=True)
+        if not (cell.state / "containers").exists() or not os.listdir(cell.state / "containers"):
+            return
+        await cell.start()
+    if cell._server.process is not None:
+        try:
+            await asyncio.to_thread(destroy_all, cell.address)
+            await cell.end(signal.SIGTERM)
+        finally:
+            if cell._server.process is not None:
+                await cell.end(signal.SIGKILL)
 
 
 def _make_place() -> Path:

@@ -6,10 +6,13 @@ import asyncio
 import os
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from kit.garden import wait_until
 
 from garden_py.backend.launcher.client import Launcher
 from garden_py.model.errors import HostFault
@@ -123,3 +126,50 @@ async def test_runtime_ends_with_its_worker(launcher: Launcher, tmp_path: Path) 
         os.close(pidfd)
     await launcher.run("container.release_mounts", {"directory": plan["directory"]})
     assert str(plan["directory"]) not in mounts_of(main_of(launcher))
+
+
+def test_helper_that_holds_a_namespace_ends_with_whoever_forked_it() -> None:
+    """It has the launcher's lock open: left behind, it would keep every later server from starting."""
+    script = (
+        "import os, sys, time\n"
+        "from pathlib import Path\n"
+        "from garden_py.backend.rootfs import mounts\n"
+        "def hang(self, text):\n"
+        "    print(self.parts[2], flush=True)\n"
+        "    time.sleep(60)\n"
+        "Path.write_text = hang\n"
+        "mounts._make_userns(0x70000000, 65536)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        helper = int(parent.stdout.readline())
+        assert Path(f"/proc/{helper}").exists()
+        parent.kill()
+    wait_until(lambda: not Path(f"/proc/{helper}/exe").exists(), "the helper's end")
+
+
+def test_launcher_outlives_predecessors_that_do_not_end(tmp_path: Path) -> None:
+    """They are killed after a while; until then they may finish what they do."""
+    lock = tmp_path / "mnt.lock"
+    holder = subprocess.Popen(["flock", lock, "sleep", "1000"])
+    try:
+        wait_until(lambda: not _is_free(lock), "the lock")
+        script = (
+            "import sys\n"
+            "from pathlib import Path\n"
+            "from garden_py.backend.launcher.main import outlive_predecessor\n"
+            "outlive_predecessor(Path(sys.argv[1]), patience_s=0.3, killed_s=10)\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", script, lock], check=True, capture_output=True, text=True, timeout=30
+        )
+        assert f"{holder.pid}" in done.stderr
+        assert "not waiting" not in done.stderr
+    finally:
+        holder.kill()
+        holder.wait()
+    assert _is_free(lock)
+
+
+def _is_free(lock: Path) -> bool:
+    return subprocess.run(["flock", "--nonblock", lock, "true"], check=False, timeout=10).returncode == 0

@@ -10,6 +10,8 @@ import os
 import signal
 import socket
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from garden_py.backend.host import syscalls
@@ -17,6 +19,9 @@ from garden_py.backend.launcher import worker
 from garden_py.backend.runtime.command import AGENT_FDS
 
 _FIRST_FREE_FD = 10
+# Together well below the time in which the server expects its launcher (launcher/client.py, START_TIMEOUT_S).
+_PATIENCE_S, _KILLED_S = 5.0, 3.0
+_TRY_AGAIN_S = 0.01
 
 
 def main() -> None:
@@ -50,14 +55,56 @@ def _move_up(fd: int) -> int:
     return moved
 
 
-def outlive_predecessor(lock_path: Path) -> None:
+def outlive_predecessor(
+    lock_path: Path, *, patience_s: float = _PATIENCE_S, killed_s: float = _KILLED_S
+) -> None:
     """Wait until the workers of an earlier server's launcher have finished their jobs and gone.
 
     The descriptor stays open here and in every worker forked from here, and with it the lock (flock(2)). Only then
-    may the server judge what a half-done job has left.
+    may the server judge what a half-done job has left. Workers that do not come to an end are killed; one that not
+    even that ends, for it is in a system call that hangs, can do no more than finish that call, and is not waited for:
+    one dead file server must not keep a whole server from starting.
     """
     fd = _move_up(os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-    fcntl.flock(fd, fcntl.LOCK_EX)
+    if _lock_within(fd, patience_s):
+        return
+    holders = _find_holders(fd)
+    print(f"launcher: killing workers of an earlier launcher that do not end: {holders}", file=sys.stderr)
+    for pid in holders:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    if not _lock_within(fd, killed_s):
+        print(f"launcher: not waiting for processes that SIGKILL does not end: {holders}", file=sys.stderr)
+
+
+def _lock_within(fd: int, seconds: float) -> bool:
+    """Nothing tells when a lock becomes free before a deadline; so it is tried."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_TRY_AGAIN_S)
+
+
+def _find_holders(fd: int) -> list[int]:
+    """Other processes that have the file open. Source: proc(5), /proc/pid/fd.
+
+    By name: looking at the files themselves could hang where one of them does.
+    """
+    wanted = os.readlink(f"/proc/self/fd/{fd}")
+    found = []
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit() or int(entry) == os.getpid():
+            continue
+        with suppress(OSError):  # it has ended meanwhile
+            names = os.listdir(f"/proc/{entry}/fd")
+            if any(os.readlink(f"/proc/{entry}/fd/{name}") == wanted for name in names):
+                found.append(int(entry))
+    return found
 
 
 def enter_private_mounts(mount_dir: Path, *, without_hybrid: bool) -> None:

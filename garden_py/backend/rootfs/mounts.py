@@ -19,6 +19,7 @@ import errno
 import os
 import shutil
 import signal
+import socket
 import stat
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -181,23 +182,24 @@ _userns_fds = _UsernsFds()
 
 def _make_userns(base: int, count: int) -> int:
     """A user namespace that maps ids 0…count-1 to base…, held by nothing but the returned descriptor."""
-    ready_r, ready_w = os.pipe()
+    ours, theirs = socket.socketpair()
     pid = os.fork()
     if pid == 0:
         try:
+            ours.close()
             syscalls.unshare(syscalls.CLONE_NEWUSER)
-            os.write(ready_w, b"1")
-            signal.pause()
+            theirs.send(b"1")
+            theirs.recv(1)  # until we are killed, or the end of the one who forked us
         finally:
             os._exit(1)
+    theirs.close()
     try:
-        os.close(ready_w)
-        if os.read(ready_r, 1) != b"1":
+        if ours.recv(1) != b"1":
             raise OSError("user namespaces are not available (see `garden doctor`)")
         for kind in ("uid", "gid"):
             Path(f"/proc/{pid}/{kind}_map").write_text(f"0 {base} {count}")
         return os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
     finally:
-        os.close(ready_r)
+        ours.close()
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -63,18 +64,19 @@ def _report(action: Callable[[], None], namespaces: int, write_fd: int) -> None:
 @contextmanager
 def user_namespace() -> Iterator[int]:
     """A descriptor of a user namespace in which TRIAL_UID is root; kept by a child until the block ends."""
-    read_fd, write_fd = os.pipe()
+    ours, theirs = socket.socketpair()
     holder = os.fork()
     if holder == 0:
         try:
+            ours.close()
             syscalls.unshare(syscalls.CLONE_NEWUSER)
-            os.write(write_fd, b"+")
-            signal.pause()
+            theirs.send(b"+")
+            theirs.recv(1)  # until we are killed, or the end of the one who forked us
         finally:
             os._exit(1)
+    theirs.close()
     try:
-        os.close(write_fd)
-        if os.read(read_fd, 1) != b"+":
+        if ours.recv(1) != b"+":
             raise OSError("unshare(CLONE_NEWUSER) failed; see user.max_user_namespaces")
         for kind in ("uid", "gid"):
             Path(f"/proc/{holder}/{kind}_map").write_text(f"0 {TRIAL_UID} 65536")
@@ -84,7 +86,7 @@ def user_namespace() -> Iterator[int]:
         finally:
             os.close(userns_fd)
     finally:
-        os.close(read_fd)
+        ours.close()
         os.kill(holder, signal.SIGKILL)
         os.waitpid(holder, 0)
 
