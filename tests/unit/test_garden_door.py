@@ -31,7 +31,7 @@ from garden_py.api.http.exchange import HEAD_MAX_BYTES
 from garden_py.api.http.routes import NAMES, Match, NoMatch, match_route
 from garden_py.config import Config
 from garden_py.model.errors import HostFault, InvalidField
-from garden_py.model.process import OutputStream
+from garden_py.model.process import OutputStream, ProcessSpec
 
 T = TypeVar("T")
 
@@ -651,3 +651,23 @@ def test_descriptors_are_given_back(tmp_path: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))
     asyncio.run(live())
     assert len(os.listdir("/proc/self/fd")) <= before
+
+
+async def test_6_20_signals_are_heard_while_the_process_reads_nothing(box: Garden) -> None:
+    """Whatever input waits in front of them."""
+    process = await run(box, "sleep", "1000")
+    for _ in range(3):
+        await asyncio.to_thread(process.write, "x" * 1_000_000)
+    process.signal(1)
+    assert await asyncio.to_thread(process.wait) == 137
+
+
+async def test_process_of_another_door_keeps_its_stdin(box: Garden) -> None:
+    """A Garden client that attaches and leaves is not the last one who feeds it, as far as anybody here knows."""
+    started = await box.server.core.processes.start("box", ProcessSpec("cat", id="p"))
+    process = await box.do(lambda c: c.attach("box", "p", sides=()))
+    process.leave()
+    await asyncio.sleep(0.1)
+    await started.write_stdin(b"still open\n", None)
+    await started.close_stdin()
+    assert (await started.wait()).code == 0

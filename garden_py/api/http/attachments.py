@@ -22,9 +22,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
+import structlog
+
+from garden_py.model.errors import GardenError
 from garden_py.model.process import OutputStream
 from garden_py.service.ports import OutputReader, RunningProcess
 
+log = structlog.get_logger()
 LATE_S: Final = 60.0  # so long after the process's end a side connection may still come (§6.3, statement 15)
 _PIECE_BYTES: Final = 64 << 10
 _SENDFILE_BYTES: Final = 8 << 20
@@ -37,6 +41,7 @@ class Attachment:
 
     Attributes:
         offsets: of the next byte of each stream that its client has not been sent.
+        is_run: of a Run; the process was started for it.
         sides: its open side connections.
     """
 
@@ -44,6 +49,7 @@ class Attachment:
     handle: str
     process: RunningProcess
     offsets: dict[OutputStream, int]
+    is_run: bool
     sides: set[asyncio.StreamWriter] = field(default_factory=set)
 
 
@@ -94,18 +100,18 @@ class Attachments:
             else:
                 process.output(stream).open_reader(wanted).close()  # refuses what cannot be read
             offsets[stream] = wanted
-        attachment = Attachment(str(next(self._numbers)), handle, process, offsets)
+        attachment = Attachment(str(next(self._numbers)), handle, process, offsets, fresh)
         self._by_id[attachment.id] = attachment
         return attachment
 
     def _place(self, handle: str, process: RunningProcess, stream: OutputStream) -> int:
         """Where a client that does not say begins: where the last one stopped, or now."""
-        log = process.output(stream)
+        stored = process.output(stream)
         if not self._remember:
-            return log.end_offset
+            return stored.end_offset
         sides = self._open.get((handle, process.id, stream))
-        place = max(side.acknowledged() for side in sides) if sides else log.delivered
-        return min(max(place, log.first_offset), log.end_offset)
+        place = max(side.acknowledged() for side in sides) if sides else stored.delivered
+        return min(max(place, stored.first_offset), stored.end_offset)
 
     def find(self, stream_id: str, handle: str, process_id: str) -> Attachment | None:
         """The attachment of a side connection's path; None if there is none, or not any more."""
@@ -132,9 +138,21 @@ class Attachments:
         writer: asyncio.StreamWriter,
     ) -> None:
         """Send a stream from the attachment's place to its end; returns when that is done or the client has gone."""
-        log = attachment.process.output(stream)
+        try:
+            await self._pour(attachment, stream, reader, writer)
+        except GardenError as error:  # the stored bytes are gone, with their container or by hand
+            log.warning("garden.output_lost", process_id=attachment.process.id, error=str(error))
+
+    async def _pour(
+        self,
+        attachment: Attachment,
+        stream: OutputStream,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        stored = attachment.process.output(stream)
         wake = asyncio.Event()
-        output = log.open_reader(max(attachment.offsets[stream], log.first_offset), wake)
+        output = stored.open_reader(max(attachment.offsets[stream], stored.first_offset), wake)
         side, outlet = _Side(writer, output), _Outlet(writer)
         key = (attachment.handle, attachment.process.id, stream)
         self._open[key].add(side)
@@ -146,16 +164,16 @@ class Attachments:
                 wake.clear()
                 if await outlet.send_some(output):
                     attachment.offsets[stream] = output.offset
-                    log.delivered = max(log.delivered, output.offset)
-                elif log.closed and output.offset >= log.end_offset:
+                    stored.delivered = max(stored.delivered, output.offset)
+                elif stored.closed and output.offset >= stored.end_offset:
                     return
                 else:
                     await wake.wait()
         except (ConnectionError, TimeoutError):
-            log.delivered = max(0, min(log.delivered, side.acknowledged()))
+            stored.delivered = max(0, min(stored.delivered, side.acknowledged()))
         finally:
-            if left.done() and log.delivered == output.offset:
-                log.delivered = max(0, side.acknowledged())  # it has gone without the rest
+            if left.done() and stored.delivered == output.offset:
+                stored.delivered = max(0, side.acknowledged())  # it has gone without the rest
             left.cancel()
             await asyncio.wait([left])
             outlet.close()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from contextlib import suppress
-from typing import Final
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
 
 import structlog
 
@@ -13,7 +14,6 @@ from garden_py.api.http.attachments import Attachment, Attachments
 from garden_py.api.http.messages import (
     Garbage,
     GardenSignal,
-    Message,
     MessageDecoder,
     Resize,
     SignalProcess,
@@ -21,27 +21,40 @@ from garden_py.api.http.messages import (
     StdinEnd,
     encode_message,
 )
-from garden_py.model.errors import GardenError
+from garden_py.model.errors import ContainerNotFound, GardenError
 from garden_py.service.ports import RunningProcess
 from garden_py.service.processes import Processes
 
 log = structlog.get_logger()
+_INPUTS_WAITING: Final = 4  # messages of a client that wait for the process to read; then the client waits
 _READ_BYTES: Final = 256 << 10
 # A client may still be sending input when its process ends; a close with unread input would reset away what was said.
 _LINGER_S: Final = 1.0
 _SIGNALS: Final = {GardenSignal.TERMINATE: 15, GardenSignal.KILL: 9}  # SIGTERM, SIGKILL of signal(7)
 
 
+@dataclass(frozen=True, slots=True)
+class _Left:
+    """The client has gone."""
+
+
+_Input: TypeAlias = StdinData | StdinEnd | _Left
+
+
 class Controls:
     """All control connections of one door.
 
-    Several clients may feed one process: its stdin ends when the last of them has ended its own, or has gone.
+    Several clients may feed one process: its stdin ends when the last of them has ended its own. That it ends also when
+    the last of them has just gone is so only for processes that a Run of this door has started: others may be fed
+    through other doors.
     """
 
     def __init__(self, processes: Processes, attachments: Attachments) -> None:
         self._processes = processes
         self._attachments = attachments
         self._feeding: defaultdict[tuple[str, str], set[Attachment]] = defaultdict(set)
+        self._own: set[tuple[str, str]] = set()
+        self._tasks: set[asyncio.Future[None]] = set()
         self._stopping = asyncio.Event()
 
     def stop(self) -> None:
@@ -56,9 +69,13 @@ class Controls:
         The container is in use for so long (§7, statement 4).
         """
         process = attachment.process
-        feeding = self._feeding[attachment.handle, process.id]
-        feeding.add(attachment)
-        listening = asyncio.ensure_future(self._listen(attachment, reader))
+        key = (attachment.handle, process.id)
+        self._feeding[key].add(attachment)
+        if attachment.is_run:
+            self._own.add(key)
+        inputs: asyncio.Queue[_Input] = asyncio.Queue(_INPUTS_WAITING)
+        self._begin_feeding(attachment, inputs)
+        listening = asyncio.ensure_future(self._listen(attachment, reader, inputs))
         ending = asyncio.ensure_future(process.wait())
         stopping = asyncio.ensure_future(self._stopping.wait())
         try:
@@ -68,13 +85,14 @@ class Controls:
                 await asyncio.wait([listening, ending, stopping], return_when=asyncio.FIRST_COMPLETED)
             if ending.done():
                 await self._tell_end(process, writer)
-        except ConnectionError:
-            pass  # it has left; the same as when it closes
+        except (ConnectionError, ContainerNotFound):
+            pass  # the client has left, which is the same as when it closes; or the container has
         finally:
-            await self._end(attachment, gone=not ending.done() and not stopping.done())
             for task in (listening, ending, stopping):
                 task.cancel()
+            done = not ending.cancelled() and ending.done()
             await asyncio.wait([listening, ending, stopping])
+            self._end(attachment, inputs, gone=not done and not self._stopping.is_set())
 
     async def _tell_end(self, process: RunningProcess, writer: asyncio.StreamWriter) -> None:
         status = process.exit
@@ -84,15 +102,58 @@ class Controls:
         if writer.can_write_eof():
             writer.write_eof()
 
-    async def _end(self, attachment: Attachment, *, gone: bool) -> None:
-        if not gone:
-            self._feeding_no_more(attachment)
-            self._attachments.retire(attachment)
+    def _end(self, attachment: Attachment, inputs: asyncio.Queue[_Input], *, gone: bool) -> None:
+        if gone:
+            self._attachments.drop(attachment)
+            self._keep(asyncio.ensure_future(inputs.put(_Left())))  # what it has sent is fed before
             return
-        self._attachments.drop(attachment)
-        # A connection that breaks is no ^D: that would end the shell that somebody comes back to.
-        if self._feeding_no_more(attachment) and attachment.process.spec.tty is None:
-            await _quietly_close(attachment.process)
+        self._feeding_no_more(attachment)
+        self._own.discard((attachment.handle, attachment.process.id))
+        self._attachments.retire(attachment)
+
+    def _keep(self, task: asyncio.Future[None]) -> None:
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # --- stdin
+
+    def _begin_feeding(self, attachment: Attachment, inputs: asyncio.Queue[_Input]) -> None:
+        """Feed beside the listening: a process that reads nothing does not keep its client's signals from it."""
+        feeding = asyncio.ensure_future(self._feed(attachment, inputs))
+        ending = asyncio.ensure_future(self._end_feeding(attachment.process, feeding))
+        self._keep(ending)
+
+    async def _end_feeding(self, process: RunningProcess, feeding: asyncio.Future[None]) -> None:
+        """Nothing is fed to a process that has ended, or by a server that stops."""
+        ends: list[asyncio.Future[Any]] = [
+            feeding,
+            asyncio.ensure_future(process.wait()),
+            asyncio.ensure_future(self._stopping.wait()),
+        ]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        for each in ends:
+            each.cancel()
+        await asyncio.wait(ends)
+
+    async def _feed(self, attachment: Attachment, inputs: asyncio.Queue[_Input]) -> None:
+        process = attachment.process
+        while True:
+            try:
+                match await inputs.get():
+                    case StdinData(data):
+                        if data:
+                            await process.write_stdin(data, None)
+                    case StdinEnd():
+                        if self._feeding_no_more(attachment):
+                            await process.close_stdin()
+                    case _Left():
+                        # A connection that breaks is no ^D: that would end the shell that somebody comes back to.
+                        is_own = (attachment.handle, process.id) in self._own and process.spec.tty is None
+                        if self._feeding_no_more(attachment) and is_own:
+                            await process.close_stdin()
+                        return
+            except GardenError as error:  # the protocol has no answer for it (§6.4, statement 22)
+                log.info("garden.input_refused", process_id=process.id, code=error.code, error=str(error))
 
     def _feeding_no_more(self, attachment: Attachment) -> bool:
         """Whether it was feeding, and was the last one that did."""
@@ -106,7 +167,11 @@ class Controls:
         del self._feeding[key]
         return True
 
-    async def _listen(self, attachment: Attachment, reader: asyncio.StreamReader) -> None:
+    # --- everything else
+
+    async def _listen(
+        self, attachment: Attachment, reader: asyncio.StreamReader, inputs: asyncio.Queue[_Input]
+    ) -> None:
         """Do what the client says until it leaves. After its last input it may still signal and resize."""
         decoder: MessageDecoder | None = MessageDecoder()
         with suppress(ConnectionError):
@@ -117,30 +182,24 @@ class Controls:
                     messages = decoder.feed(data)
                 except Garbage as error:
                     log.info("garden.garbage", process_id=attachment.process.id, error=str(error))
-                    decoder = (
-                        None  # nothing more of it can be understood; that it leaves can still be noticed
-                    )
+                    decoder = None  # nothing can be understood any more; that it leaves still can be noticed
                     continue
                 for message in messages:
-                    await self._apply(attachment, message)
+                    if isinstance(message, StdinData | StdinEnd):
+                        await inputs.put(message)
+                    else:
+                        await self._apply(attachment.process, message)
 
-    async def _apply(self, attachment: Attachment, message: Message) -> None:
-        process = attachment.process
+    async def _apply(self, process: RunningProcess, message: Resize | SignalProcess) -> None:
         try:
             match message:
-                case StdinData(data):
-                    if data:
-                        await process.write_stdin(data, None)
-                case StdinEnd():
-                    if self._feeding_no_more(attachment):
-                        await process.close_stdin()
                 case Resize(size):
                     if size is not None:
                         await process.resize(size)
                 case SignalProcess(signal):
                     await process.signal(_SIGNALS[signal], group=False)
         except GardenError as error:  # the protocol has no answer for it (§6.4, statement 22)
-            log.info("garden.input_refused", process_id=process.id, code=error.code, error=str(error))
+            log.info("garden.message_refused", process_id=process.id, code=error.code, error=str(error))
 
 
 async def linger(reader: asyncio.StreamReader) -> None:
@@ -149,8 +208,3 @@ async def linger(reader: asyncio.StreamReader) -> None:
         async with asyncio.timeout(_LINGER_S):
             while await reader.read(_READ_BYTES):
                 pass
-
-
-async def _quietly_close(process: RunningProcess) -> None:
-    with suppress(GardenError):
-        await process.close_stdin()

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from typing import Any, Final, TypeAlias
@@ -50,7 +51,7 @@ def json_reply(value: Any, status: int = 200) -> Reply:
 class Stream:
     """An answer whose body comes in pieces; its length is not known beforehand."""
 
-    pieces: AsyncIterator[bytes]
+    pieces: AsyncGenerator[bytes, None]
     content_type: str = "application/x-tar"
 
 
@@ -250,8 +251,9 @@ class Connection:
         await self._write(
             self._http.send(h11.Response(status_code=200, reason=_reason(200), headers=headers))
         )
-        async for piece in stream.pieces:
-            await self._write(self._http.send(h11.Data(data=piece)))
+        async with aclosing(stream.pieces):  # a reader that leaves ends whoever writes
+            async for piece in stream.pieces:
+                await self._write(self._http.send(h11.Data(data=piece)))
         await self._write(self._http.send(h11.EndOfMessage()))
 
     async def _give_away(self, hijack: Hijack) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import socket
+import time
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -26,6 +28,8 @@ from garden_py.model.spec import PortMapping, Transport
 from garden_py.service.ports import EgressCounts, RuleCount
 
 log = structlog.get_logger()
+# How long the host's own address is believed: a list of all containers asks once for each.
+_ADDRESS_KEPT_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +93,7 @@ class LinuxNetwork:
         self._attached: dict[str, _Attached] = {}
         self._restoring = asyncio.Lock()
         self._restored = 0
+        self._looked_at, self._own_address = -math.inf, ""
 
     @property
     def ports_in_use(self) -> int:
@@ -102,7 +107,10 @@ class LinuxNetwork:
     @property
     def external_ip(self) -> str:
         """The address that mapped ports are reported under."""
-        return self._config.external_ip or _own_address() or str(self.host.gateway)
+        now = time.monotonic()
+        if now > self._looked_at + _ADDRESS_KEPT_S:
+            self._looked_at, self._own_address = now, _own_address()
+        return self._config.external_ip or self._own_address or str(self.host.gateway)
 
     # --- leases
 
