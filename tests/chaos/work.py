@@ -128,8 +128,24 @@ class Work:
 
     # --- styles
 
-    async def _open(self) -> AsyncProcess:
-        return await self._ask("run", lambda: self._container.run(self._spec, request_id=self._id))
+    async def _open(self, seen: Seen) -> AsyncProcess:
+        async def run() -> AsyncProcess:
+            try:
+                return await self._container.run(self._spec, request_id=self._id)
+            except OutOfRange as error:
+                # An earlier try was heard, its answer was lost, and while nobody was attached more came than is kept.
+                self._skip(seen, error)
+                return await self._container.attach(
+                    self._id, stdout_offset=seen.lengths[Stream.STDOUT], stderr_offset=0
+                )
+
+        return await self._ask("run", run)
+
+    def _skip(self, seen: Seen, error: OutOfRange) -> None:
+        if self._step.kind != "tight" or error.first_offset is None:
+            raise error
+        seen.skipped += error.first_offset - seen.lengths[Stream.STDOUT]
+        seen.lengths[Stream.STDOUT] = error.first_offset
 
     async def _attach(self, seen: Seen) -> AsyncProcess:
         return await self._ask(
@@ -143,7 +159,7 @@ class Work:
         await self._ask("start", lambda: self._container.start(self._spec, request_id=self._id))
 
     async def _run(self, seen: Seen) -> ExitStatus:
-        process = await self._open()
+        process = await self._open(seen)
         helper = asyncio.ensure_future(self._help(process))
         try:
             return await self._follow(process, seen)
@@ -153,7 +169,7 @@ class Work:
             process.close()
 
     async def _slow(self, seen: Seen) -> ExitStatus:
-        process = await self._open()
+        process = await self._open(seen)
         try:
             return await self._follow(process, seen, pause_s=0.05)
         finally:
@@ -161,7 +177,7 @@ class Work:
 
     async def _vanish(self, seen: Seen) -> ExitStatus:
         """Readers that leave in the middle; each next one begins where the last one left."""
-        process = await self._open()
+        process = await self._open(seen)
         for _ in range(2):
             await self._follow(process, seen, leave_at=int(self._step.size * 4 * self._step.fraction))
             process.close()
@@ -230,10 +246,7 @@ class Work:
                 return await current.wait()
             except OutOfRange as error:
                 # While the server was away nobody was attached, and more came than is kept.
-                if self._step.kind != "tight" or error.first_offset is None:
-                    raise
-                seen.skipped += error.first_offset - seen.lengths[Stream.STDOUT]
-                seen.lengths[Stream.STDOUT] = error.first_offset
+                self._skip(seen, error)
                 current.close()
                 current = None
                 return await follow()

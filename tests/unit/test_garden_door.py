@@ -535,6 +535,8 @@ async def test_6_28_client_that_leaves_leaves_the_process(box: Garden) -> None:
     await asyncio.sleep(0.05)
     other.write("still open\n")
     other.leave()
+    entry = box.server.core.registry.get("box").processes["p"]
+    await until(lambda: entry.process.exit is not None)
     late = await box.do(lambda c: c.attach("box", "p"))
     assert await asyncio.to_thread(late.wait) == 0
 
