@@ -119,4 +119,4 @@ def plan_attacks(seed: int, series: str, kinds: tuple[str, ...], weights: tuple[
     draw = random.Random(f"{seed}/{series}")
     while True:
         kind = draw.choices(kinds, weights)[0]
-        yield AttackPlan(kind, draw.uniform(0.3, 1.7) * every_s, draw.random(), draw.uniform(0.2, 2.0))
+        yield AttackPlan(kind, draw.uniform(0.3, 1.7) * every_s, draw.random(), draw.uniform(0.2, 1.0))
