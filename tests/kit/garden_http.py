@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -111,8 +112,129 @@ def _more(sock: socket.socket) -> bytes:
     return piece
 
 
+class ProcessBase(ABC):
+    """What tests do with a Run or Attach, whoever speaks the wire."""
+
+    id: str
+    stream_id: str
+
+    @abstractmethod
+    def send(self, **message: Any) -> None:
+        """A message to the server."""
+
+    @abstractmethod
+    def wait(self) -> int:
+        """The exit status, after all open side connections have ended."""
+
+    @abstractmethod
+    def next_message(self) -> dict[str, Any]:
+        """The next message of the server; ConnectionError at the end of the connection."""
+
+    @abstractmethod
+    def leave(self) -> None:
+        """Close the control connection, as a client that crashes does."""
+
+    @abstractmethod
+    def wait_for_sides(self) -> None:
+        """Wait until all side connections have ended."""
+
+    @abstractmethod
+    def read(self, name: str) -> bytes:
+        """What has come of an output so far."""
+
+    def write(self, text: str) -> None:
+        self.send(source=0, data=text)
+
+    def end_input(self) -> None:
+        self.send(source=0)
+
+    def resize(self, columns: int, rows: int) -> None:
+        self.send(tty={"window_size": {"columns": columns, "rows": rows}})
+
+    def signal(self, number: int) -> None:
+        """0: terminate, 1: kill."""
+        self.send(signal=number)
+
+    @property
+    def stdout(self) -> bytes:
+        return self.read("stdout")
+
+    @property
+    def stderr(self) -> bytes:
+        return self.read("stderr")
+
+
+class GardenClientBase(ABC):
+    """What tests ask of a Garden client, whoever speaks the wire."""
+
+    @abstractmethod
+    def call(self, method: str, path: str, body: bytes | None = None, *headers: str) -> Reply:
+        """One request on a connection of its own."""
+
+    @abstractmethod
+    def _run(self, handle: str, spec: dict[str, Any], sides: tuple[str, ...]) -> ProcessBase:
+        """Run, with the body as it is."""
+
+    @abstractmethod
+    def _attach(self, handle: str, process_id: str, query: str, sides: tuple[str, ...]) -> ProcessBase:
+        """Attach."""
+
+    def json(self, method: str, path: str, value: Any = None) -> Any:
+        """A call with JSON in and out; GardenHttpError for what is no success."""
+        body = None if value is None else json.dumps(value).encode() + b"\n"
+        reply = self.call(method, path, body)
+        if reply.status // 100 != 2:
+            raise GardenHttpError(reply.status, reply.json())
+        return reply.json()
+
+    def create(self, **spec: Any) -> str:
+        return str(self.json("POST", "/containers", {"image": {}, "limits": {}, **spec})["Handle"])
+
+    def destroy(self, handle: str) -> None:
+        assert self.json("DELETE", f"/containers/{quote(handle)}") == {}
+
+    @contextmanager
+    def container(self, **spec: Any) -> Iterator[str]:
+        """A container for the length of a block."""
+        handle = self.create(**spec)
+        try:
+            yield handle
+        finally:
+            self.destroy(handle)
+
+    def list(self, query: str = "") -> list[str]:
+        return list(self.json("GET", f"/containers{query}")["Handles"])
+
+    def info(self, handle: str) -> Any:
+        return self.json("GET", f"/containers/{quote(handle)}/info")
+
+    def run(
+        self, handle: str, path: str, *args: str, sides: tuple[str, ...] = ("stdout", "stderr"), **spec: Any
+    ) -> Any:
+        """Start a process and open side connections, stdout first, as clients do."""
+        return self._run(
+            handle, {"path": path, "args": list(args), "rlimits": {}, "image": {}, **spec}, sides
+        )
+
+    def attach(
+        self, handle: str, process_id: str, query: str = "", sides: tuple[str, ...] = ("stdout", "stderr")
+    ) -> Any:
+        return self._attach(handle, process_id, query, sides)
+
+    def sh(self, handle: str, script: str, **spec: Any) -> tuple[int, bytes, bytes]:
+        """Exit status and both outputs of a shell script."""
+        process = self.run(handle, "sh", "-c", script, **spec)
+        return process.wait(), process.stdout, process.stderr
+
+    def text_of(self, handle: str, script: str, **spec: Any) -> str:
+        """What a script writes to stdout; it must succeed."""
+        status, out, err = self.sh(handle, script, **spec)
+        assert status == 0, f"{script!r} ended with {status}: {err!r}"
+        return out.decode()
+
+
 @dataclass
-class HttpProcess:
+class HttpProcess(ProcessBase):
     """A Run or Attach: the control connection, and the side connections that were asked for."""
 
     client: GardenHttp
@@ -150,28 +272,13 @@ class HttpProcess:
         """A message to the server."""
         self.control.sendall(json.dumps({"process_id": self.id, **message}).encode() + b"\n")
 
-    def write(self, text: str) -> None:
-        self.send(source=0, data=text)
-
-    def end_input(self) -> None:
-        self.send(source=0)
-
-    def resize(self, columns: int, rows: int) -> None:
-        self.send(tty={"window_size": {"columns": columns, "rows": rows}})
-
-    def signal(self, number: int) -> None:
-        """0: terminate, 1: kill."""
-        self.send(signal=number)
-
     def wait(self) -> int:
         """The exit status, after all open side connections have ended."""
         last: dict[str, Any] = {}
         while "exit_status" not in last:
             last = self.next_message()
             assert "error" not in last, last
-        for thread in self._sides.values():
-            thread.join(TIMEOUT_S)
-            assert not thread.is_alive(), "a side connection does not end"
+        self.wait_for_sides()
         self.control.close()
         return int(last["exit_status"])
 
@@ -187,17 +294,17 @@ class HttpProcess:
         """Close the control connection, as a client that crashes does."""
         self.control.close()
 
-    @property
-    def stdout(self) -> bytes:
-        return bytes(self.output["stdout"])
+    def wait_for_sides(self) -> None:
+        for thread in self._sides.values():
+            thread.join(TIMEOUT_S)
+            assert not thread.is_alive(), "a side connection does not end"
 
-    @property
-    def stderr(self) -> bytes:
-        return bytes(self.output["stderr"])
+    def read(self, name: str) -> bytes:
+        return bytes(self.output[name])
 
 
 @dataclass(frozen=True)
-class GardenHttp:
+class GardenHttp(GardenClientBase):
     """Calls to one server."""
 
     address: str
@@ -211,45 +318,11 @@ class GardenHttp:
             )
             return read_reply(sock)
 
-    def json(self, method: str, path: str, value: Any = None) -> Any:
-        """A call with JSON in and out; GardenHttpError for what is no success."""
-        body = None if value is None else json.dumps(value).encode() + b"\n"
-        reply = self.call(method, path, body)
-        if reply.status // 100 != 2:
-            raise GardenHttpError(reply.status, reply.json())
-        return reply.json()
-
-    def create(self, **spec: Any) -> str:
-        return str(self.json("POST", "/containers", {"image": {}, "limits": {}, **spec})["Handle"])
-
-    def destroy(self, handle: str) -> None:
-        assert self.json("DELETE", f"/containers/{quote(handle)}") == {}
-
-    @contextmanager
-    def container(self, **spec: Any) -> Iterator[str]:
-        """A container for the length of a block."""
-        handle = self.create(**spec)
-        try:
-            yield handle
-        finally:
-            self.destroy(handle)
-
-    def list(self, query: str = "") -> list[str]:
-        return list(self.json("GET", f"/containers{query}")["Handles"])
-
-    def info(self, handle: str) -> Any:
-        return self.json("GET", f"/containers/{quote(handle)}/info")
-
-    def run(
-        self, handle: str, path: str, *args: str, sides: tuple[str, ...] = ("stdout", "stderr"), **spec: Any
-    ) -> HttpProcess:
-        """Start a process and open side connections, stdout first, as clients do."""
-        body = json.dumps({"path": path, "args": list(args), "rlimits": {}, "image": {}, **spec}).encode()
+    def _run(self, handle: str, spec: dict[str, Any], sides: tuple[str, ...]) -> HttpProcess:
+        body = json.dumps(spec).encode()
         return self._hijack("POST", f"/containers/{quote(handle)}/processes", handle, 201, sides, body)
 
-    def attach(
-        self, handle: str, process_id: str, query: str = "", sides: tuple[str, ...] = ("stdout", "stderr")
-    ) -> HttpProcess:
+    def _attach(self, handle: str, process_id: str, query: str, sides: tuple[str, ...]) -> HttpProcess:
         path = f"/containers/{quote(handle)}/processes/{quote(process_id)}{query}"
         return self._hijack("GET", path, handle, 200, sides, None)
 
@@ -276,14 +349,3 @@ class GardenHttp:
         for name in sides:
             process.open_side(name)
         return process
-
-    def sh(self, handle: str, script: str, **spec: Any) -> tuple[int, bytes, bytes]:
-        """Exit status and both outputs of a shell script."""
-        process = self.run(handle, "sh", "-c", script, **spec)
-        return process.wait(), process.stdout, process.stderr
-
-    def text_of(self, handle: str, script: str, **spec: Any) -> str:
-        """What a script writes to stdout; it must succeed."""
-        status, out, err = self.sh(handle, script, **spec)
-        assert status == 0, f"{script!r} ended with {status}: {err!r}"
-        return out.decode()

@@ -10,26 +10,32 @@ from collections.abc import Iterator
 from urllib.parse import urlencode
 
 import pytest
-from kit.garden_http import GardenHttp, GardenHttpError
+from kit.garden_foreign import ForeignGarden
+from kit.garden_http import GardenClientBase, GardenHttp, GardenHttpError
 
 pytestmark = pytest.mark.root
 MIB = 1 << 20
 
 
-@pytest.fixture(scope="module")
-def garden(garden_http: GardenHttp) -> GardenHttp:
-    """A client of the module's door."""
-    return garden_http
+@pytest.fixture(scope="module", params=["by hand", "foreign"])
+def garden(request: pytest.FixtureRequest, garden_http: GardenHttp) -> Iterator[GardenClientBase]:
+    """Two clients of the door that share no code: what they disagree on, the spec settles."""
+    if request.param == "by hand":
+        yield garden_http
+        return
+    foreign = ForeignGarden(garden_http.address)
+    yield foreign
+    foreign.close()
 
 
 @pytest.fixture(scope="module")
-def box(garden: GardenHttp) -> Iterator[str]:
+def box(garden: GardenClientBase) -> Iterator[str]:
     with garden.container() as handle:
         yield handle
 
 
 @pytest.fixture(scope="module")
-def privileged(garden: GardenHttp) -> Iterator[str]:
+def privileged(garden: GardenClientBase) -> Iterator[str]:
     with garden.container(privileged=True) as handle:
         yield handle
 
@@ -37,7 +43,7 @@ def privileged(garden: GardenHttp) -> Iterator[str]:
 # --- lifecycle
 
 
-def test_L14_L15_info(garden: GardenHttp, box: str) -> None:
+def test_L14_L15_info(garden: GardenClientBase, box: str) -> None:
     info = garden.info(box)
     assert info["State"] == "active"
     for key in ("HostIP", "ContainerIP", "ExternalIP", "ContainerPath"):
@@ -45,13 +51,13 @@ def test_L14_L15_info(garden: GardenHttp, box: str) -> None:
     assert info["Properties"]["garden.network.container-ip"] == info["ContainerIP"]
 
 
-def test_L3_handle_can_be_used_again(garden: GardenHttp) -> None:
+def test_L3_handle_can_be_used_again(garden: GardenClientBase) -> None:
     for _ in range(3):
         with garden.container(handle="again"):
             assert "again" in garden.list()
 
 
-def test_H1_H2_hostname(garden: GardenHttp) -> None:
+def test_H1_H2_hostname(garden: GardenClientBase) -> None:
     handle = "7132-ec774112a9cd-101f8293-230e-4fa8-4138-e8244e6dcfa1"
     with garden.container(handle=handle):
         name = garden.text_of(handle, "hostname").strip()
@@ -60,7 +66,7 @@ def test_H1_H2_hostname(garden: GardenHttp) -> None:
         assert f" {name}" in garden.text_of(handle, "cat /etc/hosts")
 
 
-def test_GT2_grace_time(garden: GardenHttp) -> None:
+def test_GT2_grace_time(garden: GardenClientBase) -> None:
     handle = garden.create(grace_time=500_000_000)
     process = garden.run(handle, "sleep", "1.2")
     assert process.wait() == 0  # an attached client keeps it
@@ -70,7 +76,7 @@ def test_GT2_grace_time(garden: GardenHttp) -> None:
         time.sleep(0.05)
 
 
-def test_I1_I2_I4_pid_1(garden: GardenHttp, box: str) -> None:
+def test_I1_I2_I4_pid_1(garden: GardenClientBase, box: str) -> None:
     assert garden.text_of(box, "head -1 /proc/1/status").split() == ["Name:", "garden-init"]
     garden.text_of(box, "(sleep 0.01 &) ; sleep 0.1")
     listed = garden.text_of(box, "ps -a -o comm", user="alice").split()
@@ -90,13 +96,13 @@ def pack(**files: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def stream_in(garden: GardenHttp, handle: str, tar: bytes, **query: str) -> None:
+def stream_in(garden: GardenClientBase, handle: str, tar: bytes, **query: str) -> None:
     reply = garden.call("PUT", f"/containers/{handle}/files?{urlencode(query)}", tar)
     if reply.status != 200:
         raise GardenHttpError(reply.status, reply.json())
 
 
-def stream_out(garden: GardenHttp, handle: str, **query: str) -> list[str]:
+def stream_out(garden: GardenClientBase, handle: str, **query: str) -> list[str]:
     reply = garden.call("GET", f"/containers/{handle}/files?{urlencode(query)}")
     if reply.status != 200:
         raise GardenHttpError(reply.status, reply.json())
@@ -105,20 +111,20 @@ def stream_out(garden: GardenHttp, handle: str, **query: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("user", "owner"), [("", "root"), ("alice", "alice")])
-def test_F1_F2_stream_in(garden: GardenHttp, box: str, user: str, owner: str) -> None:
+def test_F1_F2_stream_in(garden: GardenClientBase, box: str, user: str, owner: str) -> None:
     destination = f"/tmp/in-{owner}/deep"
     stream_in(garden, box, pack(file=b"content"), user=user, destination=destination)
     text = garden.text_of(box, f"stat -c '%U %a' {destination} {destination}/file; cat {destination}/file")
     assert text.split() == [owner, "755", owner, "644", "content"]
 
 
-def test_F2_relative_paths_are_below_the_home(garden: GardenHttp, box: str) -> None:
+def test_F2_relative_paths_are_below_the_home(garden: GardenClientBase, box: str) -> None:
     for destination, path in ((".", "/home/alice/f"), ("sub", "/home/alice/sub/f"), ("", "/home/alice/f")):
         stream_in(garden, box, pack(f=destination.encode()), user="alice", destination=destination)
         assert garden.text_of(box, f"cat {path}") == destination
 
 
-def test_F3_F4_what_fails(garden: GardenHttp, box: str) -> None:
+def test_F3_F4_what_fails(garden: GardenClientBase, box: str) -> None:
     with pytest.raises(GardenHttpError):
         stream_in(garden, box, pack(f=b"x"), user="bob", destination="/tmp")
     with pytest.raises(GardenHttpError, match="ermission denied"):
@@ -127,7 +133,7 @@ def test_F3_F4_what_fails(garden: GardenHttp, box: str) -> None:
         stream_in(garden, box, pack(f=b"x" * 5000)[:2000], user="", destination="/tmp/cut")
 
 
-def test_F5_stream_out(garden: GardenHttp, box: str) -> None:
+def test_F5_stream_out(garden: GardenClientBase, box: str) -> None:
     garden.text_of(box, "mkdir -p /srv/dir && echo x >/srv/dir/file && mkdir -p -m 700 /srv/secret")
     assert stream_out(garden, box, source="/srv/dir", user="") == ["dir/", "dir/file"]
     assert sorted(stream_out(garden, box, source="/srv/dir/", user="")) == ["./", "./file"]
@@ -141,7 +147,7 @@ def test_F5_stream_out(garden: GardenHttp, box: str) -> None:
 # --- limits and metrics
 
 
-def test_ME2_ME3_memory(garden: GardenHttp) -> None:
+def test_ME2_ME3_memory(garden: GardenClientBase) -> None:
     limits = {"memory_limits": {"limit_in_bytes": 64 * MIB}}
     with garden.container(limits=limits) as handle:
         assert garden.json("GET", f"/containers/{handle}/limits/memory") == {"limit_in_bytes": 64 * MIB}
@@ -149,7 +155,7 @@ def test_ME2_ME3_memory(garden: GardenHttp) -> None:
         assert garden.sh(handle, "head -c 80000000 /dev/zero >/dev/shm/large")[0] != 0
 
 
-def test_ME4_EV1_out_of_memory_is_told(garden: GardenHttp) -> None:
+def test_ME4_EV1_out_of_memory_is_told(garden: GardenClientBase) -> None:
     with garden.container(limits={"memory_limits": {"limit_in_bytes": 16 * MIB}}) as handle:
         assert garden.sh(handle, "dd if=/dev/zero of=/dev/null bs=100M count=1")[0] != 0
         deadline = time.monotonic() + 5
@@ -160,13 +166,13 @@ def test_ME4_EV1_out_of_memory_is_told(garden: GardenHttp) -> None:
 
 
 @pytest.mark.parametrize("shares", [100, 50])
-def test_CP3_shares_are_read_back(garden: GardenHttp, shares: int) -> None:
+def test_CP3_shares_are_read_back(garden: GardenClientBase, shares: int) -> None:
     with garden.container(limits={"cpu_limits": {"limit_in_shares": shares}}) as handle:
         found = garden.json("GET", f"/containers/{handle}/limits/cpu")["limit_in_shares"]
         assert found in (shares, {100: 17, 50: 10}[shares])  # cgroup v1, and v2
 
 
-def test_OL1_pids(garden: GardenHttp) -> None:
+def test_OL1_pids(garden: GardenClientBase) -> None:
     with garden.container(limits={"pid_limits": {"max": 50}}) as handle:
         status, _, err = garden.sh(handle, "i=0; while [ $i -lt 60 ]; do sleep 5 & i=$((i+1)); done")
         assert (status, b"fork" in err) == (2, True)
@@ -174,7 +180,7 @@ def test_OL1_pids(garden: GardenHttp) -> None:
         assert metrics["PidStat"]["Max"] == 50
 
 
-def test_BM1_to_BM3_metrics(garden: GardenHttp, box: str) -> None:
+def test_BM1_to_BM3_metrics(garden: GardenClientBase, box: str) -> None:
     garden.text_of(box, "i=0; while [ $i -lt 2000 ]; do i=$((i+1)); done")
     metrics = garden.json("GET", f"/containers/{box}/metrics")
     assert metrics["MemoryStat"]["TotalUsageTowardLimit"] > 0
@@ -184,7 +190,7 @@ def test_BM1_to_BM3_metrics(garden: GardenHttp, box: str) -> None:
     assert metrics["CPUStat"]["Usage"] > 0
 
 
-def test_CA1_capacity(garden: GardenHttp) -> None:
+def test_CA1_capacity(garden: GardenClientBase) -> None:
     found = garden.json("GET", "/capacity")
     assert all(
         found[key] > 0
@@ -195,11 +201,11 @@ def test_CA1_capacity(garden: GardenHttp) -> None:
 # --- isolation
 
 
-def status_of(garden: GardenHttp, handle: str, field: str, **spec: str) -> str:
+def status_of(garden: GardenClientBase, handle: str, field: str, **spec: str) -> str:
     return garden.text_of(handle, f"grep ^{field}: /proc/self/status", **spec).split()[1]
 
 
-def test_C1_capabilities_of_an_unprivileged_container(garden: GardenHttp, box: str) -> None:
+def test_C1_capabilities_of_an_unprivileged_container(garden: GardenClientBase, box: str) -> None:
     """As in the table, but with empty inheritable sets."""
     root = [status_of(garden, box, f"Cap{name}") for name in ("Inh", "Prm", "Eff", "Bnd", "Amb")]
     alice = [
@@ -210,22 +216,22 @@ def test_C1_capabilities_of_an_unprivileged_container(garden: GardenHttp, box: s
     assert alice == ["0" * 16, "0" * 16, "0" * 16, low, "0" * 16]
 
 
-def test_C2_capabilities_of_a_privileged_container(garden: GardenHttp, privileged: str) -> None:
+def test_C2_capabilities_of_a_privileged_container(garden: GardenClientBase, privileged: str) -> None:
     assert int(status_of(garden, privileged, "CapBnd", user="alice"), 16) == 0xA82425FB
 
 
-def test_SE1_SE2_seccomp(garden: GardenHttp, box: str, privileged: str) -> None:
+def test_SE1_SE2_seccomp(garden: GardenClientBase, box: str, privileged: str) -> None:
     assert (status_of(garden, box, "Seccomp"), status_of(garden, privileged, "Seccomp")) == ("2", "0")
     status, _, err = garden.sh(box, "unshare --user true")
     assert status != 0
     assert b"Operation not permitted" in err
 
 
-def test_NS3_nothing_of_the_host_can_be_written(garden: GardenHttp, box: str) -> None:
+def test_NS3_nothing_of_the_host_can_be_written(garden: GardenClientBase, box: str) -> None:
     assert garden.sh(box, "echo b >/proc/sysrq-trigger")[0] != 0
 
 
-def test_MO_mounts(garden: GardenHttp, box: str, privileged: str) -> None:
+def test_MO_mounts(garden: GardenClientBase, box: str, privileged: str) -> None:
     for handle in (box, privileged):
         mounts = garden.text_of(handle, "cat /proc/mounts")
         assert "sysfs /sys sysfs ro" in mounts
@@ -235,7 +241,7 @@ def test_MO_mounts(garden: GardenHttp, box: str, privileged: str) -> None:
     assert "cgroup" not in garden.text_of(privileged, "cat /proc/mounts")
 
 
-def test_DV1_DV2_devices(garden: GardenHttp, box: str, privileged: str) -> None:
+def test_DV1_DV2_devices(garden: GardenClientBase, box: str, privileged: str) -> None:
     script = "for d in tty random urandom null zero full pts/ptmx; do stat -c '%n %t,%T' /dev/$d; done"
     expected = ["tty 5,0", "random 1,8", "urandom 1,9", "null 1,3", "zero 1,5", "full 1,7", "pts/ptmx 5,2"]
     assert garden.text_of(box, script).splitlines() == [f"/dev/{line}" for line in expected]
@@ -244,7 +250,7 @@ def test_DV1_DV2_devices(garden: GardenHttp, box: str, privileged: str) -> None:
     assert links == ["/proc/self/fd", *(f"/proc/self/fd/{n}" for n in range(3)), "pts/ptmx"]
 
 
-def test_BI1_BI4_bind_mounts(garden: GardenHttp, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_BI1_BI4_bind_mounts(garden: GardenClientBase, tmp_path_factory: pytest.TempPathFactory) -> None:
     source = tmp_path_factory.mktemp("bind")
     for directory in (source, *source.parents[:2]):
         directory.chmod(0o755)
@@ -264,7 +270,7 @@ def test_BI1_BI4_bind_mounts(garden: GardenHttp, tmp_path_factory: pytest.TempPa
 # --- network
 
 
-def test_N14_N15_net_in(garden: GardenHttp, box: str) -> None:
+def test_N14_N15_net_in(garden: GardenClientBase, box: str) -> None:
     mapped = garden.json("POST", f"/containers/{box}/net/in", {"host_port": 0, "container_port": 8080})
     assert mapped["container_port"] == 8080
     listener = garden.run(box, "nc", "-l", "-p", "8080", "-e", "echo", "hello")
@@ -277,7 +283,7 @@ def test_N14_N15_net_in(garden: GardenHttp, box: str) -> None:
     assert {"HostPort": mapped["host_port"], "ContainerPort": 8080} in garden.info(box)["MappedPorts"]
 
 
-def test_N30_to_N33_name_files(garden: GardenHttp, box: str) -> None:
+def test_N30_to_N33_name_files(garden: GardenClientBase, box: str) -> None:
     hosts = garden.text_of(box, "cat /etc/hosts")
     assert "127.0.0.1 localhost" in hosts.replace("\t", " ")
     for path in ("/etc/hosts", "/etc/resolv.conf"):
