@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 
 import agent
 import bare_runtime
+import garden
 import lifecycle
 import processes
 import queries
@@ -43,6 +44,7 @@ MEASUREMENTS: dict[str, Callable[[Setting], Iterator[Row]]] = {
     "agent": agent.measure_agent,
     "load": lifecycle.measure_load,
     "restart": restart.measure_restart,
+    "garden": garden.measure_garden,
 }
 
 
