@@ -30,6 +30,7 @@ from garden_py.service.ports import OutputReader, RunningProcess
 
 log = structlog.get_logger()
 LATE_S: Final = 60.0  # so long after the process's end a side connection may still come (§6.3, statement 15)
+_CLOSE_S: Final = 10.0
 _PIECE_BYTES: Final = 64 << 10
 _SENDFILE_BYTES: Final = 8 << 20
 _Key = tuple[str, str, OutputStream]
@@ -166,14 +167,17 @@ class Attachments:
                     attachment.offsets[stream] = output.offset
                     stored.delivered = max(stored.delivered, output.offset)
                 elif stored.closed and output.offset >= stored.end_offset:
+                    writer.write_eof()
+                    # It closes when it has read to the end; one that dies before that has not got all of it.
+                    await asyncio.wait([left], timeout=_CLOSE_S)
                     return
                 else:
                     await wake.wait()
         except (ConnectionError, TimeoutError):
-            stored.delivered = max(0, min(stored.delivered, side.acknowledged()))
+            return
         finally:
-            if left.done() and stored.delivered == output.offset:
-                stored.delivered = max(0, side.acknowledged())  # it has gone without the rest
+            if stored.delivered == output.offset:  # else another client is ahead of this one
+                stored.delivered = max(0, side.acknowledged())
             left.cancel()
             await asyncio.wait([left])
             outlet.close()
