@@ -208,7 +208,7 @@ class Config(BaseModel):
             raise ValueError("must be a network of /8 to /29")
         return pool
 
-    @field_validator("socket_mode")
+    @field_validator("socket_mode", "garden_http_mode")
     @classmethod
     def _octal(cls, mode: str) -> str:
         if not 0 <= int(mode, 8) <= 0o777:

@@ -36,7 +36,10 @@ Page: TypeAlias = tuple[str, Callable[[], bytes]]
 def metrics_door(metrics: Metrics, config: Config) -> PagesDoor:
     """Serves /metrics on `config.metrics`."""
     pages = {b"/metrics": (CONTENT_TYPE, metrics.render)}
-    return PagesDoor(config.metrics, pages, setting="metrics", insecure=config.metrics_insecure)
+    remedy = ", or say --metrics-insecure"
+    return PagesDoor(
+        config.metrics, pages, setting="metrics", insecure=config.metrics_insecure, remedy=remedy
+    )
 
 
 def debug_door(config: Config) -> PagesDoor:
@@ -100,12 +103,16 @@ class PagesDoor:
         pages: by path.
         setting: where the address comes from, for errors.
         insecure: others than this host may reach it.
+        remedy: what else can be done, for the error when they may not.
     """
 
-    def __init__(self, address: str, pages: Mapping[bytes, Page], *, setting: str, insecure: bool) -> None:
+    def __init__(
+        self, address: str, pages: Mapping[bytes, Page], *, setting: str, insecure: bool, remedy: str = ""
+    ) -> None:
         self._address = address
         self._pages = pages
         self._setting = setting
+        self._remedy = remedy
         self._insecure = insecure
         self._server: asyncio.Server | None = None
 
@@ -119,10 +126,10 @@ class PagesDoor:
         address = self._address
         if not address:
             return
-        if not is_loopback(address, field=self._setting) and not self._insecure:
-            word = ", or say --metrics-insecure" if self._setting == "metrics" else ""
+        if not is_loopback(address, field=self._setting, shape="HOST:PORT") and not self._insecure:
             raise InvalidField(
-                self._setting, f"{address}: whoever reaches it can read it; use a loopback address{word}"
+                self._setting,
+                f"{address}: whoever reaches it can read it; use a loopback address{self._remedy}",
             )
         host, _, port = address.rpartition(":")
         try:

@@ -51,9 +51,8 @@ def _replace(path: Path) -> None:
         with new.open("w") as file:
             file.write(f"{read_boot_id()}\n")
             file.flush()
-            os.fsync(
-                file.fileno()
-            )  # lost in a power cut, it would be missed at the very start that it is for
+            # Lost in a power cut, it would be missed at the very start that it is for.
+            os.fsync(file.fileno())
         new.rename(path)
     except OSError:
         new.unlink(missing_ok=True)

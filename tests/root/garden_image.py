@@ -1,4 +1,4 @@
-"""What the Garden statements need: a root file system with their users, and a server with a Garden door."""
+"""What the Garden statements need: a root file system with their users, a server with a Garden door, and clients."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from kit.garden_http import GardenHttp
+from kit.garden_foreign import ForeignGarden
+from kit.garden_http import GardenClientBase, GardenHttp
 from kit.server import ServerProcess, running_server
 
 PASSWD = """\
@@ -84,3 +85,14 @@ def garden_http(garden_http_server: ServerProcess) -> GardenHttp:
     """A client of that door."""
     flags = garden_http_server.flags
     return GardenHttp(flags[flags.index("--garden-http") + 1])
+
+
+@pytest.fixture(scope="module", params=["by hand", "foreign"], name="garden")
+def either_client(request: pytest.FixtureRequest, garden_http: GardenHttp) -> Iterator[GardenClientBase]:
+    """Two clients of the door that share no code: what they disagree on, the spec settles."""
+    if request.param == "by hand":
+        yield garden_http
+        return
+    foreign = ForeignGarden(garden_http.address)
+    yield foreign
+    foreign.close()

@@ -7,24 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from kit.garden_foreign import ForeignGarden
-from kit.garden_http import GardenClientBase, GardenHttp, GardenHttpError
+from garden_image import either_client
+from kit.garden_http import GardenClientBase, GardenHttpError
 from kit.server import ServerProcess
 
 pytestmark = pytest.mark.root
 
 ALICE = "alice"
-
-
-@pytest.fixture(scope="module", params=["by hand", "foreign"])
-def garden(request: pytest.FixtureRequest, garden_http: GardenHttp) -> Iterator[GardenClientBase]:
-    """Two clients of the door that share no code: what they disagree on, the spec settles."""
-    if request.param == "by hand":
-        yield garden_http
-        return
-    foreign = ForeignGarden(garden_http.address)
-    yield foreign
-    foreign.close()
+__all__ = ["either_client"]  # the fixture `garden`
 
 
 @pytest.fixture(scope="module")

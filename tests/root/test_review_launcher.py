@@ -133,12 +133,12 @@ def test_helper_that_holds_a_namespace_ends_with_whoever_forked_it() -> None:
     script = (
         "import os, sys, time\n"
         "from pathlib import Path\n"
-        "from garden_py.backend.rootfs import mounts\n"
+        "from garden_py.backend.host import userns\n"
         "def hang(self, text):\n"
         "    print(self.parts[2], flush=True)\n"
         "    time.sleep(60)\n"
         "Path.write_text = hang\n"
-        "mounts._make_userns(0x70000000, 65536)\n"
+        "userns.make_userns(0x70000000, 65536)\n"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None

@@ -24,7 +24,9 @@ from kit.garden_http import (
     read_head,
     read_reply,
 )
+from pydantic import ValidationError
 
+from garden_py.api.grpc.server import GrpcDoor
 from garden_py.api.http.attachments import Attachments
 from garden_py.api.http.door import GardenDoor
 from garden_py.api.http.exchange import HEAD_MAX_BYTES
@@ -95,9 +97,35 @@ async def test_1_2_socket_has_its_mode_and_takes_the_place_of_a_stale_one(tmp_pa
     await garden.door.stop()
     assert not path.exists()
     path.write_text("precious")
-    with pytest.raises(InvalidField, match="no socket"):
-        await GardenDoor(garden.server.core, Config(garden_http=f"unix:{path}")).start()
-    assert path.read_text() == "precious"
+    for door in (
+        GardenDoor(garden.server.core, Config(garden_http=f"unix:{path}")),
+        GrpcDoor(garden.server.core, Config(listen=f"unix:{path}")),
+    ):
+        with pytest.raises(InvalidField, match="no socket"):
+            await door.start()
+        await door.stop()
+        assert path.read_text() == "precious"
+
+
+@pytest.mark.parametrize("setting", ["socket_mode", "garden_http_mode"])
+def test_mode_of_a_socket_must_be_octal(setting: str) -> None:
+    """Told when the configuration is read, not when the door opens."""
+    for bad in ("0999", "7777", "rw"):
+        with pytest.raises(ValidationError, match=setting):
+            Config(**{setting: bad})
+
+
+async def test_unknown_group_opens_no_door(tmp_path: Path) -> None:
+    """Not even for a moment."""
+    path = tmp_path / "garden.sock"
+    core = await _core()
+    with pytest.raises(InvalidField, match="garden_http_group"):
+        await GardenDoor(core, Config(garden_http=f"unix:{path}", garden_http_group="no-such")).start()
+    grpc_door = GrpcDoor(core, Config(listen=f"unix:{path}", socket_group="no-such"))
+    with pytest.raises(InvalidField, match="socket_group"):
+        await grpc_door.start()
+    await grpc_door.stop()
+    assert not path.exists()
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0:0", "192.0.2.1:7777", "7777", "localhost"])
@@ -539,6 +567,24 @@ async def test_6_28_client_that_leaves_leaves_the_process(box: Garden) -> None:
     await until(lambda: entry.process.exit is not None)
     late = await box.do(lambda c: c.attach("box", "p"))
     assert await asyncio.to_thread(late.wait) == 0
+
+
+@pytest.mark.parametrize("inputs", [1, 5, 50])
+async def test_6_28_what_was_never_fed_is_forgotten_with_the_process(box: Garden, inputs: int) -> None:
+    """A client leaves while its process reads nothing: it counts no longer as one who feeds a process of that name."""
+    process = await run(box, "cat", id="p")
+    entry = box.server.core.registry.get("box").processes["p"]
+    entry.process.write_stdin = lambda data, offset: asyncio.Event().wait()  # type: ignore[assignment,misc,return-value]
+    for _ in range(inputs):
+        process.write("never read\n")
+    process.leave()
+    await asyncio.sleep(0.05)
+    await box.json("DELETE", "/containers/box")
+    await box.json("POST", "/containers", {"handle": "box"})
+    again = await run(box, "cat", id="p")
+    entry = box.server.core.registry.get("box").processes["p"]
+    again.leave()
+    await until(lambda: entry.process.exit is not None)
 
 
 async def test_6_30_one_clients_end_is_not_everybodys(box: Garden) -> None:

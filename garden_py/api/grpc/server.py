@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import grp
-import os
 import socket
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from garden_py.api.address import is_loopback
 from garden_py.api.grpc.drain import Drain
 from garden_py.api.grpc.interceptor import ErrorInterceptor
 from garden_py.api.grpc.servicer import GardenServicer
+from garden_py.api.unix_socket import socket_file
 from garden_py.config import Config
 from garden_py.model.errors import HostFault, InvalidField
 from garden_py.service.core import Core
@@ -90,23 +89,12 @@ class GrpcDoor:
         return address
 
     def _bind_unix(self, path: Path, *, mode: int, group: str) -> None:
-        """Bind with the final mode from the first moment: the umask decides it before anyone can connect."""
-        self._bound_path = path
-        path.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
-        before = os.umask(0o777 & ~mode)
         try:
-            self._server.add_insecure_port(f"unix:{path}")
-        except RuntimeError as error:
+            with socket_file(path, mode=mode, group=group, fields=("listen", "socket_group")):
+                self._server.add_insecure_port(f"unix:{path}")
+        except (RuntimeError, OSError) as error:
             raise HostFault("listen", f"cannot bind {path}") from error
-        finally:
-            os.umask(before)
-        if group:
-            try:
-                gid = grp.getgrnam(group).gr_gid
-            except KeyError as error:
-                raise InvalidField("socket_group", f"no group {group!r}") from error
-            os.chown(path, -1, gid)
-        path.chmod(mode)
+        self._bound_path = path
 
     def _bind_tcp(self, address: str) -> None:
         config = self._config

@@ -139,18 +139,6 @@ class Attachments:
         writer: asyncio.StreamWriter,
     ) -> None:
         """Send a stream from the attachment's place to its end; returns when that is done or the client has gone."""
-        try:
-            await self._pour(attachment, stream, reader, writer)
-        except GardenError as error:  # the stored bytes are gone, with their container or by hand
-            log.warning("garden.output_lost", process_id=attachment.process.id, error=str(error))
-
-    async def _pour(
-        self,
-        attachment: Attachment,
-        stream: OutputStream,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-    ) -> None:
         stored = attachment.process.output(stream)
         wake = asyncio.Event()
         output = stored.open_reader(max(attachment.offsets[stream], stored.first_offset), wake)
@@ -175,6 +163,8 @@ class Attachments:
                     await wake.wait()
         except (ConnectionError, TimeoutError):
             return
+        except GardenError as error:  # the stored bytes are gone, with their container or by hand
+            log.warning("garden.output_lost", process_id=attachment.process.id, error=str(error))
         finally:
             if stored.delivered == output.offset:  # else another client is ahead of this one
                 stored.delivered = max(0, side.acknowledged())

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
 import structlog
@@ -41,6 +40,19 @@ class _Left:
 _Input: TypeAlias = StdinData | StdinEnd | _Left
 
 
+@dataclass(slots=True)
+class _Feeders:
+    """Who may still feed a process.
+
+    Attributes:
+        clients: those that have not ended their input.
+        of_run: one of them has been the Run that started the process.
+    """
+
+    clients: set[Attachment] = field(default_factory=set)
+    of_run: bool = False
+
+
 class Controls:
     """All control connections of one door.
 
@@ -52,8 +64,7 @@ class Controls:
     def __init__(self, processes: Processes, attachments: Attachments) -> None:
         self._processes = processes
         self._attachments = attachments
-        self._feeding: defaultdict[tuple[str, str], set[Attachment]] = defaultdict(set)
-        self._own: set[tuple[str, str]] = set()
+        self._feeders: dict[tuple[str, str], _Feeders] = {}
         self._tasks: set[asyncio.Future[None]] = set()
         self._stopping = asyncio.Event()
 
@@ -69,12 +80,12 @@ class Controls:
         The container is in use for so long (§7, statement 4).
         """
         process = attachment.process
-        key = (attachment.handle, process.id)
-        self._feeding[key].add(attachment)
-        if attachment.is_run:
-            self._own.add(key)
+        feeders = self._feeders.setdefault((attachment.handle, process.id), _Feeders())
+        feeders.clients.add(attachment)
+        feeders.of_run |= attachment.is_run
         inputs: asyncio.Queue[_Input] = asyncio.Queue(_INPUTS_WAITING)
-        self._begin_feeding(attachment, inputs)
+        # Beside the listening: a process that reads nothing does not keep its client's signals from it.
+        feeding = asyncio.ensure_future(self._feed(attachment, inputs))
         listening = asyncio.ensure_future(self._listen(attachment, reader, inputs))
         ending = asyncio.ensure_future(process.wait())
         stopping = asyncio.ensure_future(self._stopping.wait())
@@ -92,7 +103,15 @@ class Controls:
                 task.cancel()
             done = not ending.cancelled() and ending.done()
             await asyncio.wait([listening, ending, stopping])
-            self._end(attachment, inputs, gone=not done and not self._stopping.is_set())
+            if done or self._stopping.is_set():
+                feeding.cancel()
+                self._leave(attachment)
+                self._attachments.retire(attachment)
+            else:
+                self._attachments.drop(attachment)
+                rest = asyncio.ensure_future(self._feed_rest(attachment, inputs, feeding))
+                self._tasks.add(rest)
+                rest.add_done_callback(self._tasks.discard)
 
     async def _tell_end(self, process: RunningProcess, writer: asyncio.StreamWriter) -> None:
         status = process.exit
@@ -102,38 +121,28 @@ class Controls:
         if writer.can_write_eof():
             writer.write_eof()
 
-    def _end(self, attachment: Attachment, inputs: asyncio.Queue[_Input], *, gone: bool) -> None:
-        if gone:
-            self._attachments.drop(attachment)
-            self._keep(asyncio.ensure_future(inputs.put(_Left())))  # what it has sent is fed before
-            return
-        self._feeding_no_more(attachment)
-        self._own.discard((attachment.handle, attachment.process.id))
-        self._attachments.retire(attachment)
-
-    def _keep(self, task: asyncio.Future[None]) -> None:
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
     # --- stdin
 
-    def _begin_feeding(self, attachment: Attachment, inputs: asyncio.Queue[_Input]) -> None:
-        """Feed beside the listening: a process that reads nothing does not keep its client's signals from it."""
-        feeding = asyncio.ensure_future(self._feed(attachment, inputs))
-        ending = asyncio.ensure_future(self._end_feeding(attachment.process, feeding))
-        self._keep(ending)
+    async def _feed_rest(
+        self, attachment: Attachment, inputs: asyncio.Queue[_Input], feeding: asyncio.Future[None]
+    ) -> None:
+        """The client has gone: what it has sent is still fed, unless the process ends before or the server stops."""
 
-    async def _end_feeding(self, process: RunningProcess, feeding: asyncio.Future[None]) -> None:
-        """Nothing is fed to a process that has ended, or by a server that stops."""
+        async def finish() -> None:
+            await inputs.put(_Left())
+            await feeding
+
         ends: list[asyncio.Future[Any]] = [
-            feeding,
-            asyncio.ensure_future(process.wait()),
+            asyncio.ensure_future(finish()),
+            asyncio.ensure_future(attachment.process.wait()),
             asyncio.ensure_future(self._stopping.wait()),
         ]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        ends.append(feeding)
         for each in ends:
             each.cancel()
         await asyncio.wait(ends)
+        self._leave(attachment)
 
     async def _feed(self, attachment: Attachment, inputs: asyncio.Queue[_Input]) -> None:
         process = attachment.process
@@ -144,28 +153,25 @@ class Controls:
                         if data:
                             await process.write_stdin(data, None)
                     case StdinEnd():
-                        if self._feeding_no_more(attachment):
+                        if self._leave(attachment):
                             await process.close_stdin()
                     case _Left():
                         # A connection that breaks is no ^D: that would end the shell that somebody comes back to.
-                        is_own = (attachment.handle, process.id) in self._own and process.spec.tty is None
-                        if self._feeding_no_more(attachment) and is_own:
+                        feeders = self._leave(attachment)
+                        if feeders and feeders.of_run and process.spec.tty is None:
                             await process.close_stdin()
                         return
             except GardenError as error:  # the protocol has no answer for it (§6.4, statement 22)
                 log.info("garden.input_refused", process_id=process.id, code=error.code, error=str(error))
 
-    def _feeding_no_more(self, attachment: Attachment) -> bool:
-        """Whether it was feeding, and was the last one that did."""
+    def _leave(self, attachment: Attachment) -> _Feeders | None:
+        """Feed no more; those who fed, if it was the last of them."""
         key = (attachment.handle, attachment.process.id)
-        feeding = self._feeding.get(key)
-        if feeding is None or attachment not in feeding:
-            return False
-        feeding.discard(attachment)
-        if feeding:
-            return False
-        del self._feeding[key]
-        return True
+        feeders = self._feeders.get(key)
+        if feeders is None or attachment not in feeders.clients:
+            return None
+        feeders.clients.discard(attachment)
+        return None if feeders.clients else self._feeders.pop(key)
 
     # --- everything else
 

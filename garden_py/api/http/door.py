@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import grp
 import os
 import socket
-import stat
 import time
 from pathlib import Path
 from typing import Final
@@ -27,6 +25,7 @@ from garden_py.api.http.exchange import (
 from garden_py.api.http.fields import BadJson
 from garden_py.api.http.handlers import GardenHandlers
 from garden_py.api.http.routes import NoMatch, match_route
+from garden_py.api.unix_socket import socket_file
 from garden_py.config import Config
 from garden_py.model.errors import GardenError, HostFault, InvalidField
 from garden_py.service.core import Core
@@ -70,8 +69,15 @@ class GardenDoor:
         return address
 
     async def _listen_unix(self, path: Path) -> asyncio.Server:
+        mode, group = int(self._config.garden_http_mode, 8), self._config.garden_http_group
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            with socket_file(path, mode=mode, group=group, fields=("garden_http", "garden_http_group")):
+                sock.bind(os.fspath(path))
+        except BaseException:
+            sock.close()
+            raise
         self._bound_path = path
-        sock = _bind_unix(path, int(self._config.garden_http_mode, 8), self._config.garden_http_group)
         return await asyncio.start_unix_server(self._accept, sock=sock, backlog=_BACKLOG, limit=_STREAM_LIMIT)
 
     async def _listen_tcp(self, address: str) -> asyncio.Server:
@@ -144,45 +150,22 @@ class GardenDoor:
             try:
                 await self._core.recovery.wait_for(match.captures.get("handle", ""))
                 answer = await self._handlers.route(name)(match, request)
-            except (GardenError, BadJson) as error:
-                reply = describe(error)
+            except (GardenError, BadJson, BodyTooLarge) as error:
                 report = log.warning if isinstance(error, HostFault) else log.debug
                 report("garden.refused", route=name, error=str(error), took_ms=_ms_since(started))
-                return json_reply(reply.as_json(), reply.status)
-            except BodyTooLarge:
-                most = self._config.max_message_bytes
-                return json_reply(describe(BadJson(f"the body is larger than {most} bytes")).as_json(), 500)
+                return _refusal(error)
             except (Disconnected, ConnectionError):
                 raise
             except Exception as error:
                 log.exception("garden.failed", route=name, took_ms=_ms_since(started))
-                return json_reply(describe(error).as_json(), 500)
+                return _refusal(error)
             log.debug("garden.done", route=name, took_ms=_ms_since(started))
             return answer
 
 
-def _bind_unix(path: Path, mode: int, group: str) -> socket.socket:
-    """With the final mode from the first moment: the umask decides it before anyone can connect."""
-    path.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
-    if path.exists() and not stat.S_ISSOCK(path.lstat().st_mode):
-        raise InvalidField("garden_http", f"{path} is there already, and is no socket")
-    path.unlink(missing_ok=True)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    before = os.umask(0o777 & ~mode)
-    try:
-        sock.bind(os.fspath(path))
-        if group:
-            os.chown(path, -1, grp.getgrnam(group).gr_gid)
-        path.chmod(mode)
-    except KeyError as error:
-        sock.close()
-        raise InvalidField("garden_http_group", f"no group {group!r}") from error
-    except OSError:
-        sock.close()
-        raise
-    finally:
-        os.umask(before)
-    return sock
+def _refusal(error: Exception) -> Reply:
+    told = describe(error)
+    return json_reply(told.as_json(), told.status)
 
 
 def _no_route(match: NoMatch) -> Reply:

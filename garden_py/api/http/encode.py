@@ -13,7 +13,6 @@ from garden_py.service.registry import Container
 
 _STATE_PROPERTY: Final = "garden.state"
 _CREATED: Final = "created"
-_NOT_LISTED: Final = State.CREATING
 _MEMORY_KEYS: Final = (
     "active_anon", "active_file", "cache", "hierarchical_memory_limit", "inactive_anon", "inactive_file", "mapped_file",
     "pgfault", "pgmajfault", "pgpgin", "pgpgout", "rss", "total_active_anon", "total_active_file", "total_cache",
@@ -27,7 +26,7 @@ _STATES: Final = {State.STOPPED: "stopped", State.BROKEN: "broken"}
 def properties_of(container: Container, network: NetworkFacts) -> dict[str, str]:
     """What the caller has set, and the server's own words about the container (statement PR3)."""
     own: dict[str, str] = {}
-    if container.state is not _NOT_LISTED:
+    if container.state is not State.CREATING:
         own[_STATE_PROPERTY] = _CREATED
     if container.spec.grace_time_s:
         own["garden.grace-time"] = str(round(container.spec.grace_time_s * 1e9))

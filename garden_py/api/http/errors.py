@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from garden_py.api.http.exchange import BodyTooLarge
 from garden_py.api.http.fields import BadJson
 from garden_py.model import errors
 
@@ -30,7 +31,7 @@ class ErrorReply:
 
 
 def describe(error: Exception) -> ErrorReply:
-    """What a client is told of a failed call; anything but GardenError and BadJson is our bug, and told as one."""
+    """What a client is told of a failed call; what is not among these classes is our bug, and told as one."""
     match error:
         case errors.ContainerNotFound():
             return ErrorReply(404, "ContainerNotFoundError", str(error), handle=error.handle)
@@ -40,7 +41,7 @@ def describe(error: Exception) -> ErrorReply:
             return ErrorReply(500, "ExecutableNotFoundError", str(error))
         case errors.ShuttingDown() | errors.ContainerRecovering():
             return ErrorReply(500, "ServiceUnavailableError", str(error))
-        case errors.GardenError() | BadJson():
+        case errors.GardenError() | BadJson() | BodyTooLarge():
             return ErrorReply(500, "", str(error))
         case _:
             return ErrorReply(500, "", f"internal error of the server: {type(error).__name__}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from typing import Any, Final, TypeAlias
@@ -25,7 +25,7 @@ LINGER_S: Final = 0.5
 
 
 class BodyTooLarge(Exception):
-    """A body is larger than the server takes."""
+    """A body is larger than the server takes; the message says how large it may be."""
 
 
 class Disconnected(Exception):
@@ -94,7 +94,7 @@ class Request:
         async for piece in self._pieces:
             found += piece
             if len(found) > most:
-                raise BodyTooLarge
+                raise BodyTooLarge(f"the body is larger than {most} bytes")
         return bytes(found)
 
 
@@ -209,12 +209,10 @@ class Connection:
         if self._http.their_state is h11.SEND_BODY:
             if self._writer.can_write_eof():
                 self._writer.write_eof()
-            try:
+            with suppress(TimeoutError):
                 async with asyncio.timeout(LINGER_S):
                     async for _ in self._read_body():
                         pass
-            except TimeoutError:
-                return False
             return False
         return bool(self._http.our_state is h11.DONE and self._http.their_state is h11.DONE)
 
@@ -263,9 +261,7 @@ class Connection:
             f"Date: {formatdate(usegmt=True)}\r\nTransfer-Encoding: chunked\r\n\r\n"
         )
         self._writer.write(head.encode())
-        behind_request, _ = (
-            self._http.trailing_data
-        )  # what was sent right behind the request is of the stream already
+        behind_request, _ = self._http.trailing_data  # is of the stream already
         await hijack.then(_Prepended(self._reader, behind_request), self._writer)
 
     async def _refuse(self, status: int) -> None:

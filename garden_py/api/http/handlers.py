@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from garden_py.api.http import decode, encode
-from garden_py.api.http.attachments import Attachments
+from garden_py.api.http.attachments import Attachment, Attachments
 from garden_py.api.http.control import Controls, linger
 from garden_py.api.http.errors import describe
 from garden_py.api.http.exchange import Answer, Hijack, Reply, Request, Stream, json_reply
@@ -19,7 +19,7 @@ from garden_py.config import Config
 from garden_py.model.errors import GardenError, PropertyNotFound
 from garden_py.model.process import OutputStream
 from garden_py.service.core import Core
-from garden_py.service.ports import NetworkFacts
+from garden_py.service.ports import HostCapacity, NetworkFacts
 from garden_py.service.registry import Container
 
 Route: TypeAlias = Callable[[Match, Request], Awaitable[Answer]]
@@ -84,35 +84,34 @@ class GardenHandlers:
 
     async def info(self, match: Match, request: Request) -> Answer:
         """Route 5."""
-        return json_reply(self._info(match.captures["handle"]))
+        return json_reply(self._describe(self._core.containers.get(match.captures["handle"])))
 
-    def _info(self, handle: str) -> dict[str, Any]:
-        container = self._core.containers.get(handle)
+    def _describe(self, container: Container) -> dict[str, Any]:
+        handle = container.handle
         return encode.info_json(container, self._network(handle), str(self._containers_dir / handle))
 
     async def bulk_info(self, match: Match, request: Request) -> Answer:
         """Route 6; one entry per asked handle, and no grace timer is touched."""
 
         async def look(handle: str) -> dict[str, Any]:
-            container = self._core.registry.get(handle)
-            return encode.info_json(container, self._network(handle), str(self._containers_dir / handle))
+            return self._describe(self._core.registry.get(handle))
 
         return json_reply(await _bulk(match, "Info", encode.EMPTY_INFO, look))
 
     async def bulk_metrics(self, match: Match, request: Request) -> Answer:
         """Route 7."""
-        return json_reply(await _bulk(match, "Metrics", encode.EMPTY_METRICS, self._metrics))
+        look = partial(self._metrics, self._core.backend.capacity())
+        return json_reply(await _bulk(match, "Metrics", encode.EMPTY_METRICS, look))
 
     async def metrics(self, match: Match, request: Request) -> Answer:
         """Route 28."""
         handle = match.captures["handle"]
         with self._core.processes.use(handle):
-            return json_reply(await self._metrics(handle))
+            return json_reply(await self._metrics(self._core.backend.capacity(), handle))
 
-    async def _metrics(self, handle: str) -> dict[str, Any]:
+    async def _metrics(self, host: HostCapacity, handle: str) -> dict[str, Any]:
         container = self._core.registry.get(handle)
         container.require_usable("measured")
-        host, _, _ = self._core.containers.capacity()
         return encode.metrics_json(container, await self._core.backend.usage(handle), host)
 
     async def destroy(self, match: Match, request: Request) -> Answer:
@@ -244,7 +243,7 @@ class GardenHandlers:
         return Hijack(200, partial(self._control, attachment))
 
     async def _control(
-        self, attachment: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self, attachment: Attachment, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         await self.controls.converse(attachment, reader, writer)
         await linger(reader)

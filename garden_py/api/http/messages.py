@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final, TypeAlias
 
-from garden_py.api.http.fields import BadJson, Fields, as_fields
+from garden_py.api.http.fields import Fields, as_fields
 from garden_py.model.process import WindowSize
 
 # One message; a client sends what it has read of its input, some ten kilobytes, in each.
@@ -145,18 +145,3 @@ def _encode(text: str) -> bytes:
 def encode_message(**fields: Any) -> bytes:
     """One message of the server's."""
     return json.dumps(fields, separators=(",", ":")).encode() + b"\n"
-
-
-__all__ = [
-    "BadJson",
-    "Garbage",
-    "GardenSignal",
-    "Message",
-    "MessageDecoder",
-    "Resize",
-    "SignalProcess",
-    "StdinData",
-    "StdinEnd",
-    "encode_message",
-    "window_size",
-]  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from urllib.parse import parse_qsl, unquote_plus
 
-# In the order of the protocol's table. The name is the method of handlers.py, or of hijack.py, that answers.
+# In the order of the protocol's table. The name is the method of handlers.py that answers.
 _TABLE = """
 GET    /ping                                                           ping
 GET    /capacity                                                       capacity

@@ -25,10 +25,8 @@ _ALREADY_THE_DEFAULT: Final = -errno.EACCES
 # seccomp.h
 _ACTIONS: Final = {"SCMP_ACT_ALLOW": 0x7FFF0000, "SCMP_ACT_ERRNO": 0x00050000}
 _COMPARISONS: Final = {"SCMP_CMP_NE": 1, "SCMP_CMP_EQ": 4, "SCMP_CMP_MASKED_EQ": 7}
-_OPTIMIZE, _BINARY_TREE = (
-    8,
-    2,
-)  # SCMP_FLTATR_CTL_OPTIMIZE; 2: looked up in a tree by number, not one after the other
+_OPTIMIZE: Final = 8  # SCMP_FLTATR_CTL_OPTIMIZE
+_BINARY_TREE: Final = 2  # looked up in a tree by number, not one after the other
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +54,8 @@ _ARCHITECTURES: Final = {
 }
 
 # linux/bpf_common.h, linux/filter.h
-_LOAD_WORD, _JUMP_EQUAL, _JUMP_GREATER, _JUMP_GREATER_EQUAL, _JUMP, _RETURN = (
-    0x20,
-    0x15,
-    0x25,
-    0x35,
-    0x05,
-    0x06,
-)
+_LOAD_WORD, _JUMP, _RETURN = 0x20, 0x05, 0x06
+_JUMP_EQUAL, _JUMP_GREATER, _JUMP_GREATER_EQUAL = 0x15, 0x25, 0x35
 _NUMBER_AT, _ARCHITECTURE_AT = 0, 4  # offsets in struct seccomp_data
 _ENOSYS: Final = 0x0005_0000 | errno.ENOSYS
 _Instruction: TypeAlias = tuple[int, int, int, int]  # struct sock_filter: code, jt, jf, k
@@ -135,9 +127,8 @@ def _compile(library: ctypes.CDLL, policy: dict[str, Any], architectures: list[_
         for architecture in architectures:
             if (status := library.seccomp_arch_add(context, architecture.token)) not in (0, -errno.EEXIST):
                 raise NoFilter(f"seccomp_arch_add: {os.strerror(-status)}")
-        library.seccomp_attr_set(
-            context, _OPTIMIZE, _BINARY_TREE
-        )  # libseccomp >= 2.5; slower, not wrong, without
+        # libseccomp >= 2.5; slower, not wrong, without.
+        library.seccomp_attr_set(context, _OPTIMIZE, _BINARY_TREE)
         for rule in policy["syscalls"]:
             _add_rule(library, context, rule, architectures[0])
         return _export(library, context)

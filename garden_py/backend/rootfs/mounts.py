@@ -18,14 +18,13 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import signal
-import socket
 import stat
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
 from garden_py.backend.host import syscalls
+from garden_py.backend.host.userns import make_userns
 
 _USERNS_CACHE_MAX = 64
 
@@ -170,7 +169,7 @@ class _UsernsFds:
     def get(self, base: int, count: int) -> int:
         key = (base, count)
         if key not in self._fds:
-            self._fds[key] = _make_userns(base, count)
+            self._fds[key] = make_userns(base, count)
         self._fds.move_to_end(key)
         while len(self._fds) > _USERNS_CACHE_MAX:
             os.close(self._fds.popitem(last=False)[1])
@@ -178,28 +177,3 @@ class _UsernsFds:
 
 
 _userns_fds = _UsernsFds()
-
-
-def _make_userns(base: int, count: int) -> int:
-    """A user namespace that maps ids 0…count-1 to base…, held by nothing but the returned descriptor."""
-    ours, theirs = socket.socketpair()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            ours.close()
-            syscalls.unshare(syscalls.CLONE_NEWUSER)
-            theirs.send(b"1")
-            theirs.recv(1)  # until we are killed, or the end of the one who forked us
-        finally:
-            os._exit(1)
-    theirs.close()
-    try:
-        if ours.recv(1) != b"1":
-            raise OSError("user namespaces are not available (see `garden doctor`)")
-        for kind in ("uid", "gid"):
-            Path(f"/proc/{pid}/{kind}_map").write_text(f"0 {base} {count}")
-        return os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
-    finally:
-        ours.close()
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)

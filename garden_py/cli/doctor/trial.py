@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import select
 import signal
-import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from garden_py.backend.host import syscalls
+from garden_py.backend.host.userns import make_userns
 
 _DEADLINE_S: Final = 10.0
 _MS_PRIVATE: Final = 1 << 18  # sys/mount.h
@@ -63,32 +63,12 @@ def _report(action: Callable[[], None], namespaces: int, write_fd: int) -> None:
 
 @contextmanager
 def user_namespace() -> Iterator[int]:
-    """A descriptor of a user namespace in which TRIAL_UID is root; kept by a child until the block ends."""
-    ours, theirs = socket.socketpair()
-    holder = os.fork()
-    if holder == 0:
-        try:
-            ours.close()
-            syscalls.unshare(syscalls.CLONE_NEWUSER)
-            theirs.send(b"+")
-            theirs.recv(1)  # until we are killed, or the end of the one who forked us
-        finally:
-            os._exit(1)
-    theirs.close()
+    """A descriptor of a user namespace in which TRIAL_UID is root."""
+    userns_fd = make_userns(TRIAL_UID, 65536)
     try:
-        if ours.recv(1) != b"+":
-            raise OSError("unshare(CLONE_NEWUSER) failed; see user.max_user_namespaces")
-        for kind in ("uid", "gid"):
-            Path(f"/proc/{holder}/{kind}_map").write_text(f"0 {TRIAL_UID} 65536")
-        userns_fd = os.open(f"/proc/{holder}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            yield userns_fd
-        finally:
-            os.close(userns_fd)
+        yield userns_fd
     finally:
-        ours.close()
-        os.kill(holder, signal.SIGKILL)
-        os.waitpid(holder, 0)
+        os.close(userns_fd)
 
 
 @contextmanager
