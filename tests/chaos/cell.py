@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import shutil
 import signal
@@ -15,24 +14,14 @@ from contextlib import asynccontextmanager, suppress
 from ipaddress import IPv4Network
 from pathlib import Path
 
+from kit.addresses import first_free
 from kit.server import ServerProcess, destroy_all
 
 from garden_py.config import Config
 
 START_S = 40.0
 DISK_BYTES = 512 << 20
-
-
-def find_free_pool() -> IPv4Network:
-    """Addresses that nothing on this host uses: a run that was killed leaves its links behind."""
-    listed = subprocess.run(
-        ["ip", "-json", "-4", "route", "show", "table", "all"], check=True, capture_output=True, timeout=20
-    )
-    taken = [IPv4Network(route["dst"]) for route in json.loads(listed.stdout) if route["dst"] != "default"]
-    for pool in IPv4Network("10.247.0.0/16").subnets(new_prefix=26):
-        if not any(pool.overlaps(other) for other in taken):
-            return pool
-    raise AssertionError("all of 10.247.0.0/16 is in use")
+POOLS = list(IPv4Network("10.247.0.0/16").subnets(new_prefix=26))
 
 
 class Cell:
@@ -46,7 +35,7 @@ class Cell:
         flags = [
             "--state-dir", str(self.state),
             "--run-dir", str(self.run),
-            "--network-pool", str(find_free_pool()),
+            "--network-pool", str(first_free(POOLS)[1]),
             "--port-pool-start", "28000",
             "--port-pool-size", "12",
             "--uid-pool-start", str(0x7800_0000),

@@ -13,8 +13,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
+
+from kit.addresses import first_free
 
 READY_TIMEOUT_S = 30.0
 _numbers = itertools.count()
@@ -100,11 +103,13 @@ def running_server(
     number = next(_numbers)
     place = Path(tempfile.mkdtemp(prefix="gt-", dir="/var/tmp"))
     place.chmod(0o755)
-    slot = (os.getpid() * 7 + number) % 200
+    slots = [(os.getpid() * 7 + number + skipped) % 200 for skipped in range(200)]
+    skipped, free_pool = first_free(IPv4Network(f"10.{slot + 20}.0.0/24") for slot in slots)
+    slot = slots[skipped]
     flags = [
         "--state-dir", str(place / "state"),
         "--run-dir", str(place / "run"),
-        "--network-pool", network_pool or f"10.{slot + 20}.0.0/24",
+        "--network-pool", network_pool or str(free_pool),
         "--port-pool-start", str(20_000 + slot * 100),
         "--port-pool-size", "50",
         "--uid-pool-start", str(0x7000_0000 + slot * 65_536 * 20),
