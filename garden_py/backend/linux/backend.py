@@ -26,7 +26,7 @@ from garden_py.backend.linux.heartbeat import Heartbeat
 from garden_py.backend.linux.leaks import Ledger, places_of
 from garden_py.backend.linux.network import LinuxNetwork, NetworkLease, check_dns_servers
 from garden_py.backend.linux.process import LinuxProcess
-from garden_py.backend.linux.site import Site, disk_of, open_site
+from garden_py.backend.linux.site import Site, disk_of, make_mount_dir, open_site
 from garden_py.backend.linux.upgrades import Upgrades
 from garden_py.backend.oci.data import load_runc_config
 from garden_py.backend.rootfs.embedded import build_embedded_rootfs
@@ -95,13 +95,14 @@ class LinuxBackend:
         """Get ready, and hold what rows lease; see service.ports."""
         check_dns_servers(self._config.dns_server)
         self._events = events
-        self._site = await asyncio.to_thread(open_site, self._config)
         self._launcher = Launcher(
-            self._site.mount_dir,
+            make_mount_dir(self._config),
             workers=self._config.launchers,
             without_hybrid_cgroup=Path(self._config.runtime).name == "crun",
         )
-        await self._launcher.start()
+        self._site, _ = await asyncio.gather(
+            asyncio.to_thread(open_site, self._config), self._launcher.start()
+        )
         self._network = LinuxNetwork(self._config, self._launcher, self._site.facts.uplink_mtu)
         image = await asyncio.to_thread(self._default_image)
         self._construction = Construction(self._site, self._launcher, self._network, image)
