@@ -138,6 +138,7 @@ class GardenServicer(garden_pb2_grpc.GardenServicer):
     async def GetMetrics(self, request: pb.GetMetricsRequest, context: Context) -> pb.GetMetricsResponse:
         """See the proto."""
         response = pb.GetMetricsResponse()
+        await self._core.recovery.wait_for_many(request.handles)
         for handle, usage in (await self._core.containers.usage(list(request.handles))).items():
             if isinstance(usage, GardenError):
                 response.metrics.add(handle=handle, error=str(usage))
