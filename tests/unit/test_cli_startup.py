@@ -47,3 +47,17 @@ def test_ping_loads_only_the_blocking_client() -> None:
     loaded = modules_after(["ping"])
     assert "garden_py.client.sync.client" in loaded
     assert not loaded & {"garden_py.client.aio.client", "rich", *SERVER_ONLY}
+
+
+def test_server_loads_no_door_before_it_has_asked_for_its_launcher() -> None:
+    """Loading the doors takes as long as the launcher takes to come up, so it is done meanwhile; not all are needed."""
+    program = "import sys\nimport garden_py.wiring\nprint(*sorted(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert not set(done.stdout.split()) & {
+        "grpc",
+        "h11",
+        "garden_py.api.grpc.server",
+        "garden_py.api.http.door",
+    }
