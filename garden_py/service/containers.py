@@ -263,6 +263,18 @@ class Containers:
         except errors.GardenError as error:
             return error
 
+    async def usage_of_process(self, handle: str, process_id: str) -> Usage:
+        """Usage of one process and its children.
+
+        Raises:
+            ContainerNotFound, ContainerBusy, ContainerBroken.
+            ProcessNotFound: there is no such process, or it has ended, or it is not counted by itself.
+        """
+        container = self._registry.get(handle)
+        container.require_usable("measured")
+        with self.expiry.use(container):
+            return await self._backend.usage(handle, process_id)
+
     # --- change
 
     def set_grace_time(self, handle: str, grace_time_s: float) -> None:

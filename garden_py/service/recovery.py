@@ -163,7 +163,8 @@ class Recovery:
     def _out_of_memory(self, handle: str, process_id: str) -> None:
         container = self._registry.find(handle)
         if container is not None:
-            container.note("Out of memory")
+            if not _is_apart(container, process_id):
+                container.note("Out of memory")
             self._events.publish(EventKind.OUT_OF_MEMORY, handle, process_id=process_id)
 
     def _broken(self, handle: str, reason: str) -> None:
@@ -172,3 +173,10 @@ class Recovery:
             self._registry.leave(container, State.BROKEN, reason)
             self._events.publish(EventKind.CONTAINER_BROKEN, handle, reason=reason)
             log.error("container.broken", handle=handle, reason=reason)
+
+
+def _is_apart(container: Container, process_id: str) -> bool:
+    """Whether a process is limited beside its container, which then has not run out of memory itself."""
+    entry = container.processes.get(process_id)
+    sidecar = entry.process.spec.sidecar if entry is not None else None
+    return sidecar is not None and sidecar.own_limits

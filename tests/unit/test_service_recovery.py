@@ -10,10 +10,11 @@ from kit.fake_backend import FakeBackend, open_gate
 from kit.virtual_clock import in_virtual_time, settle
 
 from garden_py.model import errors
+from garden_py.model.files import BindMount, MountMode
 from garden_py.model.lifecycle import State
 from garden_py.model.netrule import DefaultAction, EgressPolicy, parse_egress_rule
 from garden_py.model.process import ProcessSpec
-from garden_py.model.spec import BindMount, ContainerSpec, MountMode, PortMapping
+from garden_py.model.spec import ContainerSpec, PortMapping
 from garden_py.service.events import EventKind
 from garden_py.service.ports import ContainerRow
 

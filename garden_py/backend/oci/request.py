@@ -19,6 +19,7 @@ class BundleRequest:
         agent_source: host directory with the agent's runtime bundles.
         agent_target: where that directory appears in the container.
         binds: (host path, path in the container), already read-only where asked for.
+        joins: (type, path) of namespaces that are not made but entered; a uts namespace among them has its name.
     """
 
     handle: str
@@ -34,3 +35,4 @@ class BundleRequest:
     agent_source: str
     agent_target: str
     binds: tuple[tuple[str, str], ...] = ()
+    joins: tuple[tuple[str, str], ...] = ()
