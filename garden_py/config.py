@@ -51,9 +51,12 @@ class Config(BaseModel):
     garden_http: Annotated[
         str, Field(description="Address for Garden clients: unix:PATH or HOST:PORT; empty: nowhere.")
     ] = ""
-    garden_http_mode: Annotated[str, Field(description="Mode of the Garden door's unix socket, octal.")] = (
-        "0660"
-    )
+    garden_http_mode: Annotated[
+        str,
+        Field(
+            description="Mode of the Garden door's unix socket, octal; empty: 0660, or 0777 with --compat garden."
+        ),
+    ] = ""
     garden_http_group: Annotated[
         str, Field(description="Group that owns the Garden door's unix socket; empty: the server's.")
     ] = ""
@@ -112,6 +115,14 @@ class Config(BaseModel):
     uid_pool_size: Annotated[
         int, Field(ge=1, le=4096, description="Number of uid ranges (65536 ids each).")
     ] = 4096
+
+    compat: Annotated[
+        Literal["none", "garden"],
+        Field(
+            description="garden: be no stricter than the Garden reference: one mapping of user ids for all containers, "
+            "inheritable capabilities, the host's cgroup namespace, a Garden socket that is open to all."
+        ),
+    ] = "none"
 
     # -- network: backend/net
     network_pool: Annotated[
@@ -211,7 +222,7 @@ class Config(BaseModel):
     @field_validator("socket_mode", "garden_http_mode")
     @classmethod
     def _octal(cls, mode: str) -> str:
-        if not 0 <= int(mode, 8) <= 0o777:
+        if mode and not 0 <= int(mode, 8) <= 0o777:
             raise ValueError("must be an octal mode such as 0660")
         return mode
 
@@ -227,6 +238,11 @@ class Config(BaseModel):
     def listen_address(self) -> str:
         """Where the gRPC door is: `listen`, else `garden.sock` in the run directory."""
         return self.listen or f"unix:{self.run_dir}/garden.sock"
+
+    @property
+    def garden_http_socket_mode(self) -> int:
+        """Mode of the Garden door's unix socket."""
+        return int(self.garden_http_mode or ("0777" if self.compat == "garden" else "0660"), 8)
 
     @property
     def tag(self) -> str:

@@ -258,7 +258,7 @@ class _Child:
     def _drop_privileges(self) -> None:
         plan, identity = self._plan, self._identity
         self.step = "capabilities"
-        syscalls.drop_inheritable_capabilities()
+        syscalls.limit_inheritable_capabilities(plan.bounding)
         if plan.bounding is not None:
             syscalls.limit_bounding_set(plan.bounding)
         self._set_limits()

@@ -255,7 +255,8 @@ class LinuxBackend:
     def capacity(self) -> HostCapacity:
         """What host and pools offer."""
         size, free = disk_of(self._config.state_dir)
-        addresses, uids = self._network.addresses.size, self._site.uids.size
+        addresses = self._network.addresses.size
+        uids = addresses if self._config.compat == "garden" else self._site.uids.size
         return HostCapacity(
             memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             disk_bytes=size,

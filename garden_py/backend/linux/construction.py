@@ -14,7 +14,7 @@ from garden_py.backend.host.pids import read_start_time
 from garden_py.backend.linux.container import ContainerFacts, LinuxContainer
 from garden_py.backend.linux.launching import AgentStarter, Launch, check_bind_sources, find_image, listen
 from garden_py.backend.linux.network import LinuxNetwork
-from garden_py.backend.linux.site import Site
+from garden_py.backend.linux.site import NO_SLOT, Site
 from garden_py.backend.rootfs.names import build_hosts, build_resolv_conf
 from garden_py.model.handle import hostname_for
 from garden_py.model.netrule import DefaultAction, EgressPolicy
@@ -46,7 +46,7 @@ class Construction:
         check_bind_sources(spec.bind_mounts, "spec.bind_mounts")
         lease = self._network.lease(spec.port_mappings)
         try:
-            slot = -1 if spec.privileged else self._site.uids.allocate()
+            slot = NO_SLOT if self._shares_ids(spec) else self._site.uids.allocate()
         except BaseException:
             self._network.release(lease)
             raise
@@ -90,6 +90,9 @@ class Construction:
         await self._network.attach(spec.handle, facts.pid, facts.lease, policy, privileged=spec.privileged)
         failpoints.reach(Point.CREATE_CONNECT)
 
+    def _shares_ids(self, spec: ContainerSpec) -> bool:
+        return spec.privileged or self._site.config.compat == "garden"
+
     def _image(self, spec: ContainerSpec) -> Path:
         return find_image(spec.image, "spec.image", self._default_image)
 
@@ -102,7 +105,7 @@ class Construction:
             etc=directory / "etc",
             image=self._image(spec),
             privileged=spec.privileged,
-            uid_base=None if facts.uid_slot < 0 else site.uids.base(facts.uid_slot),
+            id_map=site.id_map(privileged=facts.privileged, slot=facts.uid_slot),
             hostname=spec.hostname or hostname_for(spec.handle),
             cgroup_path=site.cgroup(spec.handle).runtime_path,
             bind_mounts=spec.bind_mounts,
@@ -120,7 +123,7 @@ class Construction:
                 host_resolv.read_text() if host_resolv.exists() else "", self._site.config.dns_server, gateway
             ),
         }
-        owner = launch.uid_base or 0
+        owner = launch.id_map.host_id(0) if launch.id_map else 0
         for name, content in contents.items():
             (launch.etc / name).write_text(content)
             (launch.etc / name).chmod(0o644)

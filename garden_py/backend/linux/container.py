@@ -43,7 +43,7 @@ class ContainerFacts:
     """Everything needed to find and remove what was made for a container, even by another server process.
 
     Attributes:
-        uid_slot: its range in the uid pool; -1 for a privileged container.
+        uid_slot: its range in the uid pool; -1 for a privileged container, and for one with the mapping that all share.
         pid: PID 1 as the host numbers it; 0 before it was started.
         pid_start: its start time in clock ticks, which tells it from a later process of that number.
         boot: the boot of the machine that pid and pid_start are of.

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from garden_py.backend.host.idmap import IdMap
 from garden_py.backend.launcher.client import Launcher
 from garden_py.backend.linux.site import AGENT_TARGET, Site
 from garden_py.backend.oci.bundle import build_config
@@ -18,7 +19,6 @@ from garden_py.backend.oci.data import load_runc_config
 from garden_py.backend.oci.request import BundleRequest
 from garden_py.backend.rootfs.mounts import BindSource, MountPlan
 from garden_py.backend.runtime.command import AGENT_FILTER_FD
-from garden_py.config import UIDS_PER_CONTAINER
 from garden_py.model.errors import FieldViolation, HostFault, ImageNotFound, InvalidRequest
 from garden_py.model.files import BindMount, MountMode, image_directory
 
@@ -43,7 +43,7 @@ class Launch:
     etc: Path
     image: Path
     privileged: bool
-    uid_base: int | None
+    id_map: IdMap | None
     hostname: str
     cgroup_path: str
     bind_mounts: Sequence[BindMount] = ()
@@ -71,11 +71,7 @@ class AgentStarter:
         plan = self._mounts(launch)
         directory = launch.directory
         params = {
-            "plan": {
-                **asdict(plan),
-                "directory": str(plan.directory),
-                "binds": [asdict(bind) for bind in plan.binds],
-            },
+            "plan": _plan_json(plan),
             "id": launch.runtime_id,
             "bundle": str(directory),
             "runtime": self._site.config.runtime,
@@ -93,14 +89,19 @@ class AgentStarter:
             raise
         return int(answer["pid"])
 
+    @property
+    def _is_reference(self) -> bool:
+        return self._site.config.compat == "garden"
+
     def _has_filter(self, launch: Launch) -> bool:
         return not launch.privileged and self._site.filter_fd >= 0
 
     def _mounts(self, launch: Launch) -> MountPlan:
         """Root file system, agent, the caller's binds, hosts and resolv.conf, in this order."""
+        maps_owners = not launch.privileged and not self._is_reference  # Garden statement BI4
         binds = [BindSource(str(self._site.agent_dir), "agent", read_only=True, hardened=True)]
         binds += [
-            BindSource(m.source, f"bind-{i}", m.mode is MountMode.READ_ONLY, mapped=not launch.privileged)
+            BindSource(m.source, f"bind-{i}", m.mode is MountMode.READ_ONLY, mapped=maps_owners)
             for i, m in enumerate(launch.bind_mounts)
         ]
         binds += [BindSource(str(launch.etc / name), name, read_only=False) for name in NAME_FILES]
@@ -109,8 +110,7 @@ class AgentStarter:
             image=str(launch.image),
             upper=str(launch.directory / "upper"),
             work=str(launch.directory / "work"),
-            uid_base=launch.uid_base,
-            uid_count=UIDS_PER_CONTAINER,
+            id_map=launch.id_map,
             binds=tuple(binds),
         )
 
@@ -121,8 +121,7 @@ class AgentStarter:
             handle=launch.handle,
             hostname=launch.hostname,
             privileged=launch.privileged,
-            uid_base=launch.uid_base,
-            uid_count=UIDS_PER_CONTAINER,
+            id_map=launch.id_map,
             rootfs=str(plan.rootfs),
             cgroup_path=launch.cgroup_path,
             agent_argv=tuple(self._site.bundle.argv(AGENT_TARGET)),
@@ -131,20 +130,28 @@ class AgentStarter:
             agent_source=str(plan.directory / "agent"),
             agent_target=AGENT_TARGET,
             binds=tuple(binds),
+            as_reference=self._is_reference,
             joins=launch.joins,
         )
+
+
+def _plan_json(plan: MountPlan) -> dict[str, Any]:
+    return {
+        **asdict(plan),
+        "directory": str(plan.directory),
+        "binds": [asdict(bind) for bind in plan.binds],
+        "id_map": None if plan.id_map is None else [list(each) for each in plan.id_map.ranges],
+    }
 
 
 def _make_layer(plan: MountPlan, directory: Path) -> None:
     for name in ("upper", "work"):
         (directory / name).mkdir()
-    owner, image = plan.uid_base or 0, os.stat(plan.image)
+    image = os.stat(plan.image)
     # The root directory that processes see is the upper one: it takes mode and (mapped) owner of the image's.
     os.chmod(directory / "upper", image.st_mode & 0o7777)
-    uid, gid = (
-        owner + number if number < UIDS_PER_CONTAINER else owner for number in (image.st_uid, image.st_gid)
-    )
-    os.chown(directory / "upper", uid, gid)
+    owners = (image.st_uid, image.st_gid)
+    os.chown(directory / "upper", *(map(plan.id_map.host_id, owners) if plan.id_map else owners))
 
 
 def find_image(reference: str, field: str, default: Path) -> Path:

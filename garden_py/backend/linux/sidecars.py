@@ -181,7 +181,7 @@ class Sidecars:
                 etc=container.directory / "etc",
                 image=image,
                 privileged=facts.privileged,
-                uid_base=None if facts.uid_slot < 0 else self._site.uids.base(facts.uid_slot),
+                id_map=self._site.id_map(privileged=facts.privileged, slot=facts.uid_slot),
                 hostname="",
                 cgroup_path=container.cgroup.sidecar(process_id).runtime_path,
                 bind_mounts=spec.bind_mounts,

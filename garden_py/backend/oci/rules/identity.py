@@ -21,7 +21,13 @@ def apply(config: dict[str, Any], request: BundleRequest, facts: HostFacts, data
     if "uts" not in paths:
         config["hostname"] = request.hostname
     config["root"]["path"] = request.rootfs
-    if request.uid_base is not None:
-        mapping = [{"containerID": 0, "hostID": request.uid_base, "size": request.uid_count}]
+    if request.as_reference:  # Garden statement NS1
+        namespaces = config["linux"]["namespaces"]
+        config["linux"]["namespaces"] = [each for each in namespaces if each["type"] != "cgroup"]
+    if request.id_map is not None:
+        mapping = [
+            {"containerID": first, "hostID": host, "size": count}
+            for first, host, count in request.id_map.ranges
+        ]
         config["linux"]["uidMappings"] = mapping
         config["linux"]["gidMappings"] = mapping
