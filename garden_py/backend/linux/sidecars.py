@@ -21,6 +21,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -248,7 +249,7 @@ class Sidecars:
             return  # what is broken is removed as a whole
         task = asyncio.ensure_future(self._remove(container, process_id))
         container.retiring.add(process_id)
-        task.add_done_callback(lambda done: container.retiring.discard(process_id))
+        task.add_done_callback(partial(_retired, container, process_id))
         container.track(task)
 
     async def _remove(self, container: LinuxContainer, process_id: str) -> None:
@@ -290,6 +291,13 @@ class Sidecars:
             _, pending = await asyncio.wait(container.jobs, timeout=self._site.config.destroy_timeout_s)
             if pending:
                 raise Unkillable(container.handle, "a sidecar is still being started or removed")
+
+
+def _retired(container: LinuxContainer, process_id: str, task: asyncio.Future[None]) -> None:
+    container.retiring.discard(process_id)
+    if not task.cancelled() and (error := task.exception()) is not None:
+        # Its container's destruction takes what is left.
+        log.error("sidecar.not_removed", handle=container.handle, process_id=process_id, error=str(error))
 
 
 def _leaves(container: LinuxContainer, process_id: str) -> list[tuple[str, ...]]:
