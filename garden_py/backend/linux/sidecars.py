@@ -162,6 +162,8 @@ class Sidecars:
             await asyncio.shield(self._remove(container, process_id))
             if isinstance(failure, TimeoutError):
                 raise ProcessStartFailed(f"its agent did not start in {timeout_s:g} s") from failure
+            if isinstance(failure, OSError):
+                raise HostFault("start sidecar", str(failure)) from failure
             raise
         container.sidecars[process_id] = sidecar
         return sidecar
