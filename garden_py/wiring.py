@@ -15,9 +15,10 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
+from importlib import import_module
 from importlib.metadata import entry_points, version
 from pathlib import Path
-from typing import cast
+from typing import Protocol, cast
 
 # Before grpc is imported: it must not install fork handlers, for nothing in this process forks (see backend/launcher).
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
@@ -25,8 +26,6 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 import structlog
 
 from garden_py.api.activation import take_inherited_socket
-from garden_py.api.grpc.server import GrpcDoor
-from garden_py.api.http.door import GardenDoor
 from garden_py.api.pages import debug_door, metrics_door
 from garden_py.backend.boot import remember_boot, was_rebooted
 from garden_py.backend.journal import SETTINGS, Journal, open_journal
@@ -51,6 +50,16 @@ from garden_py.service.registry import Registry
 log = structlog.get_logger()
 BACKEND_GROUP = "garden_py.backends"
 _SWITCH_S = 0.0005
+
+
+class Door(Protocol):
+    """Where callers come in."""
+
+    async def start(self) -> str:
+        """Open it; the address."""
+
+    async def stop(self) -> None:
+        """Let nobody in, and see those out who are inside."""
 
 
 class AlreadyRunning(GardenError):
@@ -129,25 +138,45 @@ async def running_server(config: Config, inherited: socket.socket | None = None)
         journal = open_journal(config.state_dir / "journal.db", rebooted=rebooted)
         remember_settings(journal, config, inherited)
         core = build_core(config, load_backend(config), journal)
-        await core.recovery.run(rebooted=rebooted)
+        # The backend mostly waits for processes that it starts; grpc and the doors are loaded meanwhile.
+        await asyncio.gather(asyncio.to_thread(import_doors, config), core.recovery.run(rebooted=rebooted))
         remember_boot(config.state_dir)
-        door, garden_door = GrpcDoor(core, config, inherited), GardenDoor(core, config)
+        doors = make_doors(core, config, inherited)
         pages = (metrics_door(core.metrics, config), debug_door(config))
         try:
-            for each in pages:
-                await each.start()
-            await garden_door.start()
-            address = await door.start()
+            for page in pages:
+                await page.start()
+            for door in doors:
+                address = await door.start()
             core.janitor.start()
             yield address
         finally:
-            await asyncio.gather(door.stop(), garden_door.stop())
-            for each in pages:
-                await each.stop()
+            await asyncio.gather(*(door.stop() for door in doors))
+            for page in pages:
+                await page.stop()
             await core.close()
             journal.close()
     finally:
         os.close(lock)
+
+
+def import_doors(config: Config) -> None:
+    """Load the modules of the doors that `make_doors` makes: a fourth of a server's start."""
+    import_module("garden_py.api.grpc.server")
+    if config.garden_http:
+        import_module("garden_py.api.http.door")
+
+
+def make_doors(core: Core, config: Config, inherited: socket.socket | None) -> list[Door]:
+    """The doors that are configured, in the order to open them: the gRPC door is the last."""
+    from garden_py.api.grpc.server import GrpcDoor
+
+    doors: list[Door] = []
+    if config.garden_http:
+        from garden_py.api.http.door import GardenDoor
+
+        doors.append(GardenDoor(core, config))
+    return [*doors, GrpcDoor(core, config, inherited)]
 
 
 def lock_state_dir(state_dir: Path) -> int:
@@ -201,6 +230,7 @@ async def serve(config: Config) -> None:
         print(f"garden server ready on {address}", flush=True)
         notify_systemd("READY=1")
         gc.freeze()  # what was made so far stays, and need not be looked through for garbage again
+        gc.enable()
         log.info("server.ready", address=address, state_dir=str(config.state_dir), tag=config.tag)
         await stopping.wait()
         notify_systemd("STOPPING=1")

@@ -6,6 +6,7 @@ Starting fast is a feature: gRPC and the client are imported by the command that
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -88,6 +89,7 @@ def settings(
 )
 def server(context: typer.Context) -> None:
     """Serve containers on this host (as root)."""
+    gc.disable()  # what a start makes stays; looking through it for garbage is a tenth of it (see wiring.serve)
     from garden_py.cli import serve
 
     _hand_over(context, serve.server)

@@ -29,8 +29,12 @@ def server(**flags: Any) -> None:
     """
     import asyncio
 
+    from garden_py.observe.log import (
+        configure_logging,
+    )  # first: it imports structlog without what we do not use
+
+    # isort: split
     from garden_py import wiring
-    from garden_py.observe.log import configure_logging
 
     file = flags.pop("config", None)
     try:

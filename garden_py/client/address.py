@@ -67,21 +67,25 @@ def resolve_target(address: str | None) -> str:
 
 def channel_options(target: str, tls: Tls | None) -> list[tuple[str, str | int]]:
     """Options for a channel to target; see grpc_types.h for what each means."""
+    is_unix = target.startswith("unix:")
     options: list[tuple[str, str | int]] = [
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-        # A server restart takes a second or two; gRPC's own first back-off of 1 s growing to 120 s would
-        # outlast it.
+        # A server restart takes a second or less; gRPC's own first back-off of 1 s growing to 120 s would
+        # outlast it. On a unix socket a try is one connect(2) that the kernel answers at once, so the pause
+        # need not grow; 100 ms is the shortest that gRPC makes (its subchannel.cc).
         ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 500),
-        ("grpc.max_reconnect_backoff_ms", 1000),
+        ("grpc.max_reconnect_backoff_ms", 100 if is_unix else 1000),
+        # By its name a pause, in truth how long a try may take until the server has greeted. On a unix socket
+        # only a server that is slow or stopped for a moment lets one wait, and that one is not to be given up.
+        ("grpc.min_reconnect_backoff_ms", 5000 if is_unix else 500),
         # A cell is reached directly; a proxy from the environment is for other traffic.
         ("grpc.enable_http_proxy", 0),
         # Each client has its own connection; channels with equal options would otherwise share one, and with
         # it a back-off that another client has earned.
         ("grpc.use_local_subchannel_pool", 1),
     ]
-    if not target.startswith("unix:"):
+    if not is_unix:
         # The kernel tells when the peer of a unix socket is gone; of a TCP peer only pings can.
         options += [
             ("grpc.keepalive_time_ms", 30_000),

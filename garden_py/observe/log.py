@@ -7,8 +7,27 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-import structlog
+
+@contextmanager
+def _as_if_absent(name: str) -> Iterator[None]:
+    """Let what is imported meanwhile find that a module is not installed. Source: the import system, 5.3.1."""
+    kept = sys.modules.pop(name, None)
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+        if kept is not None:
+            sys.modules[name] = kept
+
+
+# structlog imports rich where it is installed, which is a tenth of a server's start, to draw tracebacks that show
+# local variables; those hold what is never logged.
+with _as_if_absent("rich"):
+    import structlog
 
 
 def configure_logging(level: str, form: str) -> None:
@@ -20,7 +39,9 @@ def configure_logging(level: str, form: str) -> None:
     """
     text = form == "text" or (form == "auto" and sys.stderr.isatty())
     renderer: structlog.typing.Processor = (
-        structlog.dev.ConsoleRenderer() if text else structlog.processors.JSONRenderer()
+        structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+        if text
+        else structlog.processors.JSONRenderer()
     )
     processors: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,

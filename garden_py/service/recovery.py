@@ -7,6 +7,7 @@ agent that is slow to answer holds up only the calls about its own container.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
 
@@ -22,8 +23,11 @@ from garden_py.service.processes import Processes
 from garden_py.service.registry import Container, ProcessEntry, Registry
 
 log = structlog.get_logger()
-# How long all containers' agents may take together before the server serves without the last ones.
-_SERVE_AFTER_S = 1.0
+# How long all containers' agents may take together before the server serves without the last ones. Sound ones answer
+# in milliseconds, and a call about a late one waits for it anyway.
+_SERVE_AFTER_S = 0.3
+# How much longer an answer about many containers waits for late ones.
+_BULK_PATIENCE_S = 1.0
 _DOOMED = (State.CREATING, State.DESTROYING, State.UNKILLABLE)
 _HALF_MADE = "its create was cut short by the end of the server"
 _REBOOTED = "the machine was rebooted"
@@ -50,7 +54,7 @@ class Recovery:
     async def run(self, *, rebooted: bool = False) -> None:
         """Take over running containers; have half-made and half-destroyed ones removed in the background.
 
-        Returns when every container is there, or a second later without those whose agents have not answered yet;
+        Returns when every container is there, or a moment later without those whose agents have not answered yet;
         calls about these wait, see `wait_for`.
 
         Args:
@@ -85,6 +89,12 @@ class Recovery:
         adoption = self._adoptions.get(handle)
         if adoption is not None:
             await asyncio.wait([adoption])
+
+    async def wait_for_many(self, handles: Collection[str]) -> None:
+        """Wait until these are taken over, all if none is named; not for long: a late agent is one error among many."""
+        adoptions = [task for handle, task in self._adoptions.items() if not handles or handle in handles]
+        if adoptions:
+            await asyncio.wait(adoptions, timeout=_BULK_PATIENCE_S)
 
     async def close(self) -> None:
         """Stop taking over; what is not taken over yet is the next server's."""

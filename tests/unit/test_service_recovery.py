@@ -158,6 +158,28 @@ async def test_server_serves_before_a_slow_agent_has_answered() -> None:
 
 
 @in_virtual_time
+async def test_answer_about_many_waits_a_moment_for_late_agents() -> None:
+    """A server that opens its door early must not tell errors of containers that are there a moment later."""
+    server = Server()
+    core = await server.start()
+    for handle in ("box", "bag"):
+        await core.containers.create(ContainerSpec(handle=handle))
+    server.adopt_gate.clear()
+    core = await server.start()
+    for named in (["box"], []):
+        waiting = asyncio.ensure_future(core.recovery.wait_for_many(named))
+        await settle()
+        assert not waiting.done()
+        await waiting  # in vain, but it ends
+    await core.recovery.wait_for_many(["nobody"])
+    waiting = asyncio.ensure_future(core.recovery.wait_for_many([]))
+    await settle()
+    server.adopt_gate.set()
+    await waiting
+    assert core.containers.get("box").state is State.ACTIVE
+
+
+@in_virtual_time
 async def test_server_can_stop_before_it_has_taken_everything_over() -> None:
     """The next one does it."""
     server = Server()

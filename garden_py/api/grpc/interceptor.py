@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import grpc
 import structlog
 
+from garden_py.api.grpc.chunks import pass_encoded
 from garden_py.api.grpc.drain import Drain
 from garden_py.api.grpc.status import status_of
 from garden_py.model.errors import GardenError, HostFault
@@ -46,7 +47,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
         inner = getattr(handler, make.removesuffix("_rpc_method_handler"))
         factory: Callable[..., Handler] = getattr(grpc, make)
         guarded = (self._guard_stream if handler.response_streaming else self._guard_single)(inner, method)
-        return factory(guarded, handler.request_deserializer, handler.response_serializer)
+        serializer = pass_encoded(handler.response_serializer)
+        return factory(guarded, handler.request_deserializer, serializer)
 
     def _guard_single(
         self, inner: Callable[[Any, Context], Any], method: str

@@ -12,6 +12,7 @@ import grpc
 from garden_py.api._pb import garden_pb2 as pb
 from garden_py.api._pb import garden_pb2_grpc
 from garden_py.api.grpc import convert
+from garden_py.api.grpc.chunks import Encoded, encode_chunk
 from garden_py.api.grpc.streams import CHUNK_BYTES, ProcessFeed, feed_input
 from garden_py.model.errors import GardenError, InvalidField
 from garden_py.model.process import OutputStream
@@ -137,6 +138,9 @@ class GardenServicer(garden_pb2_grpc.GardenServicer):
     async def GetMetrics(self, request: pb.GetMetricsRequest, context: Context) -> pb.GetMetricsResponse:
         """See the proto."""
         response = pb.GetMetricsResponse()
+        await self._core.recovery.wait_for_many(
+            [*request.handles, *(name.handle for name in request.processes)]
+        )
         found: dict[str, Usage | GardenError] = {}
         if request.handles or not request.processes:
             found = await self._core.containers.usage(list(request.handles))
@@ -219,7 +223,7 @@ class GardenServicer(garden_pb2_grpc.GardenServicer):
 
     async def RunProcess(
         self, request_iterator: AsyncIterator[pb.RunProcessRequest], context: Context
-    ) -> AsyncIterator[pb.ProcessEvent]:
+    ) -> AsyncIterator[pb.ProcessEvent | Encoded]:
         """See the proto."""
         first = await anext(aiter(request_iterator), None)
         if first is None or first.WhichOneof("message") != "start":
@@ -237,7 +241,7 @@ class GardenServicer(garden_pb2_grpc.GardenServicer):
 
     async def AttachProcess(
         self, request_iterator: AsyncIterator[pb.AttachProcessRequest], context: Context
-    ) -> AsyncIterator[pb.ProcessEvent]:
+    ) -> AsyncIterator[pb.ProcessEvent | Encoded]:
         """See the proto."""
         first = await anext(aiter(request_iterator), None)
         if first is None or first.WhichOneof("message") != "attach":
@@ -257,7 +261,7 @@ class GardenServicer(garden_pb2_grpc.GardenServicer):
 
     async def _converse(
         self, process: RunningProcess, feed: ProcessFeed, inputs: AsyncIterator[pb.ProcessInput | None]
-    ) -> AsyncIterator[pb.ProcessEvent]:
+    ) -> AsyncIterator[pb.ProcessEvent | Encoded]:
         """Output to the client while its input is applied; bad input ends the stream with its error."""
         feeding = asyncio.ensure_future(feed_input(process, inputs, feed.fail))
         try:
@@ -275,9 +279,7 @@ class GardenServicer(garden_pb2_grpc.GardenServicer):
         process = await self._core.processes.start(request.handle, spec, request.request_id)
         return convert.process_to(request.handle, process)
 
-    async def ReadOutput(
-        self, request: pb.ReadOutputRequest, context: Context
-    ) -> AsyncIterator[pb.OutputChunk]:
+    async def ReadOutput(self, request: pb.ReadOutputRequest, context: Context) -> AsyncIterator[Encoded]:
         """See the proto."""
         stream = convert.stream_from(request.stream)
         with self._core.processes.use(request.handle):
@@ -290,7 +292,7 @@ class GardenServicer(garden_pb2_grpc.GardenServicer):
                     data = await reader.read(most) if request.follow else reader.read_nowait(most)
                     if not data:
                         return
-                    yield pb.OutputChunk(stream=request.stream, offset=reader.offset - len(data), data=data)
+                    yield encode_chunk(request.stream, reader.offset - len(data), data)
             finally:
                 reader.close()
 

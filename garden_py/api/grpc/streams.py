@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
 from garden_py.api._pb import garden_pb2 as pb
 from garden_py.api.grpc import convert
+from garden_py.api.grpc.chunks import Encoded, encode_output
 from garden_py.model.errors import InvalidField, ProcessExited
 from garden_py.model.process import OutputStream
 from garden_py.service.ports import OutputReader, RunningProcess
@@ -38,7 +39,7 @@ class ProcessFeed:
             self.close()
             raise
 
-    async def events(self) -> AsyncGenerator[pb.ProcessEvent, None]:
+    async def events(self) -> AsyncGenerator[pb.ProcessEvent | Encoded, None]:
         """Output from each offset, `exited` once, `closed` per stream; ends when all have been said.
 
         Output that was written before the exit is sent before it. Nothing is buffered for a slow consumer: the rest
@@ -55,7 +56,7 @@ class ProcessFeed:
             for stream, reader in unclosed.items():
                 if data := reader.read_nowait(CHUNK_BYTES):
                     idle = False
-                    yield _output(stream, reader.offset - len(data), data)
+                    yield encode_output(convert.STREAMS_OUT[stream], reader.offset - len(data), data)
             if not exit_sent and (status := self._process.exit) is not None:
                 ends = ends or {stream: self._process.output(stream).end_offset for stream in self._readers}
                 if all(reader.offset >= ends[stream] for stream, reader in self._readers.items()):
@@ -96,12 +97,6 @@ class ProcessFeed:
         """Stop holding the streams back; twice is fine."""
         for reader in self._readers.values():
             reader.close()
-
-
-def _output(stream: OutputStream, offset: int, data: bytes) -> pb.ProcessEvent:
-    return pb.ProcessEvent(
-        output=pb.OutputChunk(stream=convert.STREAMS_OUT[stream], offset=offset, data=data)
-    )
 
 
 def _closed(stream: OutputStream, length: int) -> pb.ProcessEvent:

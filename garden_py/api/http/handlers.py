@@ -96,12 +96,26 @@ class GardenHandlers:
         async def look(handle: str) -> dict[str, Any]:
             return self._describe(self._core.registry.get(handle))
 
-        return json_reply(await _bulk(match, "Info", encode.EMPTY_INFO, look))
+        return json_reply(await self._bulk(match, "Info", encode.EMPTY_INFO, look))
 
     async def bulk_metrics(self, match: Match, request: Request) -> Answer:
         """Route 7."""
         look = partial(self._metrics, self._core.backend.capacity())
-        return json_reply(await _bulk(match, "Metrics", encode.EMPTY_METRICS, look))
+        return json_reply(await self._bulk(match, "Metrics", encode.EMPTY_METRICS, look))
+
+    async def _bulk(
+        self,
+        match: Match,
+        name: str,
+        empty: dict[str, Any],
+        look: Callable[[str], Awaitable[dict[str, Any]]],
+    ) -> dict[str, Any]:
+        """One entry per asked handle, all looked at at the same time (§2.8)."""
+        handles = list(dict.fromkeys(filter(None, match.query.get("handles", "").split(","))))
+        if handles:
+            await self._core.recovery.wait_for_many(handles)
+        results = await asyncio.gather(*map(look, handles), return_exceptions=True)
+        return {handle: _entry(name, empty, result) for handle, result in zip(handles, results, strict=True)}
 
     async def metrics(self, match: Match, request: Request) -> Answer:
         """Route 28."""
@@ -286,15 +300,6 @@ async def _resumed(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGene
         yield first
         async for piece in rest:
             yield piece
-
-
-async def _bulk(
-    match: Match, name: str, empty: dict[str, Any], look: Callable[[str], Awaitable[dict[str, Any]]]
-) -> dict[str, Any]:
-    """One entry per asked handle, all looked at at the same time (§2.8)."""
-    handles = list(dict.fromkeys(filter(None, match.query.get("handles", "").split(","))))
-    results = await asyncio.gather(*map(look, handles), return_exceptions=True)
-    return {handle: _entry(name, empty, result) for handle, result in zip(handles, results, strict=True)}
 
 
 def _entry(name: str, empty: dict[str, Any], result: dict[str, Any] | BaseException) -> dict[str, Any]:

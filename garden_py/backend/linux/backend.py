@@ -28,7 +28,7 @@ from garden_py.backend.linux.network import LinuxNetwork, NetworkLease, check_dn
 from garden_py.backend.linux.process import LinuxProcess
 from garden_py.backend.linux.processes import LinuxProcesses, usage_of, without_sidecars
 from garden_py.backend.linux.sidecars import Sidecars
-from garden_py.backend.linux.site import Site, disk_of, open_site
+from garden_py.backend.linux.site import Site, disk_of, make_mount_dir, open_site
 from garden_py.backend.linux.upgrades import Upgrades
 from garden_py.backend.rootfs.embedded import build_embedded_rootfs
 from garden_py.config import Config
@@ -97,13 +97,14 @@ class LinuxBackend:
         """Get ready, and hold what rows lease; see service.ports."""
         check_dns_servers(self._config.dns_server)
         self._events = events
-        self._site = await asyncio.to_thread(open_site, self._config)
         self._launcher = Launcher(
-            self._site.mount_dir,
+            make_mount_dir(self._config),
             workers=self._config.launchers,
             without_hybrid_cgroup=Path(self._config.runtime).name == "crun",
         )
-        await self._launcher.start()
+        self._site, _ = await asyncio.gather(
+            asyncio.to_thread(open_site, self._config), self._launcher.start()
+        )
         self._network = LinuxNetwork(self._config, self._launcher, self._site.facts.uplink_mtu)
         image = await asyncio.to_thread(self._default_image)
         starter = AgentStarter(self._site, self._launcher)

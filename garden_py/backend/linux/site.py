@@ -111,14 +111,20 @@ class Site:
         return ContainerCgroup(self.hierarchies, f"garden-{self.config.tag}/{handle}")
 
 
+def make_mount_dir(config: Config) -> Path:
+    """Where the launcher will mount."""
+    mount_dir = config.run_dir / "mnt"
+    config.run_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
+    mount_dir.mkdir(mode=0o711, exist_ok=True)
+    return mount_dir
+
+
 def open_site(config: Config) -> Site:
     """Probe the host and make the server's directories."""
     _allow_many_files()
     facts = probe_host_facts()
-    for directory, mode in ((config.state_dir, 0o711), (config.run_dir, 0o711)):
-        directory.mkdir(mode=mode, parents=True, exist_ok=True)
-    mount_dir, agent_dir = config.run_dir / "mnt", config.state_dir / "agent"
-    mount_dir.mkdir(mode=0o711, exist_ok=True)
+    mount_dir, agent_dir = make_mount_dir(config), config.state_dir / "agent"
+    config.state_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
     agent_dir.mkdir(mode=0o755, exist_ok=True)
     return Site(
         config=config,

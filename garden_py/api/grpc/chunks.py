@@ -1,0 +1,57 @@
+"""Output as messages in their wire form, which saves a copy into the message and one out of it.
+
+Fields of a message follow each other in any order, and one with a length may come behind all others: so the data is
+put behind what protobuf has made of the rest.
+
+Source: protobuf.dev/programming-guides/encoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NewType
+
+from garden_py.api._pb import garden_pb2 as pb
+
+_LENGTH_DELIMITED = 2
+_DATA = pb.OutputChunk.DATA_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
+_OUTPUT = pb.ProcessEvent.OUTPUT_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
+
+
+Encoded = NewType("Encoded", bytes)
+"""A message in its wire form; `pass_encoded` lets it through."""
+
+
+def encode_chunk(stream: pb.Stream.ValueType, offset: int, data: bytes) -> Encoded:
+    """An OutputChunk."""
+    return Encoded(b"".join((_chunk_head(stream, offset, data), data)))
+
+
+def encode_output(stream: pb.Stream.ValueType, offset: int, data: bytes) -> Encoded:
+    """A ProcessEvent of an OutputChunk."""
+    head = _chunk_head(stream, offset, data)
+    return Encoded(b"".join((_head(_OUTPUT, len(head) + len(data)), head, data)))
+
+
+def _chunk_head(stream: pb.Stream.ValueType, offset: int, data: bytes) -> bytes:
+    return pb.OutputChunk(stream=stream, offset=offset).SerializeToString() + _head(_DATA, len(data))
+
+
+def _head(tag: int, length: int) -> bytes:
+    """Tag and length; both are base 128, lowest digit first, and all digits but the last have the top bit set."""
+    digits = bytearray((tag,))
+    while length > 0x7F:
+        digits.append(length & 0x7F | 0x80)
+        length >>= 7
+    digits.append(length)
+    return bytes(digits)
+
+
+def pass_encoded(serialize: Callable[[Any], bytes] | None) -> Callable[[Any], bytes]:
+    """A serializer for answers of which some are Encoded already; grpc's stubs say that there may be none."""
+    assert serialize is not None
+
+    def pass_or_serialize(answer: Any) -> bytes:
+        return answer if isinstance(answer, bytes) else serialize(answer)
+
+    return pass_or_serialize
