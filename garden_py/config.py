@@ -160,6 +160,9 @@ class Config(BaseModel):
     max_containers: Annotated[
         int, Field(ge=0, description="Most containers at a time; 0: as many as the pools allow.")
     ] = 0
+    disable_privileged_containers: Annotated[
+        bool, Field(description="Refuse to create privileged containers; those there are stay.")
+    ] = False
     default_grace_time_s: Annotated[
         float, Field(ge=0, description="Seconds an unused container lives if it states nothing; 0: for ever.")
     ] = 0.0

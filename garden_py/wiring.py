@@ -84,7 +84,7 @@ def build_core(config: Config, backend: Backend, records: Records) -> Core:
         guard,
         events,
         metrics,
-        Defaults(config.max_containers, default_egress),
+        Defaults(config.max_containers, default_egress, not config.disable_privileged_containers),
         config.default_grace_time_s,
     )
     processes = Processes(backend, registry, events, containers.expiry)

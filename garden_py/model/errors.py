@@ -146,6 +146,15 @@ class PoolExhausted(GardenError):
         self.flag = flag
 
 
+class PrivilegedDisabled(GardenError):
+    """This server makes no privileged containers; a setting of its forbids them."""
+
+    code = "privileged_disabled"
+
+    def __init__(self) -> None:
+        super().__init__("privileged container creation is disabled")  # the reference's words (statement L6)
+
+
 class PortInUse(GardenError):
     """The asked-for host port is mapped already."""
 
