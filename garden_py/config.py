@@ -113,6 +113,36 @@ class Config(BaseModel):
         int, Field(ge=1, le=4096, description="Number of uid ranges (65536 ids each).")
     ] = 4096
 
+    # -- isolation: backend/linux/construction.py
+    no_new_privileges: Annotated[
+        bool, Field(description="In unprivileged containers, no program gains privileges by being executed.")
+    ] = False
+    tcp_keepalive_time: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=2_147_483,
+            description="net.ipv4.tcp_keepalive_time of containers, in seconds; 0: the host's.",
+        ),
+    ] = 0
+    tcp_keepalive_interval: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=2_147_483,
+            description="net.ipv4.tcp_keepalive_intvl of containers, in seconds; 0: the host's.",
+        ),
+    ] = 0
+    tcp_keepalive_probes: Annotated[
+        int, Field(ge=0, le=255, description="net.ipv4.tcp_keepalive_probes of containers; 0: the host's.")
+    ] = 0
+    tcp_retries1: Annotated[
+        int, Field(ge=0, le=255, description="net.ipv4.tcp_retries1 of containers; 0: the host's.")
+    ] = 0
+    tcp_retries2: Annotated[
+        int, Field(ge=0, le=255, description="net.ipv4.tcp_retries2 of containers; 0: the host's.")
+    ] = 0
+
     # -- network: backend/net
     network_pool: Annotated[
         ipaddress.IPv4Network, Field(description="Addresses of containers; its first one is the host's.")

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,10 @@ testuser:x:1000:
 alice:x:1010:
 extra:x:1011:alice
 """
+
+# Busybox's `su` says "must be suid" unless the kernel has made it root; then it asks for a password.
+MAKE_SETUID = "cp /bin/busybox /tmp/su && chmod 4755 /tmp/su"
+TRY_SETUID = "/tmp/su root -c true </dev/null"
 
 
 def make_garden_image(place: Path) -> Path:
@@ -68,23 +73,33 @@ def make_garden_image(place: Path) -> Path:
     return root
 
 
-@pytest.fixture(scope="module")
-def garden_http_server(no_trace: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """A server with a Garden door whose default image has the users that the statements name."""
-    place = tmp_path_factory.mktemp("garden")
+@contextmanager
+def garden_server_with(place: Path, *flags: str) -> Iterator[ServerProcess]:
+    """A server with a Garden door, the image above and more flags; `garden_door_of` tells where the door is."""
     for directory in (place, *place.parents[:2]):
         directory.chmod(0o755)
     image = make_garden_image(place)
     door = f"unix:{place}/garden.sock"
-    with running_server("--garden-http", door, "--default-rootfs", str(image)) as server:
+    with running_server("--garden-http", door, "--default-rootfs", str(image), *flags) as server:
+        yield server
+
+
+def garden_door_of(server: ServerProcess) -> str:
+    """Where a server's Garden door is."""
+    return server.flags[server.flags.index("--garden-http") + 1]
+
+
+@pytest.fixture(scope="module")
+def garden_http_server(no_trace: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A server with a Garden door whose default image has the users that the statements name."""
+    with garden_server_with(tmp_path_factory.mktemp("garden")) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def garden_http(garden_http_server: ServerProcess) -> GardenHttp:
     """A client of that door."""
-    flags = garden_http_server.flags
-    return GardenHttp(flags[flags.index("--garden-http") + 1])
+    return GardenHttp(garden_door_of(garden_http_server))
 
 
 @pytest.fixture(scope="module", params=["by hand", "foreign"], name="garden")

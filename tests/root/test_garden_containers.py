@@ -7,10 +7,11 @@ import socket
 import tarfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from urllib.parse import urlencode
 
 import pytest
-from garden_image import either_client
+from garden_image import MAKE_SETUID, TRY_SETUID, either_client
 from kit.garden_http import GardenClientBase, GardenHttpError
 
 pytestmark = pytest.mark.root
@@ -215,6 +216,16 @@ def test_SE1_SE2_seccomp(garden: GardenClientBase, box: str, privileged: str) ->
     status, _, err = garden.sh(box, "unshare --user true")
     assert status != 0
     assert b"Operation not permitted" in err
+
+
+def test_SE5_SE6_without_settings(garden: GardenClientBase, box: str, privileged: str) -> None:
+    """A setuid program gains what it always did, and TCP is tuned as the host's is."""
+    garden.text_of(box, MAKE_SETUID)
+    assert b"incorrect password" in garden.sh(box, TRY_SETUID, user="alice")[2]
+    names = ("keepalive_time", "keepalive_intvl", "keepalive_probes", "retries1", "retries2")
+    paths = [f"/proc/sys/net/ipv4/tcp_{name}" for name in names]
+    for handle in (box, privileged):
+        assert garden.text_of(handle, f"cat {' '.join(paths)}") == "".join(Path(p).read_text() for p in paths)
 
 
 def test_NS3_nothing_of_the_host_can_be_written(garden: GardenClientBase, box: str) -> None:

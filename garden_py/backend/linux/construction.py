@@ -18,6 +18,7 @@ from garden_py.backend.launcher.client import Launcher
 from garden_py.backend.linux.container import ContainerFacts, LinuxContainer
 from garden_py.backend.linux.network import LinuxNetwork
 from garden_py.backend.linux.site import AGENT_TARGET, Site
+from garden_py.backend.linux.sysctls import choose_tcp_sysctls
 from garden_py.backend.oci.bundle import build_config
 from garden_py.backend.oci.data import load_runc_config
 from garden_py.backend.oci.request import BundleRequest
@@ -177,6 +178,8 @@ class Construction:
             agent_source=str(plan.directory / "agent"),
             agent_target=AGENT_TARGET,
             binds=tuple(binds),
+            no_new_privileges=self._site.config.no_new_privileges and not spec.privileged,
+            sysctls=choose_tcp_sysctls(self._site.config),
         )
 
     def _has_filter(self, spec: ContainerSpec) -> bool:

@@ -19,6 +19,8 @@ class BundleRequest:
         agent_source: host directory with the agent's runtime bundles.
         agent_target: where that directory appears in the container.
         binds: (host path, path in the container), already read-only where asked for.
+        no_new_privileges: nothing in it may gain privileges, e.g. by a setuid program.
+        sysctls: (name, value) of parameters of its namespaces.
     """
 
     handle: str
@@ -34,3 +36,5 @@ class BundleRequest:
     agent_source: str
     agent_target: str
     binds: tuple[tuple[str, str], ...] = ()
+    no_new_privileges: bool = False
+    sysctls: tuple[tuple[str, str], ...] = ()
