@@ -114,6 +114,9 @@ class Config(BaseModel):
     ] = 4096
 
     # -- isolation: backend/linux/construction.py
+    apparmor: Annotated[
+        str, Field(description="AppArmor profile of unprivileged containers' processes; empty: none.")
+    ] = ""
     no_new_privileges: Annotated[
         bool, Field(description="In unprivileged containers, no program gains privileges by being executed.")
     ] = False

@@ -34,7 +34,9 @@ def server(**flags: Any) -> None:
 
     file = flags.pop("config", None)
     try:
-        config = load_config({name: value for name, value in flags.items() if value}, file=file)
+        config = load_config(
+            {name: value for name, value in flags.items() if value not in (None, [], "")}, file=file
+        )
         configure_logging(config.log_level, config.log_format)
         asyncio.run(wiring.serve(config))
     except InvalidRequest as error:

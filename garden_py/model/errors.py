@@ -335,6 +335,18 @@ class HostFault(GardenError):
         self.step = step
 
 
+class ProfileNotLoaded(HostFault):
+    """The kernel does not have the AppArmor profile that containers are to be confined by; nothing was made."""
+
+    code = "profile_not_loaded"
+
+    def __init__(self, profile: str) -> None:
+        super().__init__(
+            "apparmor", f"profile {profile!r}, the server's setting --apparmor, is not loaded on this host"
+        )
+        self.profile = profile
+
+
 class ContainerRecovering(GardenError):
     """The server has just been started and has not taken the container over yet; ask again."""
 

@@ -47,8 +47,13 @@ CASES = {
     "unprivileged_v1": (UNPRIVILEGED, V1),
     "unprivileged_v2_weak_host": (UNPRIVILEGED, V2),
     "unprivileged_filtering_agent": (replace(UNPRIVILEGED, agent_filter_fd=4), V1),
-    "unprivileged_no_new_privileges": (
-        replace(UNPRIVILEGED, no_new_privileges=True, sysctls=(("net.ipv4.tcp_retries2", "9"),)),
+    "unprivileged_hardened": (
+        replace(
+            UNPRIVILEGED,
+            no_new_privileges=True,
+            apparmor_profile="garden-default",
+            sysctls=(("net.ipv4.tcp_retries2", "9"),),
+        ),
         V1,
     ),
     "unprivileged_aarch64": (replace(UNPRIVILEGED, binds=()), replace(V1, machine="aarch64")),

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from garden_image import MAKE_SETUID, TRY_SETUID, garden_door_of, garden_server_with
 from kit.garden_http import GardenHttp, GardenHttpError
 from kit.server import ServerProcess
 
+from garden_py.backend.host import apparmor
 from garden_py.client import ContainerSpec, GardenClient, PermissionDenied
 
 pytestmark = pytest.mark.root
@@ -62,3 +66,52 @@ def test_SE6_tcp_parameters(garden: GardenHttp) -> None:
     with garden.container() as handle:
         found = [garden.text_of(handle, f"cat /proc/sys/net/ipv4/{name}").strip() for _, _, name in TCP]
     assert found == [value for _, value, _ in TCP]
+
+
+@pytest.mark.skipif(not apparmor.find_obstacle(), reason="this host has AppArmor")
+def test_SE4_server_refuses_a_profile_that_nothing_enforces(tmp_path: Path) -> None:
+    """It does not start, and says which setting is why."""
+    argv = [sys.executable, "-m", "garden_py", "server", "--apparmor", "some-profile"]
+    argv += ["--state-dir", str(tmp_path / "state"), "--run-dir", str(tmp_path / "run")]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert f"garden server: --apparmor: {apparmor.find_obstacle()}" in done.stderr
+
+
+PROFILE = """\
+profile {name} flags=(attach_disconnected, mediate_deleted) {{
+  capability,
+  file,
+  network,
+  signal,
+  unix,
+  deny /etc/forbidden rw,
+}}
+"""
+
+
+@pytest.mark.skipif(bool(apparmor.find_obstacle()), reason="this host has no AppArmor")
+def test_SE4_processes_are_confined(no_trace: None, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """PID 1 and all that it starts, in unprivileged containers; a create while the profile is not loaded fails."""
+    place, name = tmp_path_factory.mktemp("garden"), "garden-test-profile"
+
+    def parser(option: str) -> None:
+        text = PROFILE.format(name=name)
+        subprocess.run(["apparmor_parser", option], input=text, text=True, timeout=60, check=True)
+
+    with garden_server_with(place, "--apparmor", name) as server:
+        garden = GardenHttp(garden_door_of(server))
+        with pytest.raises(
+            GardenHttpError, match=f"'{name}', the server's setting --apparmor, is not loaded"
+        ):
+            garden.create(handle="box")
+        parser("--replace")
+        try:
+            with garden.container(handle="box"), garden.container(handle="strong", privileged=True):
+                for pid in ("1", "self"):
+                    assert garden.text_of("box", f"cat /proc/{pid}/attr/current").split()[0] == name
+                assert garden.text_of("box", "cat /proc/self/attr/current", user="alice").split()[0] == name
+                assert garden.sh("box", "touch /etc/allowed && touch /etc/forbidden")[0] != 0
+                assert "unconfined" in garden.text_of("strong", "cat /proc/self/attr/current")
+        finally:
+            parser("--remove")

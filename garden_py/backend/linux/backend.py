@@ -26,7 +26,7 @@ from garden_py.backend.linux.heartbeat import Heartbeat
 from garden_py.backend.linux.leaks import Ledger, places_of
 from garden_py.backend.linux.network import LinuxNetwork, NetworkLease, check_dns_servers
 from garden_py.backend.linux.process import LinuxProcess
-from garden_py.backend.linux.site import Site, disk_of, open_site
+from garden_py.backend.linux.site import Site, check_apparmor, disk_of, open_site
 from garden_py.backend.linux.upgrades import Upgrades
 from garden_py.backend.oci.data import load_runc_config
 from garden_py.backend.rootfs.embedded import build_embedded_rootfs
@@ -94,6 +94,7 @@ class LinuxBackend:
     async def open(self, events: BackendEvents, rows: list[ContainerRow]) -> None:
         """Get ready, and hold what rows lease; see service.ports."""
         check_dns_servers(self._config.dns_server)
+        check_apparmor(self._config.apparmor)
         self._events = events
         self._site = await asyncio.to_thread(open_site, self._config)
         self._launcher = Launcher(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from garden_py.backend.cgroup import groups
+from garden_py.backend.host import apparmor
 from garden_py.backend.host.pids import read_start_time
 from garden_py.backend.launcher.client import Launcher
 from garden_py.backend.linux.container import ContainerFacts, LinuxContainer
@@ -26,7 +27,13 @@ from garden_py.backend.rootfs.mounts import BindSource, MountPlan
 from garden_py.backend.rootfs.names import build_hosts, build_resolv_conf
 from garden_py.backend.runtime.command import AGENT_FILTER_FD
 from garden_py.config import UIDS_PER_CONTAINER
-from garden_py.model.errors import FieldViolation, HostFault, ImageNotFound, InvalidRequest
+from garden_py.model.errors import (
+    FieldViolation,
+    HostFault,
+    ImageNotFound,
+    InvalidRequest,
+    ProfileNotLoaded,
+)
 from garden_py.model.handle import hostname_for
 from garden_py.model.netrule import DefaultAction, EgressPolicy
 from garden_py.model.spec import ContainerSpec, MountMode, image_directory
@@ -50,8 +57,11 @@ class Construction:
         """Check what the spec points at on the host, then take what the container needs from the pools.
 
         Raises:
-            InvalidRequest, PoolExhausted, PortInUse: nothing was taken.
+            InvalidRequest, PoolExhausted, PortInUse, ProfileNotLoaded: nothing was taken.
         """
+        profile = self._site.config.apparmor
+        if profile and not spec.privileged and apparmor.is_known_missing(profile):
+            raise ProfileNotLoaded(profile)
         self._image(spec)
         self._site.depot.refuse_foreign(spec.handle)
         _check_bind_sources(spec)
@@ -179,6 +189,7 @@ class Construction:
             agent_target=AGENT_TARGET,
             binds=tuple(binds),
             no_new_privileges=self._site.config.no_new_privileges and not spec.privileged,
+            apparmor_profile="" if spec.privileged else self._site.config.apparmor,
             sysctls=choose_tcp_sysctls(self._site.config),
         )
 

@@ -11,6 +11,7 @@ from garden_py.backend.oci.facts import HostFacts
 from garden_py.backend.oci.request import BundleRequest
 from garden_py.backend.oci.rules import (
     agent,
+    apparmor,
     capabilities,
     cgroup,
     identity,
@@ -32,6 +33,7 @@ RULES: Sequence[Rule] = (
     cgroup.apply,
     capabilities.apply,
     privileges.apply,
+    apparmor.apply,
     sysctls.apply,
     rlimits.apply,
     seccomp.apply,

@@ -20,6 +20,7 @@ class BundleRequest:
         agent_target: where that directory appears in the container.
         binds: (host path, path in the container), already read-only where asked for.
         no_new_privileges: nothing in it may gain privileges, e.g. by a setuid program.
+        apparmor_profile: that confines its processes; empty: none.
         sysctls: (name, value) of parameters of its namespaces.
     """
 
@@ -37,4 +38,5 @@ class BundleRequest:
     agent_target: str
     binds: tuple[tuple[str, str], ...] = ()
     no_new_privileges: bool = False
+    apparmor_profile: str = ""
     sysctls: tuple[tuple[str, str], ...] = ()
