@@ -81,7 +81,10 @@ class Config(BaseModel):
         Path("/run/garden")
     )
     default_rootfs: Annotated[
-        str, Field(description="Root file system of containers that name none; empty: an embedded busybox.")
+        str,
+        Field(
+            description="Root file system of containers that name none, a directory; empty: an embedded busybox."
+        ),
     ] = ""
 
     # -- backend
@@ -193,6 +196,9 @@ class Config(BaseModel):
     max_containers: Annotated[
         int, Field(ge=0, description="Most containers at a time; 0: as many as the pools allow.")
     ] = 0
+    destroy_containers_on_startup: Annotated[
+        bool, Field(description="Destroy all containers that an earlier server has left before serving.")
+    ] = False
     disable_privileged_containers: Annotated[
         bool, Field(description="Refuse to create privileged containers; those there are stay.")
     ] = False

@@ -451,9 +451,9 @@ class Containers:
         )
         await asyncio.shield(job)
 
-    def resume_destroy(self, container: Container, reason: str = "") -> None:
+    def resume_destroy(self, container: Container, reason: str = "") -> asyncio.Future[None]:
         """Finish, in the background, what an earlier server has begun; reason: as told in its last event."""
-        self._guard.start("destroy", container.handle, self._resume_destroy(container, reason))
+        return self._guard.start("destroy", container.handle, self._resume_destroy(container, reason))
 
     async def _resume_destroy(self, container: Container, reason: str) -> None:
         async with self._resuming:

@@ -80,7 +80,7 @@ def garden_server_with(place: Path, *flags: str) -> Iterator[ServerProcess]:
         directory.chmod(0o755)
     image = make_garden_image(place)
     door = f"unix:{place}/garden.sock"
-    with running_server("--garden-http", door, "--default-rootfs", str(image), *flags) as server:
+    with running_server("--garden-http", door, "--default-rootfs", f"raw://{image}", *flags) as server:
         yield server
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from garden_image import MAKE_SETUID, TRY_SETUID, garden_door_of, garden_server_with
 from kit.garden_http import GardenHttp, GardenHttpError
-from kit.server import ServerProcess
+from kit.server import ServerProcess, running_server
 
 from garden_py.backend.host import apparmor
 from garden_py.client import ContainerSpec, GardenClient, PermissionDenied
@@ -115,3 +116,38 @@ def test_SE4_processes_are_confined(no_trace: None, tmp_path_factory: pytest.Tem
                 assert "unconfined" in garden.text_of("strong", "cat /proc/self/attr/current")
         finally:
             parser("--remove")
+
+
+def test_O_SR5_flags_of_the_reference(no_trace: None, tmp_path: Path) -> None:
+    """Its names for both doors, and a start that leaves nothing of what was there, crashed or not."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        debug = probe.getsockname()
+    flags = [
+        "--bind-socket",
+        f"{tmp_path}/garden.sock",
+        "--default-grace-time",
+        "5m",
+        "--read-header-timeout",
+        "9s",
+    ]
+    flags += [
+        "--debug-bind-ip",
+        debug[0],
+        "--debug-bind-port",
+        str(debug[1]),
+        "--destroy-containers-on-startup",
+    ]
+    garden = GardenHttp(f"unix:{tmp_path}/garden.sock")
+    with running_server(*flags) as server:
+        assert GardenHttp(f"127.0.0.1:{debug[1]}").json("GET", "/debug/vars")["memstats"]["Alloc"] > 0
+        for end in (server.kill, server.stop):
+            garden.create(handle="left")
+            process = garden.run("left", "sleep", "1000")
+            end()
+            process.wait_for_sides()
+            process.leave()
+            server.start()
+            assert garden.list("?garden.state=all") == []
+            with garden.container(handle="left"):
+                assert garden.text_of("left", "echo new") == "new\n"

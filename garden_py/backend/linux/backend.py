@@ -46,7 +46,7 @@ from garden_py.model.lifecycle import USABLE, State
 from garden_py.model.limits import Limits
 from garden_py.model.netrule import EgressPolicy
 from garden_py.model.process import ProcessSpec
-from garden_py.model.spec import ContainerSpec, PortMapping
+from garden_py.model.spec import ContainerSpec, PortMapping, image_directory
 from garden_py.observe import failpoints
 from garden_py.observe.failpoints import Point
 from garden_py.service.ports import (
@@ -124,7 +124,7 @@ class LinuxBackend:
     def _default_image(self) -> Path:
         if not self._config.default_rootfs:
             return build_embedded_rootfs(self._config.state_dir / "rootfs")
-        image = Path(self._config.default_rootfs)
+        image = Path(image_directory(self._config.default_rootfs))
         if not image.is_dir():
             raise InvalidField("default_rootfs", f"{image} is not a directory")
         return image
