@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from kit.garden_foreign import ForeignGarden
+from kit.garden_grpc import GrpcGarden
 from kit.garden_http import GardenClientBase, GardenHttp
 from kit.server import ServerProcess, running_server
 
@@ -31,9 +32,9 @@ alice:x:1010:
 extra:x:1011:alice
 """
 
-# Busybox's `su` says "must be suid" unless the kernel has made it root; then it asks for a password.
+# Busybox's `su` says "must be suid" unless the kernel has made it root; then it looks for the user.
 MAKE_SETUID = "cp /bin/busybox /tmp/su && chmod 4755 /tmp/su"
-TRY_SETUID = "/tmp/su root -c true </dev/null"
+TRY_SETUID = "/tmp/su no-such-user"
 
 
 def make_garden_image(place: Path) -> Path:
@@ -102,12 +103,15 @@ def garden_http(garden_http_server: ServerProcess) -> GardenHttp:
     return GardenHttp(garden_door_of(garden_http_server))
 
 
-@pytest.fixture(scope="module", params=["by hand", "foreign"], name="garden")
-def either_client(request: pytest.FixtureRequest, garden_http: GardenHttp) -> Iterator[GardenClientBase]:
-    """Two clients of the door that share no code: what they disagree on, the spec settles."""
+@pytest.fixture(scope="module", params=["by hand", "foreign", "grpc"], name="garden")
+def any_client(
+    request: pytest.FixtureRequest, garden_http_server: ServerProcess, garden_http: GardenHttp
+) -> Iterator[GardenClientBase]:
+    """Two clients of the Garden door that share no code, and one over gRPC: what they disagree on, the spec settles."""
     if request.param == "by hand":
         yield garden_http
         return
-    foreign = ForeignGarden(garden_http.address)
-    yield foreign
-    foreign.close()
+    address = garden_http_server.address
+    other = GrpcGarden(address) if request.param == "grpc" else ForeignGarden(garden_http.address)
+    yield other
+    other.close()
