@@ -84,7 +84,10 @@ class Config(BaseModel):
         Path("/run/garden")
     )
     default_rootfs: Annotated[
-        str, Field(description="Root file system of containers that name none; empty: an embedded busybox.")
+        str,
+        Field(
+            description="Root file system of containers that name none, a directory; empty: an embedded busybox."
+        ),
     ] = ""
 
     # -- backend
@@ -116,6 +119,38 @@ class Config(BaseModel):
         int, Field(ge=1, le=4096, description="Number of uid ranges (65536 ids each).")
     ] = 4096
 
+    # -- isolation: backend/linux/launching.py
+    apparmor: Annotated[
+        str, Field(description="AppArmor profile of unprivileged containers' processes; empty: none.")
+    ] = ""
+    no_new_privileges: Annotated[
+        bool, Field(description="In unprivileged containers, no program gains privileges by being executed.")
+    ] = False
+    tcp_keepalive_time: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=2_147_483,
+            description="net.ipv4.tcp_keepalive_time of containers, in seconds; 0: the host's.",
+        ),
+    ] = 0
+    tcp_keepalive_interval: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=2_147_483,
+            description="net.ipv4.tcp_keepalive_intvl of containers, in seconds; 0: the host's.",
+        ),
+    ] = 0
+    tcp_keepalive_probes: Annotated[
+        int, Field(ge=0, le=255, description="net.ipv4.tcp_keepalive_probes of containers; 0: the host's.")
+    ] = 0
+    tcp_retries1: Annotated[
+        int, Field(ge=0, le=255, description="net.ipv4.tcp_retries1 of containers; 0: the host's.")
+    ] = 0
+    tcp_retries2: Annotated[
+        int, Field(ge=0, le=255, description="net.ipv4.tcp_retries2 of containers; 0: the host's.")
+    ] = 0
     compat: Annotated[
         Literal["none", "garden"],
         Field(
@@ -171,6 +206,12 @@ class Config(BaseModel):
     max_containers: Annotated[
         int, Field(ge=0, description="Most containers at a time; 0: as many as the pools allow.")
     ] = 0
+    destroy_containers_on_startup: Annotated[
+        bool, Field(description="Destroy all containers that an earlier server has left before serving.")
+    ] = False
+    disable_privileged_containers: Annotated[
+        bool, Field(description="Refuse to create privileged containers; those there are stay.")
+    ] = False
     default_grace_time_s: Annotated[
         float, Field(ge=0, description="Seconds an unused container lives if it states nothing; 0: for ever.")
     ] = 0.0

@@ -48,6 +48,15 @@ CASES = {
     "unprivileged_v1": (UNPRIVILEGED, V1),
     "unprivileged_v2_weak_host": (UNPRIVILEGED, V2),
     "unprivileged_filtering_agent": (replace(UNPRIVILEGED, agent_filter_fd=4), V1),
+    "unprivileged_hardened": (
+        replace(
+            UNPRIVILEGED,
+            no_new_privileges=True,
+            apparmor_profile="garden-default",
+            sysctls=(("net.ipv4.tcp_retries2", "9"),),
+        ),
+        V1,
+    ),
     "unprivileged_aarch64": (replace(UNPRIVILEGED, binds=()), replace(V1, machine="aarch64")),
     "unprivileged_as_reference": (
         replace(UNPRIVILEGED, agent_filter_fd=4, as_reference=True, id_map=map_root_apart(0xFFFF_FFFE)),
@@ -55,7 +64,7 @@ CASES = {
     ),
     "privileged_as_reference": (replace(PRIVILEGED, as_reference=True), V1),
     "sidecar": (replace(UNPRIVILEGED, joins=JOINS, binds=()), V1),
-    "privileged_v1": (PRIVILEGED, V1),
+    "privileged_v1": (replace(PRIVILEGED, sysctls=(("net.ipv4.tcp_retries2", "9"),)), V1),
     "privileged_v2_weak_host": (PRIVILEGED, V2),
 }
 

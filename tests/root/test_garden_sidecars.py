@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from garden_image import either_client, make_garden_image
+from garden_image import any_client, make_garden_image
 from kit.garden_http import GardenClientBase, GardenHttpError
 
 pytestmark = pytest.mark.root
 
-__all__ = ["either_client"]  # the fixture `garden`
+__all__ = ["any_client"]  # the fixture `garden`
 MIB = 1 << 20
 MARK = "echo mine >/tmp/mark; cat /tmp/mark"
 
@@ -180,7 +180,7 @@ def test_PE10_empty_limits_are_none_and_its_own(garden: GardenClientBase, image:
         pea = garden.run(handle, "sh", "-c", f"{fill(80)}; echo full; sleep 100", **as_pea(image, limits={}))
         while b"full" not in pea.stdout:
             pass
-        used = garden.json("GET", f"/containers/{handle}/metrics")["MemoryStat"]["TotalUsageTowardLimit"]
+        used = garden.metrics(handle)["MemoryStat"]["TotalUsageTowardLimit"]
         assert used < 40 * MIB, "it counts against the container"
         pea.signal(1)
         pea.wait()
@@ -205,6 +205,7 @@ def test_PE13_destroy_ends_it_with_137(garden: GardenClientBase, image: str) -> 
     assert [pea.wait() for pea in peas] == [137, 137]
 
 
+@pytest.mark.garden_only("gRPC asks for a process by its container and id; tests/root/test_sidecars.py")
 def test_PE14_its_id_in_metrics_and_attach(garden: GardenClientBase, box: str, image: str) -> None:
     pea = garden.run(box, "sh", "-c", f"{fill(8)}; echo ready; cat", **as_pea(image, id="the-pea"))
     while b"ready" not in pea.stdout:
@@ -232,5 +233,5 @@ def test_ST2_stop_reaches_it_and_what_it_started(garden: GardenClientBase, image
             garden.run(handle, "sh", "-c", script, **as_pea(image, **more)) for more in ({}, {"limits": {}})
         ]
         time.sleep(0.3)
-        garden.json("PUT", f"/containers/{handle}/stop", {"kill": False})
+        garden.stop(handle, kill=False)
         assert [pea.wait() for pea in peas] == [42, 42]

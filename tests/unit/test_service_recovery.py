@@ -215,6 +215,29 @@ async def test_bug_in_taking_one_over_costs_only_that_one(monkeypatch: pytest.Mo
 
 
 @in_virtual_time
+async def test_server_can_begin_with_nothing() -> None:
+    """It serves when what an earlier one has left is gone: handles and addresses are free, events say why."""
+    server = Server()
+    core = await server.start()
+    for handle in ("a", "b"):
+        await core.containers.create(ContainerSpec(handle=handle))
+    await core.processes.start("a", SLEEP)
+    server.destroy_gate.clear()
+    starting = asyncio.ensure_future(server.start(destroy_containers_on_startup=True))
+    await asyncio.sleep(5)
+    assert not starting.done()
+    server.destroy_gate.set()
+    core = await starting
+    assert core.containers.list_containers({}, all_states=True, after="", limit=9) == []
+    assert (server.host.containers, server.host.addresses, server.journal.containers()) == ({}, set(), [])
+    gone = [event for event in server.kept() if event.kind is EventKind.CONTAINER_DESTROYED]
+    assert {event.details["reason"] for event in gone} == {
+        "the server was started with --destroy-containers-on-startup"
+    }
+    await core.containers.create(ContainerSpec(handle="a"))
+
+
+@in_virtual_time
 async def test_after_a_reboot_everything_is_cleared_while_the_server_serves() -> None:
     """Many at a time but not all at once; a handle is free when its container has been cleared; events say why."""
     server = Server()

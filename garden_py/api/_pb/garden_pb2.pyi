@@ -18,6 +18,7 @@ Conventions
     INVALID_ARGUMENT     a field is bad; the BadRequest names it; nothing was changed
     NOT_FOUND            no such container or process; also a program or user that the container lacks
     ALREADY_EXISTS       handle or process id in use
+    PERMISSION_DENIED    a setting of the server forbids it (reason PRIVILEGED_DISABLED); nobody may
     RESOURCE_EXHAUSTED   a pool is empty (addresses, ports, containers), or the message is over the size limit
     FAILED_PRECONDITION  the container or process is in a state that does not allow the call
     ABORTED              an etag did not match: read again, then retry

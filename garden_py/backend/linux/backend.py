@@ -28,7 +28,7 @@ from garden_py.backend.linux.network import LinuxNetwork, NetworkLease, check_dn
 from garden_py.backend.linux.process import LinuxProcess
 from garden_py.backend.linux.processes import LinuxProcesses, usage_of, without_sidecars
 from garden_py.backend.linux.sidecars import Sidecars
-from garden_py.backend.linux.site import Site, disk_of, make_mount_dir, open_site
+from garden_py.backend.linux.site import Site, check_apparmor, disk_of, make_mount_dir, open_site
 from garden_py.backend.linux.upgrades import Upgrades
 from garden_py.backend.rootfs.embedded import build_embedded_rootfs
 from garden_py.config import Config
@@ -41,6 +41,7 @@ from garden_py.model.errors import (
     InvalidField,
     Unkillable,
 )
+from garden_py.model.files import image_directory
 from garden_py.model.leak import Leak
 from garden_py.model.lifecycle import USABLE, State
 from garden_py.model.limits import Limits
@@ -96,6 +97,7 @@ class LinuxBackend:
     async def open(self, events: BackendEvents, rows: list[ContainerRow]) -> None:
         """Get ready, and hold what rows lease; see service.ports."""
         check_dns_servers(self._config.dns_server)
+        check_apparmor(self._config.apparmor)
         self._events = events
         self._launcher = Launcher(
             make_mount_dir(self._config),
@@ -134,7 +136,7 @@ class LinuxBackend:
     def _default_image(self) -> Path:
         if not self._config.default_rootfs:
             return build_embedded_rootfs(self._config.state_dir / "rootfs")
-        image = Path(self._config.default_rootfs)
+        image = Path(image_directory(self._config.default_rootfs))
         if not image.is_dir():
             raise InvalidField("default_rootfs", f"{image} is not a directory")
         return image

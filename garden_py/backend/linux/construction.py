@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from garden_py.backend.cgroup import groups
+from garden_py.backend.host import apparmor
 from garden_py.backend.host.pids import read_start_time
 from garden_py.backend.linux.container import ContainerFacts, LinuxContainer
 from garden_py.backend.linux.launching import AgentStarter, Launch, check_bind_sources, find_image, listen
 from garden_py.backend.linux.network import LinuxNetwork
 from garden_py.backend.linux.site import NO_SLOT, Site
 from garden_py.backend.rootfs.names import build_hosts, build_resolv_conf
+from garden_py.model.errors import ProfileNotLoaded
 from garden_py.model.handle import hostname_for
 from garden_py.model.netrule import DefaultAction, EgressPolicy
 from garden_py.model.spec import ContainerSpec
@@ -39,8 +41,11 @@ class Construction:
         """Check what the spec points at on the host, then take what the container needs from the pools.
 
         Raises:
-            InvalidRequest, PoolExhausted, PortInUse: nothing was taken.
+            InvalidRequest, PoolExhausted, PortInUse, ProfileNotLoaded: nothing was taken.
         """
+        profile = self._site.config.apparmor
+        if profile and not spec.privileged and apparmor.is_known_missing(profile):
+            raise ProfileNotLoaded(profile)
         self._image(spec)
         self._site.depot.refuse_foreign(spec.handle)
         check_bind_sources(spec.bind_mounts, "spec.bind_mounts")

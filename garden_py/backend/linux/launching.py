@@ -14,6 +14,7 @@ from typing import Any
 from garden_py.backend.host.idmap import IdMap
 from garden_py.backend.launcher.client import Launcher
 from garden_py.backend.linux.site import AGENT_TARGET, Site
+from garden_py.backend.linux.sysctls import choose_tcp_sysctls
 from garden_py.backend.oci.bundle import build_config
 from garden_py.backend.oci.data import load_runc_config
 from garden_py.backend.oci.request import BundleRequest
@@ -130,6 +131,9 @@ class AgentStarter:
             agent_source=str(plan.directory / "agent"),
             agent_target=AGENT_TARGET,
             binds=tuple(binds),
+            no_new_privileges=self._site.config.no_new_privileges and not launch.privileged,
+            apparmor_profile="" if launch.privileged else self._site.config.apparmor,
+            sysctls=choose_tcp_sysctls(self._site.config),
             as_reference=self._is_reference,
             joins=launch.joins,
         )

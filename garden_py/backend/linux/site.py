@@ -12,6 +12,7 @@ import structlog
 
 from garden_py.backend.cgroup.layout import ContainerCgroup, Hierarchies, probe_hierarchies
 from garden_py.backend.depot import Depot
+from garden_py.backend.host import apparmor
 from garden_py.backend.host.idmap import IdMap, map_root_apart, range_of
 from garden_py.backend.oci.data import load_runc_config
 from garden_py.backend.oci.facts import HostFacts, probe_host_facts
@@ -19,7 +20,7 @@ from garden_py.backend.oci.rules.seccomp import seccomp_policy
 from garden_py.backend.oci.seccomp_filter import NoFilter, compile_filter
 from garden_py.backend.rootfs.runtime_bundle import RuntimeBundle, build_runtime_bundle
 from garden_py.config import UIDS_PER_CONTAINER, Config
-from garden_py.model.errors import PoolExhausted
+from garden_py.model.errors import InvalidField, PoolExhausted
 
 log = structlog.get_logger()
 AGENT_TARGET = "/dev/.garden"
@@ -137,6 +138,16 @@ def open_site(config: Config) -> Site:
         agent_dir=agent_dir,
         filter_fd=_open_filter(facts),
     )
+
+
+def check_apparmor(profile: str) -> None:
+    """Refuse a profile where no process can be confined: containers would run without it.
+
+    Raises:
+        InvalidField: says why. Whether the profile is loaded is asked at each create; it may come later.
+    """
+    if profile and (obstacle := apparmor.find_obstacle()):
+        raise InvalidField("apparmor", f"{obstacle}, so no container can be confined by profile {profile!r}")
 
 
 def _open_filter(facts: HostFacts) -> int:

@@ -20,6 +20,9 @@ class BundleRequest:
         agent_source: host directory with the agent's runtime bundles.
         agent_target: where that directory appears in the container.
         binds: (host path, path in the container), already read-only where asked for.
+        no_new_privileges: nothing in it may gain privileges, e.g. by a setuid program.
+        apparmor_profile: that confines its processes; empty: none.
+        sysctls: (name, value) of parameters of its namespaces.
         as_reference: less strict, as the Garden reference is: inheritable capabilities, the host's cgroup namespace.
         joins: (type, path) of namespaces that are not made but entered; a uts namespace among them has its name.
     """
@@ -36,5 +39,8 @@ class BundleRequest:
     agent_source: str
     agent_target: str
     binds: tuple[tuple[str, str], ...] = ()
+    no_new_privileges: bool = False
+    apparmor_profile: str = ""
+    sysctls: tuple[tuple[str, str], ...] = ()
     as_reference: bool = False
     joins: tuple[tuple[str, str], ...] = ()
