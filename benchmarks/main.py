@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 import agent
 import bare_runtime
 import garden
+import garden_load
 import lifecycle
 import processes
 import queries
@@ -45,6 +46,7 @@ MEASUREMENTS: dict[str, Callable[[Setting], Iterator[Row]]] = {
     "load": lifecycle.measure_load,
     "restart": restart.measure_restart,
     "garden": garden.measure_garden,
+    "garden_load": garden_load.measure_garden_load,
 }
 
 

@@ -51,9 +51,12 @@ class Config(BaseModel):
     garden_http: Annotated[
         str, Field(description="Address for Garden clients: unix:PATH or HOST:PORT; empty: nowhere.")
     ] = ""
-    garden_http_mode: Annotated[str, Field(description="Mode of the Garden door's unix socket, octal.")] = (
-        "0660"
-    )
+    garden_http_mode: Annotated[
+        str,
+        Field(
+            description="Mode of the Garden door's unix socket, octal; empty: 0660, or 0777 with --compat garden."
+        ),
+    ] = ""
     garden_http_group: Annotated[
         str, Field(description="Group that owns the Garden door's unix socket; empty: the server's.")
     ] = ""
@@ -81,7 +84,10 @@ class Config(BaseModel):
         Path("/run/garden")
     )
     default_rootfs: Annotated[
-        str, Field(description="Root file system of containers that name none; empty: an embedded busybox.")
+        str,
+        Field(
+            description="Root file system of containers that name none, a directory; empty: an embedded busybox."
+        ),
     ] = ""
 
     # -- backend
@@ -112,6 +118,46 @@ class Config(BaseModel):
     uid_pool_size: Annotated[
         int, Field(ge=1, le=4096, description="Number of uid ranges (65536 ids each).")
     ] = 4096
+
+    # -- isolation: backend/linux/launching.py
+    apparmor: Annotated[
+        str, Field(description="AppArmor profile of unprivileged containers' processes; empty: none.")
+    ] = ""
+    no_new_privileges: Annotated[
+        bool, Field(description="In unprivileged containers, no program gains privileges by being executed.")
+    ] = False
+    tcp_keepalive_time: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=2_147_483,
+            description="net.ipv4.tcp_keepalive_time of containers, in seconds; 0: the host's.",
+        ),
+    ] = 0
+    tcp_keepalive_interval: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=2_147_483,
+            description="net.ipv4.tcp_keepalive_intvl of containers, in seconds; 0: the host's.",
+        ),
+    ] = 0
+    tcp_keepalive_probes: Annotated[
+        int, Field(ge=0, le=255, description="net.ipv4.tcp_keepalive_probes of containers; 0: the host's.")
+    ] = 0
+    tcp_retries1: Annotated[
+        int, Field(ge=0, le=255, description="net.ipv4.tcp_retries1 of containers; 0: the host's.")
+    ] = 0
+    tcp_retries2: Annotated[
+        int, Field(ge=0, le=255, description="net.ipv4.tcp_retries2 of containers; 0: the host's.")
+    ] = 0
+    compat: Annotated[
+        Literal["none", "garden"],
+        Field(
+            description="garden: be no stricter than the Garden reference: one mapping of user ids for all containers, "
+            "inheritable capabilities, the host's cgroup namespace, a Garden socket that is open to all."
+        ),
+    ] = "none"
 
     # -- network: backend/net
     network_pool: Annotated[
@@ -160,6 +206,12 @@ class Config(BaseModel):
     max_containers: Annotated[
         int, Field(ge=0, description="Most containers at a time; 0: as many as the pools allow.")
     ] = 0
+    destroy_containers_on_startup: Annotated[
+        bool, Field(description="Destroy all containers that an earlier server has left before serving.")
+    ] = False
+    disable_privileged_containers: Annotated[
+        bool, Field(description="Refuse to create privileged containers; those there are stay.")
+    ] = False
     default_grace_time_s: Annotated[
         float, Field(ge=0, description="Seconds an unused container lives if it states nothing; 0: for ever.")
     ] = 0.0
@@ -211,7 +263,7 @@ class Config(BaseModel):
     @field_validator("socket_mode", "garden_http_mode")
     @classmethod
     def _octal(cls, mode: str) -> str:
-        if not 0 <= int(mode, 8) <= 0o777:
+        if mode and not 0 <= int(mode, 8) <= 0o777:
             raise ValueError("must be an octal mode such as 0660")
         return mode
 
@@ -227,6 +279,11 @@ class Config(BaseModel):
     def listen_address(self) -> str:
         """Where the gRPC door is: `listen`, else `garden.sock` in the run directory."""
         return self.listen or f"unix:{self.run_dir}/garden.sock"
+
+    @property
+    def garden_http_socket_mode(self) -> int:
+        """Mode of the Garden door's unix socket."""
+        return int(self.garden_http_mode or ("0777" if self.compat == "garden" else "0660"), 8)
 
     @property
     def tag(self) -> str:

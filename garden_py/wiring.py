@@ -93,7 +93,7 @@ def build_core(config: Config, backend: Backend, records: Records) -> Core:
         guard,
         events,
         metrics,
-        Defaults(config.max_containers, default_egress),
+        Defaults(config.max_containers, default_egress, not config.disable_privileged_containers),
         config.default_grace_time_s,
     )
     processes = Processes(backend, registry, events, containers.expiry)
@@ -139,7 +139,10 @@ async def running_server(config: Config, inherited: socket.socket | None = None)
         remember_settings(journal, config, inherited)
         core = build_core(config, load_backend(config), journal)
         # The backend mostly waits for processes that it starts; grpc and the doors are loaded meanwhile.
-        await asyncio.gather(asyncio.to_thread(import_doors, config), core.recovery.run(rebooted=rebooted))
+        await asyncio.gather(
+            asyncio.to_thread(import_doors, config),
+            core.recovery.run(rebooted=rebooted, discard=config.destroy_containers_on_startup),
+        )
         remember_boot(config.state_dir)
         doors = make_doors(core, config, inherited)
         pages = (metrics_door(core.metrics, config), debug_door(config))

@@ -55,6 +55,7 @@ class Plan:
         master: the pty master, or -1.
         cgroup_fds: open cgroup.procs files.
         gate_fd: read end of a pipe that gives one byte when the program may run, or -1.
+        primary_group_only: no supplementary groups.
         nofile: (soft, hard) limit of open files a process starts with.
         proc_fd: descriptor of /proc if the OOM adjustment must be reset, else -1.
     """
@@ -70,6 +71,7 @@ class Plan:
         "master",
         "no_new_privs",
         "nofile",
+        "primary_group_only",
         "proc_fd",
         "program",
         "program_path",
@@ -82,6 +84,7 @@ class Plan:
         self.env: list[bytes] = []
         self.dir = b""
         self.user = ""
+        self.primary_group_only = False
         self.limits: list[tuple[str, int, int, int]] = []
         self.bounding: int | None = None
         self.no_new_privs = False
@@ -255,12 +258,12 @@ class _Child:
     def _drop_privileges(self) -> None:
         plan, identity = self._plan, self._identity
         self.step = "capabilities"
-        syscalls.drop_inheritable_capabilities()
+        syscalls.limit_inheritable_capabilities(plan.bounding)
         if plan.bounding is not None:
             syscalls.limit_bounding_set(plan.bounding)
         self._set_limits()
         self.step = "setgroups"
-        posix.setgroups(identity.groups)
+        posix.setgroups([] if plan.primary_group_only else identity.groups)
         self.step = "setgid"
         posix.setresgid(identity.gid, identity.gid, identity.gid)
         self.step = "setuid"

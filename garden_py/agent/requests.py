@@ -293,6 +293,7 @@ def _parse_plan(fields: Fields) -> Plan:
             raise InvalidField(f"env[{index}]", "must be NAME=value with a name")
     plan.dir = fields.byte_string("dir")
     plan.user = fields.text("user", max_length=255)
+    plan.primary_group_only = fields.optional_choice("groups", ("primary",)) is not None
     try:
         plan.limits = rlimit.parse_limits(fields.mapping("rlimits"))
     except rlimit.BadLimit as error:

@@ -20,18 +20,21 @@ _GLIBC_INTERNAL = (32, 33)  # nptl(7): glibc refuses to change these
 
 _MAX_STACK_DUMPS = 8  # the log lies on the host, and any root process of the container may send SIGQUIT
 _dumps = 0
+_default = _signal.SIG_DFL  # what `take_over` has set
 
 
 def take_over() -> int:
-    """Bring PID 1's signals into a known state; returns the descriptor that turns readable on SIGCHLD.
+    """Bring the agent's signals into a known state; returns the descriptor that turns readable on SIGCHLD.
 
     Everything is at its default, which for PID 1 means "ignored" when sent from inside (pid_namespaces(7)):
     Python's own SIGINT handler must go, or any container root could raise KeyboardInterrupt here. Exceptions
-    are SIGPIPE and SIGXFSZ, which stay ignored, and SIGQUIT, which writes a stack to the log.
+    are SIGPIPE and SIGXFSZ, which stay ignored, and SIGQUIT, which writes a stack to the log. An agent that is not
+    PID 1 ignores everything: a SIGTERM for all that is in the container is not meant for it.
     """
-    for number in range(1, LAST_SIGNAL + 1):
-        if number not in (SIGKILL, _signal.SIGSTOP, *_GLIBC_INTERNAL):
-            _signal.signal(number, _signal.SIG_DFL)
+    global _default
+    _default = _signal.SIG_DFL if posix.getpid() == 1 else _signal.SIG_IGN
+    for number in _changeable():
+        _signal.signal(number, _default)
     _signal.signal(_signal.SIGPIPE, _signal.SIG_IGN)
     _signal.signal(_signal.SIGXFSZ, _signal.SIG_IGN)
     _signal.signal(_signal.SIGQUIT, _dump_stack)
@@ -68,8 +71,14 @@ def reset_in_child() -> None:
     exec(2) resets handlers but keeps "ignored": without this every process would ignore SIGPIPE.
     """
     _signal.set_wakeup_fd(-1)
-    for number in (_signal.SIGCHLD, _signal.SIGQUIT, _signal.SIGPIPE, _signal.SIGXFSZ):
+    touched = (_signal.SIGCHLD, _signal.SIGQUIT, _signal.SIGPIPE, _signal.SIGXFSZ)
+    for number in touched if _default == _signal.SIG_DFL else _changeable():
         _signal.signal(number, _signal.SIG_DFL)
+
+
+def _changeable() -> list[int]:
+    fixed = (SIGKILL, _signal.SIGSTOP, *_GLIBC_INTERNAL)
+    return [number for number in range(1, LAST_SIGNAL + 1) if number not in fixed]
 
 
 def _ignore(signal_number: int, frame: FrameType | None) -> None:

@@ -38,12 +38,14 @@ _PR_SET_NO_NEW_PRIVS = 38
 _PR_CAP_AMBIENT = 47
 _PR_CAP_AMBIENT_CLEAR_ALL = 4
 
-_CAP_SYS_PTRACE, _CAP_SYS_ADMIN, _CAP_WAKE_ALARM = 19, 21, 35  # linux/capability.h
+_CAP_CHOWN, _CAP_SYS_PTRACE, _CAP_SYS_ADMIN, _CAP_WAKE_ALARM = 0, 19, 21, 35  # linux/capability.h
 _SECCOMP_MODE_FILTER = 2  # linux/seccomp.h
 _FILTER_INSTRUCTION_BYTES = 8  # struct sock_filter, linux/filter.h
 _LINUX_CAPABILITY_VERSION_3 = 0x20080522  # linux/capability.h, capget(2): 64 bit sets
 _SYS_OPENAT2 = 437  # one number on all architectures since Linux 5.6
 
+
+_inherits = False  # whether processes have inheritable capabilities; see prepare_capabilities
 
 # Types are made once: making one takes 50 µs, and a fresh child has only what its parent made.
 _Capabilities = c_char * 24
@@ -165,16 +167,23 @@ def _write_inheritable(words: list[bytes], low: bytes, high: bytes) -> None:
     _check(_capset(_capability_header(), b"".join(words)))
 
 
-def drop_inheritable_capabilities() -> None:
+def limit_inheritable_capabilities(keep_mask: int | None) -> None:
     """Empty the inheritable set: exec can only give what the file and bounding set allow.
+
+    But as the Garden reference does it (`prepare_capabilities`), keep what is in `keep_mask`, None being everything.
 
     Source: capabilities(7); non-empty inheritable sets were CVE-2022-29162.
     """
-    _write_inheritable(_read_capabilities(), bytes(4), bytes(4))
+    words = _read_capabilities()
+    keep = 0 if not _inherits else 0xFFFF_FFFF_FFFF_FFFF if keep_mask is None else keep_mask
+    low, high = int.from_bytes(words[2], "little") & keep, int.from_bytes(words[5], "little") & keep >> 32
+    _write_inheritable(words, low.to_bytes(4, "little"), high.to_bytes(4, "little"))
 
 
 def prepare_capabilities() -> None:
-    """Empty PID 1's inheritable and ambient sets, but keep CAP_WAKE_ALARM for PID 1, and for PID 1 alone.
+    """Prepare PID 1's sets. If the runtime has given it inheritable ones, all stays as it is (`--compat garden`).
+
+    Else empty the inheritable and ambient sets, but keep CAP_WAKE_ALARM for PID 1, and for PID 1 alone.
 
     Nothing may trace a process that has a capability which the tracer lacks (ptrace(2), "Ptrace access mode checking").
     So no process of the container can get at PID 1 even in the moment after an exec in which it is dumpable. The
@@ -182,7 +191,11 @@ def prepare_capabilities() -> None:
     inheritable set, it is still there after PID 1 has executed another agent. Every child empties its own set before
     its exec. Where it is missing, or where the container may trace everything (privileged), there is no such shield.
     """
+    global _inherits
     words = _read_capabilities()
+    _inherits = _has(words, 2, _CAP_CHOWN)
+    if _inherits:
+        return
     shielded = _has(words, 1, _CAP_WAKE_ALARM) and not _has(words, 1, _CAP_SYS_PTRACE)
     _write_inheritable(words, bytes(4), (shielded << _CAP_WAKE_ALARM - 32).to_bytes(4, "little"))
     _call_prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)

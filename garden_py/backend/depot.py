@@ -1,6 +1,7 @@
 """One directory per container below the state directory; mkdir(2) is the claim.
 
-<state>/containers/<handle>/   config.json, runtime log, agent log, etc/, upper/, work/, streams/<process>/
+<state>/containers/<handle>/   config.json, runtime log, agent log, etc/, upper/, work/, streams/<process>/,
+                               sidecars/<process>/
 <state>/trash/                 directories of destroyed containers, deleted in the background
 <run>/agents/<hash>.sock       the agents' sockets; short names, since sun_path holds 108 bytes (unix(7))
 """
@@ -24,7 +25,7 @@ from garden_py.model.handle import name_problem
 log = structlog.get_logger()
 TRASH_NAME = re.compile(r"[0-9a-f]{32}")
 _CONTENTS = frozenset(
-    {"agent.log", "config.json", "etc", "pid", "runtime.log", "streams", "upper", "work"}
+    {"agent.log", "config.json", "etc", "pid", "runtime.log", "sidecars", "streams", "upper", "work"}
 )  # of a container's directory; whoever adds to it adds here
 
 
@@ -95,8 +96,12 @@ class Depot:
     def discard(self, handle: str) -> None:
         """Take a container's directory and socket away at once; its contents are deleted in the background."""
         self.socket(handle).unlink(missing_ok=True)
+        self.throw_away(self.directory(handle))
+
+    def throw_away(self, directory: Path) -> None:
+        """Take a directory of ours away at once; gone is fine. Its contents are deleted in the background."""
         try:
-            os.rename(self.directory(handle), self.trash / uuid.uuid4().hex)
+            os.rename(directory, self.trash / uuid.uuid4().hex)
         except FileNotFoundError:
             return
         self.sweep()

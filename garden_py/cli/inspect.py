@@ -57,17 +57,29 @@ def metrics(
     context: typer.Context,
     handles: Annotated[
         list[str] | None,
-        typer.Argument(metavar="HANDLE...", help="Containers.  [default: all]", show_default=False),
+        typer.Argument(
+            metavar="HANDLE[/PROCESS]...",
+            help="Containers, and processes that are counted by themselves.  [default: all containers]",
+            show_default=False,
+        ),
     ] = None,
     output: opt.FormatOption = render.OutputFormat.TABLE,
     address: opt.AddressOption = None,
 ) -> None:
     """Show the usage of containers, all in one call.
 
-    garden metrics web worker-1
+    Processes with an image or with limits of their own are counted by themselves.
+
+        garden metrics web worker-1
+
+        garden metrics web/envoy
     """
+    names = [name.partition("/") for name in handles or []]
     with opt.connect(context, address) as garden:
-        measured = garden.metrics(handles or [])
+        measured = garden.metrics(
+            [handle for handle, slash, _ in names if not slash],
+            [(handle, process_id) for handle, slash, process_id in names if slash],
+        )
     if output is render.OutputFormat.JSON:
         render.print_json(measured)
         return
@@ -77,14 +89,18 @@ def metrics(
     )
     for each in measured:
         if each.error:
-            render.note(f"{each.handle}: {each.error}")
+            render.note(f"{_name(each)}: {each.error}")
+
+
+def _name(usage: ContainerMetrics) -> str:
+    return f"{usage.handle}/{usage.process_id}" if usage.process_id else usage.handle
 
 
 def _metrics_row(usage: ContainerMetrics) -> list[str]:
     if usage.error:
-        return [usage.handle, *[""] * 9]
+        return [_name(usage), *[""] * 9]
     return [
-        usage.handle,
+        _name(usage),
         parse.format_duration(usage.age),
         parse.format_size(usage.memory_bytes),
         parse.format_size(usage.memory_limit_bytes) if usage.memory_limit_bytes else "",

@@ -44,6 +44,28 @@ def run(
         list[str] | None,
         typer.Option("--rlimit", metavar="NAME=N", help="e.g. nofile=1024, core=unlimited; repeat."),
     ] = None,
+    image: Annotated[
+        str,
+        typer.Option(
+            "--image",
+            metavar="DIR",
+            help="A root file system of its own: a sidecar.  [default: the container's]",
+            show_default=False,
+        ),
+    ] = "",
+    mounts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--mount",
+            "-v",
+            metavar="SRC:DST[:ro|rw]",
+            help="With --image: bind mount; repeat.",
+            show_default=False,
+        ),
+    ] = None,
+    own_limits: Annotated[
+        bool, typer.Option("--own-limits", help="With --image: limits beside the container's, not within.")
+    ] = False,
     memory: opt.MemoryOption = None,
     cpu_weight: opt.CpuWeightOption = None,
     cpu_quota: opt.CpuQuotaOption = None,
@@ -72,11 +94,15 @@ def run(
         tar c src | garden run -i --dir /build web tar x
 
         id=$(garden run -d web make) && garden logs -f web $id
+
+        garden run -d --id envoy --image /images/envoy --own-limits -m 64M web /envoy
     """
-    from garden_py.client.values import ProcessSpec, Tty
+    from garden_py.client.values import ProcessSpec, Sidecar, Tty
 
     if detach and interactive:
         raise parse.BadInput("-d leaves the process alone, -i stays with it: give one of them")
+    if not image and (mounts or own_limits):
+        raise parse.BadInput("--mount and --own-limits are for processes with an --image of their own")
     terminal = tty and not detach and sys.stdin.isatty()
     rows, columns = _window_size() if terminal else (0, 0)
     argv = command[1:] if command[0] == "--" else command
@@ -93,6 +119,7 @@ def run(
         limits=opt.limits_of(memory, cpu_weight, cpu_quota, pids),
         output_retention_bytes=opt.given("--retention", parse.parse_size, retention) or 0,
         id=process_id,
+        sidecar=Sidecar(image, tuple(map(parse.parse_mount, mounts or [])), own_limits) if image else None,
     )
     with opt.connect(context, address) as garden:
         container = garden.container(handle)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from garden_py.cli.reference_flags import REFERENCE_FLAGS, translate
 from garden_py.config import Config, load_config
 from garden_py.model.errors import GardenError, InvalidRequest
 
@@ -38,7 +39,8 @@ def server(**flags: Any) -> None:
 
     file = flags.pop("config", None)
     try:
-        config = load_config({name: value for name, value in flags.items() if value}, file=file)
+        given = {name: value for name, value in flags.items() if value not in (None, [], "")}
+        config = load_config(translate(given), file=file)
         configure_logging(config.log_level, config.log_format)
         asyncio.run(wiring.serve(config))
     except InvalidRequest as error:
@@ -52,11 +54,16 @@ def server(**flags: Any) -> None:
 
 
 def _parameters() -> list[inspect.Parameter]:
-    """`--config`, then one option per field; None stands for "not given"."""
+    """`--config`, one option per field, then other names of some; None stands for "not given"."""
     found = [_option("config", Path | None, "Read settings from this TOML file (keys as flags).", None)]
     for name, field in Config.model_fields.items():
         default = "" if field.default in ("", (), None) else f" [default: {field.default}]"
         found.append(_option(name, _flag_type(field.annotation), f"{field.description}{default}", None))
+    for flag in REFERENCE_FLAGS:
+        default = flag.default and f" [default: {flag.default}]"
+        found.append(
+            _option(flag.name, str | None, f"Name in other Garden servers. {flag.text}{default}", None)
+        )
     return found
 
 

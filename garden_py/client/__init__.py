@@ -60,6 +60,7 @@ from garden_py.client.values import (
     PortRange,
     ProcessInfo,
     ProcessSpec,
+    Sidecar,
     Stream,
     Tty,
 )
@@ -120,6 +121,7 @@ __all__ = [
     "ResourceExhausted",
     "RetryPolicy",
     "ServerFault",
+    "Sidecar",
     "Stream",
     "Tls",
     "Tty",

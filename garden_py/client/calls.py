@@ -137,11 +137,14 @@ def update_properties(handle: str, to_set: Mapping[str, str], remove: Iterable[s
     )
 
 
-def metrics(handles: Iterable[str]) -> Call[list[v.ContainerMetrics]]:
-    """Usage of the named containers, or of all."""
+def metrics(
+    handles: Iterable[str], processes: Iterable[tuple[str, str]] = ()
+) -> Call[list[v.ContainerMetrics]]:
+    """Usage of the named containers and processes, or of all containers."""
+    names = [pb.ProcessName(handle=handle, process_id=process_id) for handle, process_id in processes]
     return Call(
         "GetMetrics",
-        pb.GetMetricsRequest(handles=handles),
+        pb.GetMetricsRequest(handles=handles, processes=names),
         pb.GetMetricsResponse,
         lambda reply: [convert.metrics_from_pb(each) for each in reply.metrics],
     )

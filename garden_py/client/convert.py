@@ -123,20 +123,26 @@ def container_spec_to_pb(spec: v.ContainerSpec) -> pb.ContainerSpec:
         privileged=spec.privileged,
         env=_env_to_pb(spec.env),
         properties=spec.properties,
-        bind_mounts=[
-            pb.BindMount(
-                source=mount.source,
-                destination=mount.destination,
-                mode=pb.BindMount.Mode.ValueType(mount.mode),
-            )
-            for mount in spec.bind_mounts
-        ],
+        bind_mounts=_mounts_to_pb(spec.bind_mounts),
         limits=limits_to_pb(spec.limits),
         grace_time=None if spec.grace_time is None else duration_to_pb(spec.grace_time),
         port_mappings=[port_mapping_to_pb(mapping) for mapping in spec.port_mappings],
         egress=None if spec.egress is None else egress_to_pb(spec.egress),
         hostname=spec.hostname,
     )
+
+
+def _mounts_to_pb(mounts: Iterable[v.BindMount]) -> list[pb.BindMount]:
+    return [
+        pb.BindMount(
+            source=mount.source, destination=mount.destination, mode=pb.BindMount.Mode.ValueType(mount.mode)
+        )
+        for mount in mounts
+    ]
+
+
+def _mounts_from_pb(messages: Iterable[pb.BindMount]) -> tuple[v.BindMount, ...]:
+    return tuple(v.BindMount(each.source, each.destination, v.MountMode(each.mode)) for each in messages)
 
 
 def _container_spec_from_pb(message: pb.ContainerSpec) -> v.ContainerSpec:
@@ -146,10 +152,7 @@ def _container_spec_from_pb(message: pb.ContainerSpec) -> v.ContainerSpec:
         privileged=message.privileged,
         env=_env_from_pb(message.env),
         properties=dict(message.properties),
-        bind_mounts=tuple(
-            v.BindMount(mount.source, mount.destination, v.MountMode(mount.mode))
-            for mount in message.bind_mounts
-        ),
+        bind_mounts=_mounts_from_pb(message.bind_mounts),
         limits=limits_from_pb(message.limits),
         grace_time=message.grace_time.ToTimedelta() if message.HasField("grace_time") else None,
         port_mappings=tuple(port_mapping_from_pb(mapping) for mapping in message.port_mappings),
@@ -201,7 +204,17 @@ def process_spec_to_pb(spec: v.ProcessSpec) -> pb.ProcessSpec:
         # An absent message, not an empty one: only a process with limits of its own gets its own cgroup.
         limits=None if spec.limits == v.Limits() else limits_to_pb(spec.limits),
         output_retention_bytes=spec.output_retention_bytes,
+        sidecar=None if spec.sidecar is None else _sidecar_to_pb(spec.sidecar),
     )
+
+
+def _sidecar_to_pb(sidecar: v.Sidecar) -> pb.Sidecar:
+    mounts = _mounts_to_pb(sidecar.bind_mounts)
+    return pb.Sidecar(image=sidecar.image, bind_mounts=mounts, own_limits=sidecar.own_limits)
+
+
+def _sidecar_from_pb(message: pb.Sidecar) -> v.Sidecar:
+    return v.Sidecar(message.image, _mounts_from_pb(message.bind_mounts), message.own_limits)
 
 
 def _process_spec_from_pb(message: pb.ProcessSpec) -> v.ProcessSpec:
@@ -216,6 +229,7 @@ def _process_spec_from_pb(message: pb.ProcessSpec) -> v.ProcessSpec:
         limits=limits_from_pb(message.limits),
         output_retention_bytes=message.output_retention_bytes,
         id=message.id,
+        sidecar=_sidecar_from_pb(message.sidecar) if message.HasField("sidecar") else None,
     )
 
 
@@ -271,6 +285,7 @@ def metrics_from_pb(message: pb.ContainerMetrics) -> v.ContainerMetrics:
     """Usage of one container."""
     return v.ContainerMetrics(
         handle=message.handle,
+        process_id=message.process_id,
         error=message.error,
         memory_bytes=message.memory_bytes,
         memory_working_set_bytes=message.memory_working_set_bytes,

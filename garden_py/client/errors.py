@@ -139,7 +139,7 @@ class DeadlineExceeded(GardenError):
 
 
 class PermissionDenied(GardenError):
-    """This caller may not do that."""
+    """This caller may not do that, or nobody may on this server (code PRIVILEGED_DISABLED)."""
 
     status = "PERMISSION_DENIED"
 

@@ -265,6 +265,21 @@ class Tty:
 
 
 @dataclass(frozen=True, slots=True)
+class Sidecar:
+    """A root file system of a process's own.
+
+    Attributes:
+        image: as ContainerSpec.image, but never empty.
+        bind_mounts: its own; it has none of the container's.
+        own_limits: the process's limits stand beside the container's; what is not stated is unlimited.
+    """
+
+    image: str
+    bind_mounts: tuple[BindMount, ...] = ()
+    own_limits: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ProcessSpec:
     """A process to start.
 
@@ -278,6 +293,7 @@ class ProcessSpec:
         limits: of this process and its children, within the container's.
         output_retention_bytes: output kept per stream; 0: the server's default.
         id: 1 to 128 characters as in a handle; empty: the client makes one.
+        sidecar: a root file system of its own instead of the container's.
     """
 
     path: str
@@ -290,6 +306,7 @@ class ProcessSpec:
     limits: Limits = Limits()
     output_retention_bytes: int = 0
     id: str = ""
+    sidecar: Sidecar | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,9 +386,13 @@ class Capacity:
 
 @dataclass(frozen=True, slots=True)
 class ContainerMetrics:
-    """Usage of one container; `error` set means it could not be measured and the rest is empty."""
+    """Usage of one container, or of one process in it if `process_id` is set.
+
+    `error` set means it could not be measured and the rest is empty.
+    """
 
     handle: str
+    process_id: str
     error: str
     memory_bytes: int
     memory_working_set_bytes: int

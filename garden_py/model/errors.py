@@ -146,6 +146,15 @@ class PoolExhausted(GardenError):
         self.flag = flag
 
 
+class PrivilegedDisabled(GardenError):
+    """This server makes no privileged containers; a setting of its forbids them."""
+
+    code = "privileged_disabled"
+
+    def __init__(self) -> None:
+        super().__init__("privileged container creation is disabled")  # the reference's words (statement L6)
+
+
 class PortInUse(GardenError):
     """The asked-for host port is mapped already."""
 
@@ -324,6 +333,18 @@ class HostFault(GardenError):
     def __init__(self, step: str, message: str) -> None:
         super().__init__(f"{step}: {message}")
         self.step = step
+
+
+class ProfileNotLoaded(HostFault):
+    """The kernel does not have the AppArmor profile that containers are to be confined by; nothing was made."""
+
+    code = "profile_not_loaded"
+
+    def __init__(self, profile: str) -> None:
+        super().__init__(
+            "apparmor", f"profile {profile!r}, the server's setting --apparmor, is not loaded on this host"
+        )
+        self.profile = profile
 
 
 class ContainerRecovering(GardenError):

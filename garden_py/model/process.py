@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from .errors import FieldViolation, InvalidRequest
+from .files import BindMount, image_problem, mount_violations
 from .handle import name_problem
 from .limits import Limits, limit_violations
 
@@ -51,6 +52,21 @@ class WindowSize:
 
 
 @dataclass(frozen=True, slots=True)
+class Sidecar:
+    """What a process with an image of its own has apart from its container (Garden calls it a pea).
+
+    Attributes:
+        image: as ContainerSpec.image, but never empty.
+        bind_mounts: its own; it has none of the container's but hosts and resolv.conf.
+        own_limits: its limits stand beside the container's instead of within them; where it states none, it has none.
+    """
+
+    image: str
+    bind_mounts: tuple[BindMount, ...] = ()
+    own_limits: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ProcessSpec:
     """A process to start.
 
@@ -63,8 +79,9 @@ class ProcessSpec:
         user: "", name, uid, or either with `:group`.
         tty: size of its terminal; None for pipes.
         rlimits: resource name in lower case (getrlimit(2) without RLIMIT_) to soft and hard value.
-        limits: of this process and its children, within the container's.
+        limits: of this process and its children, within the container's (but see Sidecar.own_limits).
         output_retention_bytes: kept per stream; 0 is the server's default.
+        sidecar: it has a root file system of its own; None: the container's.
     """
 
     path: str
@@ -77,6 +94,12 @@ class ProcessSpec:
     rlimits: tuple[tuple[str, int], ...] = ()
     limits: Limits = field(default_factory=Limits)
     output_retention_bytes: int = 0
+    sidecar: Sidecar | None = None
+
+    @property
+    def has_own_group(self) -> bool:
+        """Whether it and its children are counted by themselves."""
+        return self.sidecar is not None or not self.limits.empty()
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +177,10 @@ def check_process(spec: ProcessSpec, prefix: str = "spec") -> None:
     found += limit_violations(spec.limits, f"{prefix}.limits")
     if spec.limits.cpu_period_us is not None and spec.limits.cpu_quota_us is None:
         bad("limits.cpu_period_us", "needs cpu_quota_us")
+    if (sidecar := spec.sidecar) is not None:
+        if problem := image_problem(sidecar.image):
+            bad("sidecar.image", problem)
+        found += mount_violations(sidecar.bind_mounts, f"{prefix}.sidecar.bind_mounts")
     if spec.output_retention_bytes and spec.output_retention_bytes < RETENTION_FLOOR_BYTES:
         bad("output_retention_bytes", f"must be 0 (the server's default) or at least {RETENTION_FLOOR_BYTES}")
     if found:

@@ -2,41 +2,18 @@
 
 from __future__ import annotations
 
-import posixpath
 from dataclasses import dataclass, field
 from enum import Enum
 
 from .errors import FieldViolation, InvalidRequest
+from .files import BindMount, image_problem, mount_violations
 from .handle import hostname_problem, name_problem
 from .limits import Limits, limit_violations
 from .netrule import EgressPolicy
 from .process import check_env
 
-# Mounting over these would hide what the isolation and the agent depend on (runc CVE-2019-19921 class).
-GUARDED_DESTINATIONS = ("/proc", "/sys", "/dev")
 REQUEST_ID_MAX = 128
 PROPERTY_BYTES_MAX = 1 << 20
-
-
-class MountMode(Enum):
-    """Whether a bind mount may be written."""
-
-    READ_ONLY = "ro"
-    READ_WRITE = "rw"
-
-
-@dataclass(frozen=True, slots=True)
-class BindMount:
-    """A host file or directory shown in the container.
-
-    Attributes:
-        source: absolute path on the host; must exist when the container is made.
-        destination: absolute path in the container.
-    """
-
-    source: str
-    destination: str
-    mode: MountMode = MountMode.READ_ONLY
 
 
 class Transport(Enum):
@@ -95,8 +72,8 @@ def check_container(spec: ContainerSpec) -> None:
         found.append(FieldViolation("spec.handle", problem))
     if spec.hostname and (problem := hostname_problem(spec.hostname)):
         found.append(FieldViolation("spec.hostname", problem))
-    if image_problem := _image_problem(spec.image):
-        found.append(FieldViolation("spec.image", image_problem))
+    if spec.image and (problem := image_problem(spec.image)):
+        found.append(FieldViolation("spec.image", problem))
     found += check_env(spec.env, "spec.env")
     found += property_violations(dict(spec.properties), "spec.properties")
     found += limit_violations(spec.limits, "spec.limits")
@@ -104,22 +81,10 @@ def check_container(spec: ContainerSpec) -> None:
         found.append(FieldViolation("spec.limits.cpu_period_us", "needs cpu_quota_us"))
     if spec.grace_time_s is not None and not 0 <= spec.grace_time_s <= 10 * 365 * 86_400:
         found.append(FieldViolation("spec.grace_time", "must be 0 (never) to ten years"))
-    found += _mount_violations(spec.bind_mounts)
+    found += mount_violations(spec.bind_mounts, "spec.bind_mounts")
     found += port_violations(spec.port_mappings, "spec.port_mappings")
     if found:
         raise InvalidRequest(found)
-
-
-def image_directory(image: str) -> str:
-    """The directory that an image reference names; empty for the default root file system."""
-    return image.removeprefix("raw://") if image.startswith("raw://") else image
-
-
-def _image_problem(image: str) -> str | None:
-    directory = image_directory(image)
-    if not image or (directory.startswith("/") and "\0" not in directory):
-        return None
-    return "must be an absolute directory or raw:///directory"
 
 
 def property_violations(properties: dict[str, str], prefix: str) -> list[FieldViolation]:
@@ -129,29 +94,6 @@ def property_violations(properties: dict[str, str], prefix: str) -> list[FieldVi
         found.append(
             FieldViolation(prefix, f"keys and values are more than {PROPERTY_BYTES_MAX} bytes together")
         )
-    return found
-
-
-def _mount_violations(mounts: tuple[BindMount, ...]) -> list[FieldViolation]:
-    found: list[FieldViolation] = []
-    seen: set[str] = set()
-    for i, mount in enumerate(mounts):
-        at = f"spec.bind_mounts[{i}]"
-        if not mount.source.startswith("/") or "\0" in mount.source:
-            found.append(FieldViolation(f"{at}.source", "must be an absolute path"))
-        # normpath keeps exactly two leading slashes (POSIX lets them mean something else; Linux does not).
-        destination = posixpath.normpath("/" + mount.destination.lstrip("/"))
-        if not mount.destination.startswith("/") or "\0" in mount.destination:
-            found.append(FieldViolation(f"{at}.destination", "must be an absolute path"))
-        elif ".." in mount.destination.split("/"):
-            found.append(FieldViolation(f"{at}.destination", "must not contain '..'"))
-        elif destination == "/":
-            found.append(FieldViolation(f"{at}.destination", "must not be the root directory"))
-        elif any(f"{destination}/".startswith(f"{guarded}/") for guarded in GUARDED_DESTINATIONS):
-            found.append(FieldViolation(f"{at}.destination", "must not be at or below /proc, /sys or /dev"))
-        elif destination in seen:
-            found.append(FieldViolation(f"{at}.destination", f"{destination} is mounted twice"))
-        seen.add(destination)
     return found
 
 

@@ -50,10 +50,11 @@ _RETRY_DESTROY_S = (1.0, 2.0, 5.0, 10.0, 30.0)
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
-    """What containers get that state nothing themselves."""
+    """What containers get that state nothing themselves, and which are made at all."""
 
     max_containers: int
     egress: DefaultAction
+    privileged_allowed: bool = True
 
 
 class Containers:
@@ -84,9 +85,11 @@ class Containers:
         """Make a container; with the handle and request id of an earlier create, return that one's.
 
         Raises:
-            InvalidRequest, HandleInUse, PoolExhausted, PortInUse, HostFault, NotSupported.
+            InvalidRequest, PrivilegedDisabled, HandleInUse, PoolExhausted, PortInUse, HostFault, NotSupported.
         """
         check_container(spec)
+        if spec.privileged and not self._defaults.privileged_allowed:
+            raise errors.PrivilegedDisabled
         if len(request_id) > REQUEST_ID_MAX:
             raise errors.InvalidField("request_id", f"is longer than {REQUEST_ID_MAX} characters")
         if (earlier := self._earlier(spec, request_id)) is not None:
@@ -262,6 +265,18 @@ class Containers:
             return await self._backend.usage(handle)
         except errors.GardenError as error:
             return error
+
+    async def usage_of_process(self, handle: str, process_id: str) -> Usage:
+        """Usage of one process and its children.
+
+        Raises:
+            ContainerNotFound, ContainerBusy, ContainerBroken.
+            ProcessNotFound: there is no such process, or it has ended, or it is not counted by itself.
+        """
+        container = self._registry.get(handle)
+        container.require_usable("measured")
+        with self.expiry.use(container):
+            return await self._backend.usage(handle, process_id)
 
     # --- change
 
@@ -448,9 +463,9 @@ class Containers:
         )
         await asyncio.shield(job)
 
-    def resume_destroy(self, container: Container, reason: str = "") -> None:
+    def resume_destroy(self, container: Container, reason: str = "") -> asyncio.Future[None]:
         """Finish, in the background, what an earlier server has begun; reason: as told in its last event."""
-        self._guard.start("destroy", container.handle, self._resume_destroy(container, reason))
+        return self._guard.start("destroy", container.handle, self._resume_destroy(container, reason))
 
     async def _resume_destroy(self, container: Container, reason: str) -> None:
         async with self._resuming:

@@ -400,8 +400,12 @@ class Backend(LeakFinder, Protocol):
     def workload_count(self, handle: str) -> int:
         """Tasks of a container, the agent not counted."""
 
-    async def usage(self, handle: str) -> Usage:
-        """What a container uses now."""
+    async def usage(self, handle: str, process_id: str | None = None) -> Usage:
+        """What a container uses now, or one of its processes that is counted by itself (ProcessSpec.has_own_group).
+
+        Raises:
+            ProcessNotFound: there is no such process, or it has ended.
+        """
 
     async def limits(self, handle: str) -> Limits:
         """The limits in force, read from the kernel; 0 where there is none."""
@@ -428,7 +432,7 @@ class Backend(LeakFinder, Protocol):
         Args:
             handle: of the container.
             spec: with id filled in.
-            env: the container's and the process's entries, later wins.
+            env: all entries, later wins; a sidecar's image comes before them.
             record: called once, after which the program may run but not before. What it raises ends the start, and
                 the program has never run.
 

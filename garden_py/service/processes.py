@@ -75,7 +75,8 @@ class Processes:
             )
             self._registry.records.save_process(row)
 
-        env = (*container.spec.env, *spec.env)
+        # A sidecar begins with its own image's environment, not with that of the container's programs.
+        env = spec.env if spec.sidecar is not None else (*container.spec.env, *spec.env)
         try:
             process = await self._backend.start_process(container.handle, spec, env, record)
         except BaseException:
@@ -99,6 +100,14 @@ class Processes:
         if entry is None:
             raise errors.ProcessNotFound(handle, process_id)
         return entry.process
+
+    def find_sidecar(self, process_id: str) -> tuple[str, RunningProcess] | None:
+        """The sidecar of that id, in whichever container it is, and that container's handle."""
+        for container in self._registry:
+            entry = container.processes.get(process_id)
+            if entry is not None and entry.process.spec.sidecar is not None:
+                return container.handle, entry.process
+        return None
 
     def list_processes(self, handle: str) -> list[RunningProcess]:
         """A container's processes, oldest first."""

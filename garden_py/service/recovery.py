@@ -31,6 +31,7 @@ _BULK_PATIENCE_S = 1.0
 _DOOMED = (State.CREATING, State.DESTROYING, State.UNKILLABLE)
 _HALF_MADE = "its create was cut short by the end of the server"
 _REBOOTED = "the machine was rebooted"
+_DISCARDED = "the server was started with --destroy-containers-on-startup"
 
 
 class Recovery:
@@ -51,7 +52,7 @@ class Recovery:
         self._events = events
         self._adoptions: dict[str, asyncio.Task[None]] = {}
 
-    async def run(self, *, rebooted: bool = False) -> None:
+    async def run(self, *, rebooted: bool = False, discard: bool = False) -> None:
         """Take over running containers; have half-made and half-destroyed ones removed in the background.
 
         Returns when every container is there, or a moment later without those whose agents have not answered yet;
@@ -59,18 +60,20 @@ class Recovery:
 
         Args:
             rebooted: nothing of what the journal knows can still run; all of it is removed in the background.
+            discard: whatever still runs is destroyed; returns when all is gone that the kernel lets go.
         """
         rows = self._registry.records.containers()
-        if rebooted:
-            rows = [self._outdate(row) for row in rows]
+        if rebooted or discard:
+            rows = [self._outdate(row, _REBOOTED if rebooted else _DISCARDED) for row in rows]
         await self._backend.open(
             BackendEvents(self._processes.exited, self._out_of_memory, self._broken), rows
         )
+        destroys: list[asyncio.Future[None]] = []
         for row in rows:
             container = self._restore(row)
             if row.state in _DOOMED:
                 reason = _HALF_MADE if row.state is State.CREATING else row.state_reason
-                self._containers.resume_destroy(container, reason)
+                destroys.append(self._containers.resume_destroy(container, reason))
             else:
                 container.recovering = True
                 task = asyncio.ensure_future(self._adopt(container, row))
@@ -81,6 +84,8 @@ class Recovery:
             _, late = await asyncio.wait(self._adoptions.values(), timeout=_SERVE_AFTER_S)
             if late:
                 log.warning("server.serves_before_recovered", containers=len(late))
+        if discard and destroys:
+            await asyncio.wait(destroys)
         if rows:
             log.info("server.recovered", containers=len(rows), removing=removing, rebooted=rebooted)
 
@@ -104,9 +109,9 @@ class Recovery:
         if adoptions:
             await asyncio.wait(adoptions)
 
-    def _outdate(self, row: ContainerRow) -> ContainerRow:
+    def _outdate(self, row: ContainerRow, reason: str) -> ContainerRow:
         """Write down that a container is to be removed, whatever it was: a second crash must not forget it."""
-        row = replace(row, state=State.DESTROYING, state_reason=_REBOOTED)
+        row = replace(row, state=State.DESTROYING, state_reason=reason)
         self._registry.records.save_container(row)
         return row
 
@@ -173,7 +178,8 @@ class Recovery:
     def _out_of_memory(self, handle: str, process_id: str) -> None:
         container = self._registry.find(handle)
         if container is not None:
-            container.note("Out of memory")
+            if not _is_apart(container, process_id):
+                container.note("Out of memory")
             self._events.publish(EventKind.OUT_OF_MEMORY, handle, process_id=process_id)
 
     def _broken(self, handle: str, reason: str) -> None:
@@ -182,3 +188,10 @@ class Recovery:
             self._registry.leave(container, State.BROKEN, reason)
             self._events.publish(EventKind.CONTAINER_BROKEN, handle, reason=reason)
             log.error("container.broken", handle=handle, reason=reason)
+
+
+def _is_apart(container: Container, process_id: str) -> bool:
+    """Whether a process is limited beside its container, which then has not run out of memory itself."""
+    entry = container.processes.get(process_id)
+    sidecar = entry.process.spec.sidecar if entry is not None else None
+    return sidecar is not None and sidecar.own_limits

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from garden_py.client import ContainerSpec
 
@@ -65,9 +66,16 @@ class Window:
 
 
 class Board:
-    """Shared by clients, attackers and the report; everything happens in one event loop."""
+    """Shared by clients, attackers and the report; everything happens in one event loop.
 
-    def __init__(self) -> None:
+    Args:
+        image: a root file system for sidecars.
+        notes: a directory in which sidecars write their names, into a file of their container's name.
+    """
+
+    def __init__(self, image: Path, notes: Path) -> None:
+        self.image = image
+        self.notes = notes
         self.subjects: dict[str, Subject] = {}
         self.windows: list[Window] = []
         self.failures: list[str] = []

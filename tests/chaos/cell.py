@@ -54,6 +54,19 @@ class Cell:
         return self._server.address
 
     @property
+    def image(self) -> Path:
+        """The root file system that the server has made."""
+        (found,) = (self.state / "rootfs").iterdir()
+        return found
+
+    @property
+    def notes(self) -> Path:
+        """A directory for what sidecars tell."""
+        directory = self.place / "notes"
+        directory.mkdir(exist_ok=True)
+        return directory
+
+    @property
     def tag(self) -> str:
         """In the names of what this server makes on the host."""
         return Config(state_dir=self.state).tag

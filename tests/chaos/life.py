@@ -166,10 +166,12 @@ class Life:
         if not self._subject.ran:
             return
         process = await self._ask(
-            "read what ran", lambda: self._container.run(["cat", RAN], id="ran", request_id="ran")
+            "read what ran",
+            lambda: self._container.run(["sh", "-c", f"cat {RAN} || true"], id="ran", request_id="ran"),
         )
         output = await self._ask("read what ran", process.output)
-        found = output.stdout.decode().split()
+        notes = self._board.notes / self._subject.handle  # of sidecars, whose memory files are their own
+        found = output.stdout.decode().split() + (notes.read_text().split() if notes.exists() else [])
         if sorted(found) != sorted(self._subject.ran) and not self._subject.hurt:
             raise Failure(f"started were {sorted(self._subject.ran)}, run have {sorted(found)}")
         listed = await self._ask("list processes", self._container.processes)

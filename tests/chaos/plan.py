@@ -25,6 +25,7 @@ class Step:
         size: lines or bytes, as the kind means it.
         code: the exit code a process shall have.
         fraction: where in the output a vanishing reader leaves, 0 to 1.
+        sidecar: a process has a root file system of its own.
     """
 
     kind: str
@@ -32,6 +33,7 @@ class Step:
     size: int
     code: int
     fraction: float
+    sidecar: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,8 @@ def draw_step(draw: random.Random) -> Step:
         size=int(10 ** draw.uniform(1, 5.3)),
         code=draw.choice((0, 0, 0, 1, 42, 255)),
         fraction=draw.random(),
+        # A sidecar ends with its process; what a `late` one has left would go on.
+        sidecar=draw.random() < 0.05 and kind != "late",
     )
 
 

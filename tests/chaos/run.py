@@ -38,9 +38,9 @@ class Settings:
 async def run(settings: Settings) -> int:
     """The exit status: 0 if nothing was found."""
     before = snapshot()
-    board = Board()
     print(f"seed {settings.seed}, {settings.clients} clients, {settings.minutes:g} minutes", flush=True)
     async with open_cell(settings.clients) as cell:
+        board = Board(cell.image, cell.notes)
         try:
             await _attack(board, cell, settings)
             await _check_empty(board, cell)

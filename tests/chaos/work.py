@@ -12,10 +12,13 @@ from chaos.plan import Step
 from garden_py.client import (
     AsyncContainer,
     AsyncProcess,
+    BindMount,
     ExitStatus,
+    MountMode,
     OutOfRange,
     OutputChunk,
     ProcessSpec,
+    Sidecar,
     Stream,
     Tty,
 )
@@ -24,6 +27,7 @@ from garden_py.client import (
 RAN = "/dev/shm/ran"
 TIGHT_BYTES = 64 << 10
 _NOTE = f"echo $0 >>{RAN}; "
+_NOTES = "/notes"
 _SCRIPTS = {
     "count": "seq 1 {size}; echo done >&2; exit {code}",
     "blob": "head -c {size} /dev/urandom >/dev/shm/$0; sha256sum </dev/shm/$0 >&2; cat /dev/shm/$0; "
@@ -77,14 +81,20 @@ class Work:
         self._id = process_id
         self._input = hashlib.sha256(process_id.encode()).digest() * (step.size // 32 + 1)
         self._lines = step.size % (20 if step.kind == "long" else 500)
-        script = _NOTE + _SCRIPTS[step.kind].format(size=step.size, lines=self._lines, code=step.code)
+        note = f"echo $0 >>{_NOTES}/{subject.handle}; " if step.sidecar else _NOTE
+        script = note + _SCRIPTS[step.kind].format(size=step.size, lines=self._lines, code=step.code)
         self._spec = ProcessSpec(
             "sh",
             ("-c", script, process_id),
             id=process_id,
             tty=Tty() if step.kind == "terminal" else None,
             output_retention_bytes=TIGHT_BYTES if step.kind == "tight" else 0,
+            sidecar=self._sidecar() if step.sidecar else None,
         )
+
+    def _sidecar(self) -> Sidecar:
+        notes = BindMount(str(self._board.notes), _NOTES, MountMode.READ_WRITE)
+        return Sidecar(str(self._board.image), (notes,))
 
     async def begin(self) -> None:
         """Start it and leave it alone; `finish` judges it."""

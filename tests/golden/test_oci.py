@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from garden_py.backend.host.idmap import map_root_apart, range_of
 from garden_py.backend.oci.bundle import build_config
 from garden_py.backend.oci.data import load_runc_config
 from garden_py.backend.oci.facts import HostFacts
@@ -28,8 +29,7 @@ UNPRIVILEGED = BundleRequest(
     handle="box",
     hostname="box",
     privileged=False,
-    uid_base=0x7000_0000,
-    uid_count=65_536,
+    id_map=range_of(0x7000_0000, 65_536),
     rootfs="/run/garden/mnt/ab/rootfs",
     cgroup_path="/garden-1a2b/box",
     agent_argv=("/dev/.garden/v/ld.so", "/dev/.garden/v/python3", "-c", "agent"),
@@ -39,7 +39,8 @@ UNPRIVILEGED = BundleRequest(
     agent_target="/dev/.garden",
     binds=(("/run/garden/mnt/ab/bind-0", "/data"), ("/run/garden/mnt/ab/hosts", "/etc/hosts")),
 )
-PRIVILEGED = replace(UNPRIVILEGED, privileged=True, uid_base=None)
+PRIVILEGED = replace(UNPRIVILEGED, privileged=True, id_map=None)
+JOINS = tuple((name, f"/proc/7/fd/{n}") for n, name in enumerate(("user", "pid", "network", "ipc", "uts")))
 V1 = HostFacts(cgroup_version=1, bounding_capabilities=ALL_CAPABILITIES, nofile_hard=1_048_576)
 V2 = replace(V1, cgroup_version=2, bounding_capabilities=WITHOUT_SYS_RESOURCE, nofile_hard=4096)
 
@@ -47,8 +48,23 @@ CASES = {
     "unprivileged_v1": (UNPRIVILEGED, V1),
     "unprivileged_v2_weak_host": (UNPRIVILEGED, V2),
     "unprivileged_filtering_agent": (replace(UNPRIVILEGED, agent_filter_fd=4), V1),
+    "unprivileged_hardened": (
+        replace(
+            UNPRIVILEGED,
+            no_new_privileges=True,
+            apparmor_profile="garden-default",
+            sysctls=(("net.ipv4.tcp_retries2", "9"),),
+        ),
+        V1,
+    ),
     "unprivileged_aarch64": (replace(UNPRIVILEGED, binds=()), replace(V1, machine="aarch64")),
-    "privileged_v1": (PRIVILEGED, V1),
+    "unprivileged_as_reference": (
+        replace(UNPRIVILEGED, agent_filter_fd=4, as_reference=True, id_map=map_root_apart(0xFFFF_FFFE)),
+        V1,
+    ),
+    "privileged_as_reference": (replace(PRIVILEGED, as_reference=True), V1),
+    "sidecar": (replace(UNPRIVILEGED, joins=JOINS, binds=()), V1),
+    "privileged_v1": (replace(PRIVILEGED, sysctls=(("net.ipv4.tcp_retries2", "9"),)), V1),
     "privileged_v2_weak_host": (PRIVILEGED, V2),
 }
 
@@ -80,13 +96,24 @@ def config_of(name: str) -> dict[str, Any]:
     return build_config(*CASES[name], load_runc_config())
 
 
-@pytest.mark.parametrize("name", sorted(CASES))
+@pytest.mark.parametrize("name", sorted(name for name in CASES if "reference" not in name))
 def test_no_capability_survives_where_it_must_not(name: str) -> None:
     """Never inheritable, never ambient, never what the host lacks: runc would fail with "unable to apply caps"."""
     sets = config_of(name)["process"]["capabilities"]
     assert set(sets) == {"bounding", "effective", "permitted"}
     lacking = "CAP_SYS_RESOURCE" not in sets["bounding"]
     assert lacking or name == "privileged_v1"
+
+
+@pytest.mark.parametrize("name", ["unprivileged_as_reference", "privileged_as_reference"])
+def test_as_the_reference_capabilities_are_inheritable(name: str) -> None:
+    """All four sets of PID 1 are the same; what the agent lays down again is in the unprivileged ones (C)."""
+    sets = config_of(name)["process"]["capabilities"]
+    mask = load_runc_config().capability_mask("unprivileged")
+    expected = (1 << 38) - 1 if name.startswith("privileged") else mask | 1 << 21
+    numbers = load_runc_config().capabilities["numbers"]
+    assert set(sets) == {"bounding", "effective", "inheritable", "permitted"}
+    assert {sum(1 << numbers.index(each) for each in found) for found in sets.values()} == {expected}
 
 
 def test_unprivileged_root_is_nobody_on_the_host() -> None:

@@ -32,10 +32,11 @@ class Server:
     async def start(self, **settings: Any) -> Core:
         """Start, or start again without having closed: what a SIGKILL looks like to the next server."""
         containers, rebooted = settings.pop("containers", 250), settings.pop("rebooted", False)
+        discard = settings.get("destroy_containers_on_startup", False)
         self.backend = FakeBackend(self.host, containers=containers)
         self.backend.adopt_gate, self.backend.destroy_gate = self.adopt_gate, self.destroy_gate
         self.core = build_core(load_config(settings, environ={}), self.backend, self.journal)
-        await self.core.recovery.run(rebooted=rebooted)
+        await self.core.recovery.run(rebooted=rebooted, discard=discard)
         return self.core
 
     def events(self) -> list[tuple[str, str]]:

@@ -16,12 +16,13 @@ from typing import Any
 
 from garden_py.model import errors
 from garden_py.model.codec import load_exit
+from garden_py.model.files import image_directory
 from garden_py.model.leak import Leak
 from garden_py.model.lifecycle import USABLE
 from garden_py.model.limits import Limits
 from garden_py.model.netrule import EgressPolicy
 from garden_py.model.process import ProcessSpec
-from garden_py.model.spec import ContainerSpec, PortMapping, image_directory
+from garden_py.model.spec import ContainerSpec, PortMapping
 from garden_py.service.ports import (
     AgentFacts,
     BackendEvents,
@@ -240,7 +241,7 @@ class FakeBackend:
     def workload_count(self, handle: str) -> int:
         return sum(1 for process in self._get(handle).processes.values() if process.exit is None)
 
-    async def usage(self, handle: str) -> Usage:
+    async def usage(self, handle: str, process_id: str | None = None) -> Usage:
         limits = self._get(handle).limits
         return Usage(
             memory_bytes=4096,

@@ -11,7 +11,7 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
-from kit.garden_http import TIMEOUT_S, GardenClientBase, GardenHttpError, ProcessBase, Reply
+from kit.garden_http import TIMEOUT_S, GardenHttpError, Reply, WireClient, WireProcess
 
 PROGRAM = Path(__file__).parents[1] / "foreign" / "garden.js"
 
@@ -20,7 +20,7 @@ class ForeignError(ConnectionError):
     """What the foreign client threw."""
 
 
-class ForeignGarden(GardenClientBase):
+class ForeignGarden(WireClient):
     """Calls through the foreign client; close it."""
 
     def __init__(self, address: str) -> None:
@@ -77,7 +77,7 @@ class ForeignGarden(GardenClientBase):
         return ForeignProcess(self, found["key"], found["process_id"], found["stream_id"])
 
 
-class ForeignProcess(ProcessBase):
+class ForeignProcess(WireProcess):
     """A Run or Attach of the foreign client."""
 
     def __init__(self, client: ForeignGarden, key: str, process_id: str, stream_id: str) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 TIMEOUT_S = 30.0
 
@@ -116,7 +116,6 @@ class ProcessBase(ABC):
     """What tests do with a Run or Attach, whoever speaks the wire."""
 
     id: str
-    stream_id: str
 
     @abstractmethod
     def send(self, **message: Any) -> None:
@@ -125,18 +124,6 @@ class ProcessBase(ABC):
     @abstractmethod
     def wait(self) -> int:
         """The exit status, after all open side connections have ended."""
-
-    @abstractmethod
-    def next_message(self) -> dict[str, Any]:
-        """The next message of the server; ConnectionError at the end of the connection."""
-
-    @abstractmethod
-    def leave(self) -> None:
-        """Close the control connection, as a client that crashes does."""
-
-    @abstractmethod
-    def wait_for_sides(self) -> None:
-        """Wait until all side connections have ended."""
 
     @abstractmethod
     def read(self, name: str) -> bytes:
@@ -164,34 +151,70 @@ class ProcessBase(ABC):
         return self.read("stderr")
 
 
+class WireProcess(ProcessBase):
+    """What tests of the Garden wire do besides."""
+
+    stream_id: str
+
+    @abstractmethod
+    def next_message(self) -> dict[str, Any]:
+        """The next message of the server; ConnectionError at the end of the connection."""
+
+    @abstractmethod
+    def leave(self) -> None:
+        """Close the control connection, as a client that crashes does."""
+
+    @abstractmethod
+    def wait_for_sides(self) -> None:
+        """Wait until all side connections have ended."""
+
+
 class GardenClientBase(ABC):
-    """What tests ask of a Garden client, whoever speaks the wire."""
+    """What tests of the statements ask of a client, whichever door it is at."""
 
     @abstractmethod
-    def call(self, method: str, path: str, body: bytes | None = None, *headers: str) -> Reply:
-        """One request on a connection of its own."""
-
-    @abstractmethod
-    def _run(self, handle: str, spec: dict[str, Any], sides: tuple[str, ...]) -> ProcessBase:
-        """Run, with the body as it is."""
-
-    @abstractmethod
-    def _attach(self, handle: str, process_id: str, query: str, sides: tuple[str, ...]) -> ProcessBase:
-        """Attach."""
-
-    def json(self, method: str, path: str, value: Any = None) -> Any:
-        """A call with JSON in and out; GardenHttpError for what is no success."""
-        body = None if value is None else json.dumps(value).encode() + b"\n"
-        reply = self.call(method, path, body)
-        if reply.status // 100 != 2:
-            raise GardenHttpError(reply.status, reply.json())
-        return reply.json()
-
     def create(self, **spec: Any) -> str:
-        return str(self.json("POST", "/containers", {"image": {}, "limits": {}, **spec})["Handle"])
+        """Make a container; its handle."""
 
-    def destroy(self, handle: str) -> None:
-        assert self.json("DELETE", f"/containers/{quote(handle)}") == {}
+    @abstractmethod
+    def destroy(self, handle: str) -> None: ...
+
+    @abstractmethod
+    def list(self) -> list[str]: ...
+
+    @abstractmethod
+    def info(self, handle: str) -> Any: ...
+
+    @abstractmethod
+    def stop(self, handle: str, *, kill: bool) -> None: ...
+
+    @abstractmethod
+    def memory_limit(self, handle: str) -> int:
+        """The limit in force, in bytes."""
+
+    @abstractmethod
+    def metrics(self, handle: str) -> Any: ...
+
+    @abstractmethod
+    def map_port(self, handle: str, container_port: int) -> tuple[int, int]:
+        """(host port, container port) of a mapping with a host port from the pool."""
+
+    @abstractmethod
+    def stream_in(self, handle: str, tar: bytes, *, user: str, destination: str) -> None: ...
+
+    @abstractmethod
+    def stream_out(self, handle: str, *, user: str, source: str) -> bytes:
+        """The tar."""
+
+    @abstractmethod
+    def run(
+        self, handle: str, path: str, *args: str, sides: tuple[str, ...] = ("stdout", "stderr"), **spec: Any
+    ) -> Any:
+        """Start a process and open side connections, stdout first, as clients do."""
+
+    @abstractmethod
+    def attach(self, handle: str, process_id: str) -> Any:
+        """Attach to a process."""
 
     @contextmanager
     def container(self, **spec: Any) -> Iterator[str]:
@@ -201,25 +224,6 @@ class GardenClientBase(ABC):
             yield handle
         finally:
             self.destroy(handle)
-
-    def list(self, query: str = "") -> list[str]:
-        return list(self.json("GET", f"/containers{query}")["Handles"])
-
-    def info(self, handle: str) -> Any:
-        return self.json("GET", f"/containers/{quote(handle)}/info")
-
-    def run(
-        self, handle: str, path: str, *args: str, sides: tuple[str, ...] = ("stdout", "stderr"), **spec: Any
-    ) -> Any:
-        """Start a process and open side connections, stdout first, as clients do."""
-        return self._run(
-            handle, {"path": path, "args": list(args), "rlimits": {}, "image": {}, **spec}, sides
-        )
-
-    def attach(
-        self, handle: str, process_id: str, query: str = "", sides: tuple[str, ...] = ("stdout", "stderr")
-    ) -> Any:
-        return self._attach(handle, process_id, query, sides)
 
     def sh(self, handle: str, script: str, **spec: Any) -> tuple[int, bytes, bytes]:
         """Exit status and both outputs of a shell script."""
@@ -233,8 +237,78 @@ class GardenClientBase(ABC):
         return out.decode()
 
 
+class WireClient(GardenClientBase):
+    """A client of the Garden door, whoever speaks the wire."""
+
+    @abstractmethod
+    def call(self, method: str, path: str, body: bytes | None = None, *headers: str) -> Reply:
+        """One request on a connection of its own."""
+
+    @abstractmethod
+    def _run(self, handle: str, spec: dict[str, Any], sides: tuple[str, ...]) -> WireProcess:
+        """Run, with the body as it is."""
+
+    @abstractmethod
+    def _attach(self, handle: str, process_id: str, query: str, sides: tuple[str, ...]) -> WireProcess:
+        """Attach."""
+
+    def json(self, method: str, path: str, value: Any = None) -> Any:
+        """A call with JSON in and out; GardenHttpError for what is no success."""
+        body = None if value is None else json.dumps(value).encode() + b"\n"
+        return self.succeed(self.call(method, path, body)).json()
+
+    def succeed(self, reply: Reply) -> Reply:
+        if reply.status // 100 != 2:
+            raise GardenHttpError(reply.status, reply.json())
+        return reply
+
+    def create(self, **spec: Any) -> str:
+        return str(self.json("POST", "/containers", {"image": {}, "limits": {}, **spec})["Handle"])
+
+    def destroy(self, handle: str) -> None:
+        assert self.json("DELETE", f"/containers/{quote(handle)}") == {}
+
+    def list(self, query: str = "") -> list[str]:
+        return list(self.json("GET", f"/containers{query}")["Handles"])
+
+    def info(self, handle: str) -> Any:
+        return self.json("GET", f"/containers/{quote(handle)}/info")
+
+    def stop(self, handle: str, *, kill: bool) -> None:
+        assert self.json("PUT", f"/containers/{quote(handle)}/stop", {"kill": kill}) == {}
+
+    def memory_limit(self, handle: str) -> int:
+        return int(self.json("GET", f"/containers/{quote(handle)}/limits/memory")["limit_in_bytes"])
+
+    def metrics(self, handle: str) -> Any:
+        return self.json("GET", f"/containers/{quote(handle)}/metrics")
+
+    def map_port(self, handle: str, container_port: int) -> tuple[int, int]:
+        wanted = {"host_port": 0, "container_port": container_port}
+        found = self.json("POST", f"/containers/{quote(handle)}/net/in", wanted)
+        return found["host_port"], found["container_port"]
+
+    def stream_in(self, handle: str, tar: bytes, **query: str) -> None:
+        self.succeed(self.call("PUT", f"/containers/{quote(handle)}/files?{urlencode(query)}", tar))
+
+    def stream_out(self, handle: str, **query: str) -> bytes:
+        return self.succeed(self.call("GET", f"/containers/{quote(handle)}/files?{urlencode(query)}")).body
+
+    def run(
+        self, handle: str, path: str, *args: str, sides: tuple[str, ...] = ("stdout", "stderr"), **spec: Any
+    ) -> Any:
+        return self._run(
+            handle, {"path": path, "args": list(args), "rlimits": {}, "image": {}, **spec}, sides
+        )
+
+    def attach(
+        self, handle: str, process_id: str, query: str = "", sides: tuple[str, ...] = ("stdout", "stderr")
+    ) -> Any:
+        return self._attach(handle, process_id, query, sides)
+
+
 @dataclass
-class HttpProcess(ProcessBase):
+class HttpProcess(WireProcess):
     """A Run or Attach: the control connection, and the side connections that were asked for."""
 
     client: GardenHttp
@@ -304,7 +378,7 @@ class HttpProcess(ProcessBase):
 
 
 @dataclass(frozen=True)
-class GardenHttp(GardenClientBase):
+class GardenHttp(WireClient):
     """Calls to one server."""
 
     address: str

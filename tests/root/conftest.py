@@ -41,4 +41,16 @@ def shared_box(garden: GardenClient) -> Iterator[Container]:
         yield container
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A test marked `garden_only` is not run over gRPC; the mark says why."""
+    garden_only = [item for item in items if item.get_closest_marker("garden_only") and _is_over_grpc(item)]
+    config.hook.pytest_deselected(items=garden_only)
+    items[:] = [item for item in items if item not in garden_only]
+
+
+def _is_over_grpc(item: pytest.Item) -> bool:
+    callspec = getattr(item, "callspec", None)
+    return callspec is not None and callspec.params.get("garden") == "grpc"
+
+
 __all__ = ["garden_http", "garden_http_server"]  # fixtures of the Garden door

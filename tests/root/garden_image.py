@@ -6,10 +6,12 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from kit.garden_foreign import ForeignGarden
+from kit.garden_grpc import GrpcGarden
 from kit.garden_http import GardenClientBase, GardenHttp
 from kit.server import ServerProcess, running_server
 
@@ -29,6 +31,10 @@ testuser:x:1000:
 alice:x:1010:
 extra:x:1011:alice
 """
+
+# Busybox's `su` says "must be suid" unless the kernel has made it root; then it looks for the user.
+MAKE_SETUID = "cp /bin/busybox /tmp/su && chmod 4755 /tmp/su"
+TRY_SETUID = "/tmp/su no-such-user"
 
 
 def make_garden_image(place: Path) -> Path:
@@ -68,31 +74,44 @@ def make_garden_image(place: Path) -> Path:
     return root
 
 
-@pytest.fixture(scope="module")
-def garden_http_server(no_trace: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """A server with a Garden door whose default image has the users that the statements name."""
-    place = tmp_path_factory.mktemp("garden")
+@contextmanager
+def garden_server_with(place: Path, *flags: str) -> Iterator[ServerProcess]:
+    """A server with a Garden door, the image above and more flags; `garden_door_of` tells where the door is."""
     for directory in (place, *place.parents[:2]):
         directory.chmod(0o755)
     image = make_garden_image(place)
     door = f"unix:{place}/garden.sock"
-    with running_server("--garden-http", door, "--default-rootfs", str(image)) as server:
+    with running_server("--garden-http", door, "--default-rootfs", f"raw://{image}", *flags) as server:
+        yield server
+
+
+def garden_door_of(server: ServerProcess) -> str:
+    """Where a server's Garden door is."""
+    return server.flags[server.flags.index("--garden-http") + 1]
+
+
+@pytest.fixture(scope="module")
+def garden_http_server(no_trace: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A server with a Garden door whose default image has the users that the statements name."""
+    with garden_server_with(tmp_path_factory.mktemp("garden")) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def garden_http(garden_http_server: ServerProcess) -> GardenHttp:
     """A client of that door."""
-    flags = garden_http_server.flags
-    return GardenHttp(flags[flags.index("--garden-http") + 1])
+    return GardenHttp(garden_door_of(garden_http_server))
 
 
-@pytest.fixture(scope="module", params=["by hand", "foreign"], name="garden")
-def either_client(request: pytest.FixtureRequest, garden_http: GardenHttp) -> Iterator[GardenClientBase]:
-    """Two clients of the door that share no code: what they disagree on, the spec settles."""
+@pytest.fixture(scope="module", params=["by hand", "foreign", "grpc"], name="garden")
+def any_client(
+    request: pytest.FixtureRequest, garden_http_server: ServerProcess, garden_http: GardenHttp
+) -> Iterator[GardenClientBase]:
+    """Two clients of the Garden door that share no code, and one over gRPC: what they disagree on, the spec settles."""
     if request.param == "by hand":
         yield garden_http
         return
-    foreign = ForeignGarden(garden_http.address)
-    yield foreign
-    foreign.close()
+    address = garden_http_server.address
+    other = GrpcGarden(address) if request.param == "grpc" else ForeignGarden(garden_http.address)
+    yield other
+    other.close()

@@ -20,13 +20,14 @@ from kit.stage import Stage, eventually, exit_of, output_of, read_exactly
 from kit.trace import assert_no_trace, snapshot
 
 from garden_py import wire
+from garden_py.backend.cgroup.groups import pids_in
 from garden_py.backend.linux import open_linux_backend, site, upgrades
 from garden_py.backend.linux.backend import LinuxBackend
 from garden_py.backend.rootfs.runtime_bundle import RuntimeBundle, build_runtime_bundle
 from garden_py.client import Container
 from garden_py.config import Config, load_config
 from garden_py.model import errors
-from garden_py.model.process import OutputStream, WindowSize
+from garden_py.model.process import OutputStream, Sidecar, WindowSize
 from garden_py.service.ports import RunningProcess
 
 pytestmark = pytest.mark.root
@@ -152,6 +153,54 @@ async def test_agent_of_another_build_is_upgraded_in_the_background(
     assert await exit_of(later) == (3, None)
     assert (await output_of(later))[0] == b"later\n"
     assert stage.heard.broken == []
+
+
+async def start_sidecar(
+    stage: Stage, config: Config, handle: str, *argv: str, **fields: Any
+) -> RunningProcess:
+    (image,) = (config.state_dir / "rootfs").iterdir()
+    return await stage.start(handle, *argv, sidecar=Sidecar(str(image)), **fields)
+
+
+async def test_agent_of_a_sidecar_is_upgraded_too(
+    stage: Stage, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process goes on, also a terminal; the exit comes from the new agent."""
+    handle = await stage.create()
+    cat = await start_sidecar(stage, config, handle, "cat")
+    terminal = await start_sidecar(
+        stage, config, handle, "sh", "-c", "stty raw -echo; echo ready; cat", tty=WindowSize(24, 80)
+    )
+    await read_exactly(terminal.output(STDOUT), 6)
+    assert await reopen(stage, monkeypatch, changed(tmp_path, append("agent/loop.py", "# later"))) == {}
+    cat, terminal = await stage.adopt(handle, cat), await stage.adopt(handle, terminal)
+    sidecars = linux(stage)._containers[handle].sidecars
+    old = {sidecar.link.build for sidecar in sidecars.values()}
+    await stage.backend.adopted(handle)
+    await talk(cat, b"during\n")
+    await eventually(
+        lambda: old.isdisjoint(sidecar.link.build for sidecar in sidecars.values()), "the upgrade of both"
+    )
+    await talk(cat, b"after\n")
+    await talk(terminal, b"typed")
+    await cat.close_stdin()
+    assert await exit_of(cat) == (0, None)
+    assert stage.heard.broken == []
+
+
+async def test_stopped_agent_of_a_sidecar_costs_its_own_process_only(stage: Stage, config: Config) -> None:
+    """Nobody has asked it anything: it is found by being asked."""
+    handle = await stage.create()
+    victim = await start_sidecar(stage, config, handle, "sleep", "1000", id="victim")
+    cat = await start_sidecar(stage, config, handle, "cat")
+    cgroup = linux(stage)._containers[handle].cgroup.sidecar("victim")
+    (pid,) = pids_in(cgroup)
+    os.kill(pid, signal.SIGSTOP)
+    assert await exit_of(victim) == (None, signal.SIGKILL)
+    victim.exit_recorded()
+    await talk(cat, b"still here\n")
+    assert stage.heard.broken == []
+    await eventually(lambda: not pids_in(cgroup), "the end of the stopped agent")
 
 
 async def test_agent_of_wire_version_1_is_spoken_with_and_stays(

@@ -7,15 +7,15 @@ import socket
 import tarfile
 import time
 from collections.abc import Iterator
-from urllib.parse import urlencode
+from pathlib import Path
 
 import pytest
-from garden_image import either_client
+from garden_image import MAKE_SETUID, TRY_SETUID, any_client
 from kit.garden_http import GardenClientBase, GardenHttpError
 
 pytestmark = pytest.mark.root
 MIB = 1 << 20
-__all__ = ["either_client"]  # the fixture `garden`
+__all__ = ["any_client"]  # the fixture `garden`
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +33,7 @@ def privileged(garden: GardenClientBase) -> Iterator[str]:
 # --- lifecycle
 
 
+@pytest.mark.garden_only("the keys are the Garden protocol's")
 def test_L14_L15_info(garden: GardenClientBase, box: str) -> None:
     info = garden.info(box)
     assert info["State"] == "active"
@@ -86,41 +87,38 @@ def pack(**files: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def stream_in(garden: GardenClientBase, handle: str, tar: bytes, **query: str) -> None:
-    reply = garden.call("PUT", f"/containers/{handle}/files?{urlencode(query)}", tar)
-    if reply.status != 200:
-        raise GardenHttpError(reply.status, reply.json())
-
-
 def stream_out(garden: GardenClientBase, handle: str, **query: str) -> list[str]:
-    reply = garden.call("GET", f"/containers/{handle}/files?{urlencode(query)}")
-    if reply.status != 200:
-        raise GardenHttpError(reply.status, reply.json())
-    with tarfile.open(fileobj=io.BytesIO(reply.body)) as tar:
+    with tarfile.open(fileobj=io.BytesIO(garden.stream_out(handle, **query))) as tar:
         return [member.name + "/" * member.isdir() for member in tar]
 
 
 @pytest.mark.parametrize(("user", "owner"), [("", "root"), ("alice", "alice")])
 def test_F1_F2_stream_in(garden: GardenClientBase, box: str, user: str, owner: str) -> None:
     destination = f"/tmp/in-{owner}/deep"
-    stream_in(garden, box, pack(file=b"content"), user=user, destination=destination)
+    garden.stream_in(box, pack(file=b"content"), user=user, destination=destination)
     text = garden.text_of(box, f"stat -c '%U %a' {destination} {destination}/file; cat {destination}/file")
     assert text.split() == [owner, "755", owner, "644", "content"]
 
 
 def test_F2_relative_paths_are_below_the_home(garden: GardenClientBase, box: str) -> None:
-    for destination, path in ((".", "/home/alice/f"), ("sub", "/home/alice/sub/f"), ("", "/home/alice/f")):
-        stream_in(garden, box, pack(f=destination.encode()), user="alice", destination=destination)
+    for destination, path in ((".", "/home/alice/f"), ("sub", "/home/alice/sub/f")):
+        garden.stream_in(box, pack(f=destination.encode()), user="alice", destination=destination)
         assert garden.text_of(box, f"cat {path}") == destination
+
+
+@pytest.mark.garden_only("gRPC wants a path")
+def test_F2_no_destination_is_the_home(garden: GardenClientBase, box: str) -> None:
+    garden.stream_in(box, pack(none=b"content"), user="alice", destination="")
+    assert garden.text_of(box, "cat /home/alice/none") == "content"
 
 
 def test_F3_F4_what_fails(garden: GardenClientBase, box: str) -> None:
     with pytest.raises(GardenHttpError):
-        stream_in(garden, box, pack(f=b"x"), user="bob", destination="/tmp")
+        garden.stream_in(box, pack(f=b"x"), user="bob", destination="/tmp")
     with pytest.raises(GardenHttpError, match="ermission denied"):
-        stream_in(garden, box, pack(f=b"x"), user="alice", destination="/root")
+        garden.stream_in(box, pack(f=b"x"), user="alice", destination="/root")
     with pytest.raises(GardenHttpError):
-        stream_in(garden, box, pack(f=b"x" * 5000)[:2000], user="", destination="/tmp/cut")
+        garden.stream_in(box, pack(f=b"x" * 5000)[:2000], user="", destination="/tmp/cut")
 
 
 def test_F5_stream_out(garden: GardenClientBase, box: str) -> None:
@@ -140,7 +138,7 @@ def test_F5_stream_out(garden: GardenClientBase, box: str) -> None:
 def test_ME2_ME3_memory(garden: GardenClientBase) -> None:
     limits = {"memory_limits": {"limit_in_bytes": 64 * MIB}}
     with garden.container(limits=limits) as handle:
-        assert garden.json("GET", f"/containers/{handle}/limits/memory") == {"limit_in_bytes": 64 * MIB}
+        assert garden.memory_limit(handle) == 64 * MIB
         assert garden.sh(handle, "head -c 58000000 /dev/zero >/dev/shm/small; rm /dev/shm/small")[0] == 0
         assert garden.sh(handle, "head -c 80000000 /dev/zero >/dev/shm/large")[0] != 0
 
@@ -155,6 +153,7 @@ def test_ME4_EV1_out_of_memory_is_told(garden: GardenClientBase) -> None:
         assert garden.text_of(handle, "echo alive") == "alive\n"
 
 
+@pytest.mark.garden_only("gRPC has weights, not shares")
 @pytest.mark.parametrize("shares", [100, 50])
 def test_CP3_shares_are_read_back(garden: GardenClientBase, shares: int) -> None:
     with garden.container(limits={"cpu_limits": {"limit_in_shares": shares}}) as handle:
@@ -164,15 +163,14 @@ def test_CP3_shares_are_read_back(garden: GardenClientBase, shares: int) -> None
 
 def test_OL1_pids(garden: GardenClientBase) -> None:
     with garden.container(limits={"pid_limits": {"max": 50}}) as handle:
-        status, _, err = garden.sh(handle, "i=0; while [ $i -lt 60 ]; do sleep 5 & i=$((i+1)); done")
+        status, _, err = garden.sh(handle, "i=0; while [ $i -lt 60 ]; do sleep 3 & i=$((i+1)); done")
         assert (status, b"fork" in err) == (2, True)
-        metrics = garden.json("GET", f"/containers/bulk_metrics?handles={handle}")[handle]["Metrics"]
-        assert metrics["PidStat"]["Max"] == 50
+        assert garden.metrics(handle)["PidStat"]["Max"] == 50
 
 
 def test_BM1_to_BM3_metrics(garden: GardenClientBase, box: str) -> None:
     garden.text_of(box, "i=0; while [ $i -lt 2000 ]; do i=$((i+1)); done")
-    metrics = garden.json("GET", f"/containers/{box}/metrics")
+    metrics = garden.metrics(box)
     assert metrics["MemoryStat"]["TotalUsageTowardLimit"] > 0
     assert metrics["PidStat"] == {"Current": metrics["PidStat"]["Current"], "Max": 0}
     assert metrics["PidStat"]["Current"] >= 1
@@ -180,6 +178,7 @@ def test_BM1_to_BM3_metrics(garden: GardenClientBase, box: str) -> None:
     assert metrics["CPUStat"]["Usage"] > 0
 
 
+@pytest.mark.garden_only("the keys are the Garden protocol's")
 def test_CA1_capacity(garden: GardenClientBase) -> None:
     found = garden.json("GET", "/capacity")
     assert all(
@@ -215,6 +214,16 @@ def test_SE1_SE2_seccomp(garden: GardenClientBase, box: str, privileged: str) ->
     status, _, err = garden.sh(box, "unshare --user true")
     assert status != 0
     assert b"Operation not permitted" in err
+
+
+def test_SE5_SE6_without_settings(garden: GardenClientBase, box: str, privileged: str) -> None:
+    """A setuid program gains what it always did, and TCP is tuned as the host's is."""
+    garden.text_of(box, MAKE_SETUID)
+    assert b"unknown user" in garden.sh(box, TRY_SETUID, user="alice")[2]
+    names = ("keepalive_time", "keepalive_intvl", "keepalive_probes", "retries1", "retries2")
+    paths = [f"/proc/sys/net/ipv4/tcp_{name}" for name in names]
+    for handle in (box, privileged):
+        assert garden.text_of(handle, f"cat {' '.join(paths)}") == "".join(Path(p).read_text() for p in paths)
 
 
 def test_NS3_nothing_of_the_host_can_be_written(garden: GardenClientBase, box: str) -> None:
@@ -261,16 +270,16 @@ def test_BI1_BI4_bind_mounts(garden: GardenClientBase, tmp_path_factory: pytest.
 
 
 def test_N14_N15_net_in(garden: GardenClientBase, box: str) -> None:
-    mapped = garden.json("POST", f"/containers/{box}/net/in", {"host_port": 0, "container_port": 8080})
-    assert mapped["container_port"] == 8080
+    host_port, container_port = garden.map_port(box, 8080)
+    assert container_port == 8080
     listener = garden.run(box, "nc", "-l", "-p", "8080", "-e", "echo", "hello")
     deadline = time.monotonic() + 5
     while ":1F90 " not in garden.text_of(box, "cat /proc/net/tcp /proc/net/tcp6 2>/dev/null; true"):
         assert time.monotonic() < deadline
-    with socket.create_connection(("127.0.0.1", mapped["host_port"]), timeout=5) as connection:
+    with socket.create_connection(("127.0.0.1", host_port), timeout=5) as connection:
         assert connection.makefile("rb").read() == b"hello\n"
     assert listener.wait() == 0
-    assert {"HostPort": mapped["host_port"], "ContainerPort": 8080} in garden.info(box)["MappedPorts"]
+    assert {"HostPort": host_port, "ContainerPort": 8080} in garden.info(box)["MappedPorts"]
 
 
 def test_N30_to_N33_name_files(garden: GardenClientBase, box: str) -> None:

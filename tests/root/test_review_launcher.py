@@ -81,8 +81,7 @@ async def test_runtime_ends_with_its_worker(launcher: Launcher, tmp_path: Path) 
         "directory": str(tmp_path / "mnt" / "c"),
         "image": str(tmp_path / "image"),
         **{name: str(tmp_path / name) for name in ("upper", "work")},
-        "uid_base": None,
-        "uid_count": 65_536,
+        "id_map": None,
         "binds": [],
     }
     for name in ("upper", "work"):
@@ -133,12 +132,12 @@ def test_helper_that_holds_a_namespace_ends_with_whoever_forked_it() -> None:
     script = (
         "import os, sys, time\n"
         "from pathlib import Path\n"
-        "from garden_py.backend.host import userns\n"
+        "from garden_py.backend.host import idmap, userns\n"
         "def hang(self, text):\n"
         "    print(self.parts[2], flush=True)\n"
         "    time.sleep(60)\n"
         "Path.write_text = hang\n"
-        "userns.make_userns(0x70000000, 65536)\n"
+        "userns.make_userns(idmap.range_of(0x70000000, 65536))\n"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None

@@ -6,6 +6,7 @@ import hashlib
 import time
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from garden_py.client import ContainerSpec, ExitStatus, OutputChunk, Stream
 from garden_py.client.errors import ErrorDetails, FailedPrecondition, ServerFault, Unavailable
 
 SUBJECT = Subject(ContainerSpec(handle="box"))
-COUNT = Step("count", "run", size=3, code=7, fraction=0.5)
+COUNT = Step("count", "run", size=3, code=7, fraction=0.5, sidecar=False)
 
 
 def seen_of(stdout: bytes, stderr: bytes) -> Seen:
@@ -30,7 +31,7 @@ def seen_of(stdout: bytes, stderr: bytes) -> Seen:
 
 def judge(step: Step, seen: Seen, status: ExitStatus) -> None:
     container: Any = None
-    Work(Board(), SUBJECT, container, step, "p")._judge(seen, status)
+    Work(Board(Path(), Path()), SUBJECT, container, step, "p")._judge(seen, status)
 
 
 def test_seed_decides_lives_and_attacks() -> None:
@@ -63,7 +64,7 @@ def test_wrong_exit_is_found(status: ExitStatus) -> None:
 def test_blob_must_hash_to_what_its_process_said() -> None:
     """Random bytes are compared with the sum that was taken inside."""
     told = hashlib.sha256(b"abc").hexdigest().encode() + b"  -\n"
-    blob = Step("blob", "run", size=3, code=0, fraction=0)
+    blob = Step("blob", "run", size=3, code=0, fraction=0, sidecar=False)
     judge(blob, seen_of(b"abc", told), ExitStatus(code=0))
     with pytest.raises(Failure, match="not what was written"):
         judge(blob, seen_of(b"abx", told), ExitStatus(code=0))
@@ -79,7 +80,7 @@ def test_gap_between_chunks_is_found() -> None:
 def test_every_kind_of_process_has_a_judgement() -> None:
     """A kind that nobody judges would pass always."""
     for kind in set(WORKS):
-        step = Step(kind, "run", size=3, code=0, fraction=0)
+        step = Step(kind, "run", size=3, code=0, fraction=0, sidecar=False)
         with pytest.raises(Failure):
             judge(step, seen_of(b"rubbish", b"rubbish"), ExitStatus(code=0, signal=None))
 
@@ -96,20 +97,20 @@ async def test_errors_without_an_attack_are_failures() -> None:
     host_fault = ServerFault("no", ErrorDetails(code="HOST_FAULT"))
     for error in (Unavailable("gone"), host_fault, ServerFault("bug")):
         with pytest.raises(Failure):
-            await raised_by(error, SUBJECT, Board())
+            await raised_by(error, SUBJECT, Board(Path(), Path()))
     broken = FailedPrecondition("no", ErrorDetails(code="CONTAINER_BROKEN"))
     hurt = Subject(ContainerSpec(handle="box"), hurt=["agent-kill"])
     with pytest.raises(Failure):
-        await raised_by(broken, SUBJECT, Board())
+        await raised_by(broken, SUBJECT, Board(Path(), Path()))
     with pytest.raises(Hurt):
-        await raised_by(broken, hurt, Board())
+        await raised_by(broken, hurt, Board(Path(), Path()))
     with pytest.raises(Failure, match="untyped"):
-        await raised_by(ServerFault("bug"), hurt, Board())
+        await raised_by(ServerFault("bug"), hurt, Board(Path(), Path()))
 
 
 async def test_attack_excuses_what_it_causes_for_a_while() -> None:
     """And nothing else."""
-    board = Board()
+    board = Board(Path(), Path())
     with board.attack("server-kill"):
         pass
     assert board.overlapped(frozenset({"server-kill"}), time.monotonic())

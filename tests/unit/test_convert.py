@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -10,10 +12,10 @@ from google.protobuf.duration_pb2 import Duration
 from garden_py.api._pb import garden_pb2 as pb
 from garden_py.api.grpc import convert
 from garden_py.model.errors import InvalidField
+from garden_py.model.files import BindMount, MountMode
 from garden_py.model.limits import Limits
 from garden_py.model.netrule import DefaultAction, EgressPolicy, RuleAction, parse_egress_rule
-from garden_py.model.process import ExitStatus, WindowSize
-from garden_py.model.spec import MountMode
+from garden_py.model.process import ExitStatus, Sidecar, WindowSize
 from garden_py.service.events import EventKind
 from garden_py.service.ports import EgressCounts, RuleCount, Usage
 
@@ -56,7 +58,8 @@ def test_container_spec_keeps_every_field() -> None:
 def test_every_field_of_the_container_spec_is_covered() -> None:
     """A field that is added to the proto must be added to the test above."""
     assert len(pb.ContainerSpec.DESCRIPTOR.fields) == 11
-    assert len(pb.ProcessSpec.DESCRIPTOR.fields) == 10
+    assert len(pb.ProcessSpec.DESCRIPTOR.fields) == 11
+    assert len(pb.Sidecar.DESCRIPTOR.fields) == 3
 
 
 def test_process_spec_keeps_every_field() -> None:
@@ -73,8 +76,12 @@ def test_process_spec_keeps_every_field() -> None:
             rlimits={"nofile": (1 << 64) - 1},
             limits=pb.Limits(memory_bytes=1 << 30),
             output_retention_bytes=1 << 20,
+            sidecar=pb.Sidecar(
+                image="/i", bind_mounts=[pb.BindMount(source="/s", destination="/d", mode=1)], own_limits=True
+            ),
         )
     )
+    assert spec.sidecar == Sidecar("/i", (BindMount("/s", "/d", MountMode.READ_WRITE),), own_limits=True)
     assert (spec.id, spec.path, spec.args, spec.env) == ("p", "sh", ("-c", ""), ("A=b",))
     assert (spec.dir, spec.user, spec.tty) == ("/d", "u", WindowSize(0, 100))
     assert spec.rlimits == (("nofile", (1 << 64) - 1),)
@@ -208,6 +215,6 @@ def test_every_usage_field_is_in_the_proto() -> None:
     """A metric that cannot be told would fail the whole bulk call."""
     values: dict[str, Any] = {name: 1 for name in Usage.__dataclass_fields__ if name != "memory_stat"}
     usage = Usage(**values)
-    message = convert.metrics_to("box", usage, 2.5)
+    message = convert.metrics_to("box", usage, time.time_ns() - 2_500_000_000)
     assert message.oom_kills == message.network_tx_packets == 1
-    assert (message.age.seconds, message.age.nanos) == (2, 500_000_000)
+    assert message.age.ToTimedelta() >= timedelta(seconds=2.5)

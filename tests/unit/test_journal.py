@@ -19,11 +19,12 @@ from garden_py.model.codec import (
     load_process_spec,
 )
 from garden_py.model.errors import HostFault
+from garden_py.model.files import BindMount, MountMode
 from garden_py.model.lifecycle import State
 from garden_py.model.limits import Limits
 from garden_py.model.netrule import DefaultAction, EgressPolicy, parse_egress_rule
 from garden_py.model.process import ExitStatus, ProcessSpec, WindowSize
-from garden_py.model.spec import BindMount, ContainerSpec, MountMode, PortMapping, Transport
+from garden_py.model.spec import ContainerSpec, PortMapping, Transport
 from garden_py.service.ports import ContainerRow, ProcessRow
 
 FULL_SPEC = ContainerSpec(

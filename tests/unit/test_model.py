@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from garden_py.model.errors import InvalidRequest
+from garden_py.model.files import BindMount
 from garden_py.model.handle import hostname_for, hostname_problem, make_name, name_problem
 from garden_py.model.lifecycle import FOLLOWERS, State, may_follow
 from garden_py.model.limits import MEMORY_FLOOR_BYTES, Limits, shares_from_weight, weight_from_shares
@@ -22,7 +23,7 @@ from garden_py.model.process import (
     parse_signal,
     signal_name,
 )
-from garden_py.model.spec import BindMount, ContainerSpec, PortMapping, Transport, check_container
+from garden_py.model.spec import ContainerSpec, PortMapping, Transport, check_container
 
 
 def violations(check: Any, spec: Any) -> set[str]:

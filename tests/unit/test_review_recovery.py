@@ -18,6 +18,7 @@ from garden_py.backend.cgroup.layout import ContainerCgroup, Hierarchies
 from garden_py.backend.linux.backend import LinuxBackend
 from garden_py.backend.linux.container import ContainerFacts, LinuxContainer
 from garden_py.backend.linux.network import NetworkLease
+from garden_py.backend.linux.processes import LinuxProcesses
 from garden_py.backend.linux.site import Site
 from garden_py.config import load_config
 from garden_py.model import errors
@@ -75,7 +76,9 @@ async def test_exit_between_greeting_and_adoption_is_not_lost(tmp_path: Path) ->
         backend = LinuxBackend(load_config({}, environ={}))
         backend._containers["c"] = container
         depot = SimpleNamespace(streams=lambda *_: tmp_path / "streams")
-        backend._site = cast(Site, SimpleNamespace(depot=depot))
+        site = cast(Site, SimpleNamespace(depot=depot, config=load_config({}, environ={})))
+        nobody: Any = None
+        backend._processes = LinuxProcesses(site, nobody, nobody)
         spec = ProcessSpec(path="true", id="p")
         row = ProcessRow("c", "p", "", 1, 7, dump_process_spec(spec), None)
         process = await backend.adopt_process("c", row, spec)

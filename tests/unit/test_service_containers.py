@@ -196,6 +196,17 @@ async def test_full_server_names_what_is_full(
 
 
 @in_virtual_time
+async def test_privileged_containers_can_be_forbidden(server: Server) -> None:
+    """Before anything else is looked at; unprivileged ones are made as ever."""
+    core = await server.start(disable_privileged_containers=True)
+    with pytest.raises(errors.PrivilegedDisabled, match="privileged container creation is disabled"):
+        await core.containers.create(spec(privileged=True))
+    await core.containers.create(spec())
+    with pytest.raises(errors.PrivilegedDisabled):
+        await core.containers.create(spec(privileged=True))
+
+
+@in_virtual_time
 async def test_half_made_container_is_not_seen(server: Server) -> None:
     """Callers see it in lists only when they ask for all states."""
     core = await server.start()

@@ -10,10 +10,11 @@ from kit.fake_backend import FakeBackend, open_gate
 from kit.virtual_clock import in_virtual_time, settle
 
 from garden_py.model import errors
+from garden_py.model.files import BindMount, MountMode
 from garden_py.model.lifecycle import State
 from garden_py.model.netrule import DefaultAction, EgressPolicy, parse_egress_rule
 from garden_py.model.process import ProcessSpec
-from garden_py.model.spec import BindMount, ContainerSpec, MountMode, PortMapping
+from garden_py.model.spec import ContainerSpec, PortMapping
 from garden_py.service.events import EventKind
 from garden_py.service.ports import ContainerRow
 
@@ -211,6 +212,29 @@ async def test_bug_in_taking_one_over_costs_only_that_one(monkeypatch: pytest.Mo
     assert core.containers.get("good").state is State.ACTIVE
     assert core.containers.get("bad").state is State.BROKEN
     await core.containers.destroy("bad")
+
+
+@in_virtual_time
+async def test_server_can_begin_with_nothing() -> None:
+    """It serves when what an earlier one has left is gone: handles and addresses are free, events say why."""
+    server = Server()
+    core = await server.start()
+    for handle in ("a", "b"):
+        await core.containers.create(ContainerSpec(handle=handle))
+    await core.processes.start("a", SLEEP)
+    server.destroy_gate.clear()
+    starting = asyncio.ensure_future(server.start(destroy_containers_on_startup=True))
+    await asyncio.sleep(5)
+    assert not starting.done()
+    server.destroy_gate.set()
+    core = await starting
+    assert core.containers.list_containers({}, all_states=True, after="", limit=9) == []
+    assert (server.host.containers, server.host.addresses, server.journal.containers()) == ({}, set(), [])
+    gone = [event for event in server.kept() if event.kind is EventKind.CONTAINER_DESTROYED]
+    assert {event.details["reason"] for event in gone} == {
+        "the server was started with --destroy-containers-on-startup"
+    }
+    await core.containers.create(ContainerSpec(handle="a"))
 
 
 @in_virtual_time

@@ -13,6 +13,7 @@ from garden_py.backend.cgroup.layout import ContainerCgroup, Hierarchies
 from garden_py.backend.linux import backend as module
 from garden_py.backend.linux.backend import LinuxBackend
 from garden_py.backend.linux.container import LinuxContainer
+from garden_py.backend.linux.processes import LinuxProcesses
 from garden_py.config import Config
 from garden_py.model.errors import ContainerBroken
 from garden_py.model.limits import Limits
@@ -28,6 +29,7 @@ def backend(tmp_path: Path) -> LinuxBackend:
     )
     nobody: Any = None
     backend._containers["box"] = LinuxContainer("box", nobody, cgroup, tmp_path, nobody)
+    backend._processes = LinuxProcesses(nobody, nobody, nobody)
     return backend
 
 
@@ -82,6 +84,6 @@ async def measure(backend: LinuxBackend, number: int, monkeypatch: pytest.Monkey
     monkeypatch.setattr(module, "read_usage", lambda cgroup: None)
     network: Any = SimpleNamespace(read_traffic=read_traffic)
     backend._network = network
-    container: Any = SimpleNamespace(cgroup=None, facts=SimpleNamespace(lease=None))
+    container: Any = SimpleNamespace(cgroup=None, sidecars={}, facts=SimpleNamespace(lease=None))
     backend._containers["box"] = container
     await backend.usage("box")

@@ -18,6 +18,7 @@ Conventions
     INVALID_ARGUMENT     a field is bad; the BadRequest names it; nothing was changed
     NOT_FOUND            no such container or process; also a program or user that the container lacks
     ALREADY_EXISTS       handle or process id in use
+    PERMISSION_DENIED    a setting of the server forbids it (reason PRIVILEGED_DISABLED); nobody may
     RESOURCE_EXHAUSTED   a pool is empty (addresses, ports, containers), or the message is over the size limit
     FAILED_PRECONDITION  the container or process is in a state that does not allow the call
     ABORTED              an etag did not match: read again, then retry
@@ -1047,22 +1048,50 @@ class GetMetricsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     HANDLES_FIELD_NUMBER: _builtins.int
+    PROCESSES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def handles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """none: all containers"""
+        """neither these nor processes: all containers"""
+
+    @_builtins.property
+    def processes(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProcessName]:
+        """sidecars, and processes with limits of their own"""
 
     def __init__(
         self,
         *,
         handles: _abc.Iterable[_builtins.str] | None = ...,
+        processes: _abc.Iterable[Global___ProcessName] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["handles", b"handles"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handles", b"handles", "processes", b"processes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetMetricsRequest: _TypeAlias = GetMetricsRequest  # noqa: Y015
+
+@_typing.final
+class ProcessName(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HANDLE_FIELD_NUMBER: _builtins.int
+    PROCESS_ID_FIELD_NUMBER: _builtins.int
+    handle: _builtins.str
+    process_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        handle: _builtins.str = ...,
+        process_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle", "process_id", b"process_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProcessName: _TypeAlias = ProcessName  # noqa: Y015
 
 @_typing.final
 class GetMetricsResponse(_message.Message):
@@ -1127,6 +1156,7 @@ class ContainerMetrics(_message.Message):
     NETWORK_RX_PACKETS_FIELD_NUMBER: _builtins.int
     NETWORK_TX_PACKETS_FIELD_NUMBER: _builtins.int
     MEMORY_STAT_FIELD_NUMBER: _builtins.int
+    PROCESS_ID_FIELD_NUMBER: _builtins.int
     handle: _builtins.str
     error: _builtins.str
     """set: the container could not be measured, and the rest is empty"""
@@ -1150,6 +1180,8 @@ class ContainerMetrics(_message.Message):
     network_tx_bytes: _builtins.int
     network_rx_packets: _builtins.int
     network_tx_packets: _builtins.int
+    process_id: _builtins.str
+    """set: these are of that process and its children; network fields are 0"""
     @_builtins.property
     def age(self) -> _duration_pb2.Duration: ...
     @_builtins.property
@@ -1178,10 +1210,11 @@ class ContainerMetrics(_message.Message):
         network_rx_packets: _builtins.int = ...,
         network_tx_packets: _builtins.int = ...,
         memory_stat: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        process_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["age", b"age"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "cpu_system_ns", b"cpu_system_ns", "cpu_throttled_ns", b"cpu_throttled_ns", "cpu_usage_ns", b"cpu_usage_ns", "cpu_user_ns", b"cpu_user_ns", "error", b"error", "handle", b"handle", "memory_bytes", b"memory_bytes", "memory_limit_bytes", b"memory_limit_bytes", "memory_peak_bytes", b"memory_peak_bytes", "memory_stat", b"memory_stat", "memory_working_set_bytes", b"memory_working_set_bytes", "network_rx_bytes", b"network_rx_bytes", "network_rx_packets", b"network_rx_packets", "network_tx_bytes", b"network_tx_bytes", "network_tx_packets", b"network_tx_packets", "oom_kills", b"oom_kills", "pids", b"pids", "pids_limit", b"pids_limit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "cpu_system_ns", b"cpu_system_ns", "cpu_throttled_ns", b"cpu_throttled_ns", "cpu_usage_ns", b"cpu_usage_ns", "cpu_user_ns", b"cpu_user_ns", "error", b"error", "handle", b"handle", "memory_bytes", b"memory_bytes", "memory_limit_bytes", b"memory_limit_bytes", "memory_peak_bytes", b"memory_peak_bytes", "memory_stat", b"memory_stat", "memory_working_set_bytes", b"memory_working_set_bytes", "network_rx_bytes", b"network_rx_bytes", "network_rx_packets", b"network_rx_packets", "network_tx_bytes", b"network_tx_bytes", "network_tx_packets", b"network_tx_packets", "oom_kills", b"oom_kills", "pids", b"pids", "pids_limit", b"pids_limit", "process_id", b"process_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1441,6 +1474,7 @@ class ProcessSpec(_message.Message):
     RLIMITS_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
     OUTPUT_RETENTION_BYTES_FIELD_NUMBER: _builtins.int
+    SIDECAR_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """1 to 128 characters as in a handle. Empty: the server makes a UUID."""
     path: _builtins.str
@@ -1471,6 +1505,10 @@ class ProcessSpec(_message.Message):
     def limits(self) -> Global___Limits:
         """of this process and its children, within the container's"""
 
+    @_builtins.property
+    def sidecar(self) -> Global___Sidecar:
+        """Set: the process has a root file system and a mount namespace of its own. See Sidecar."""
+
     def __init__(
         self,
         *,
@@ -1484,14 +1522,49 @@ class ProcessSpec(_message.Message):
         rlimits: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         limits: Global___Limits | None = ...,
         output_retention_bytes: _builtins.int = ...,
+        sidecar: Global___Sidecar | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "tty", b"tty"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "sidecar", b"sidecar", "tty", b"tty"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["args", b"args", "dir", b"dir", "env", b"env", "id", b"id", "limits", b"limits", "output_retention_bytes", b"output_retention_bytes", "path", b"path", "rlimits", b"rlimits", "tty", b"tty", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["args", b"args", "dir", b"dir", "env", b"env", "id", b"id", "limits", b"limits", "output_retention_bytes", b"output_retention_bytes", "path", b"path", "rlimits", b"rlimits", "sidecar", b"sidecar", "tty", b"tty", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ProcessSpec: _TypeAlias = ProcessSpec  # noqa: Y015
+
+@_typing.final
+class Sidecar(_message.Message):
+    """A process with an image of its own ("pea" in Garden). It shares all namespaces of the container but the mount
+    namespace, and its hosts and resolv.conf files; its user is looked up in its own image, without supplementary groups; it has
+    neither the container's environment nor its bind mounts; its working directory is "/" unless it states one. When it ends,
+    whatever it has left running is killed, and its root file system is removed. It ends with the container.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IMAGE_FIELD_NUMBER: _builtins.int
+    BIND_MOUNTS_FIELD_NUMBER: _builtins.int
+    OWN_LIMITS_FIELD_NUMBER: _builtins.int
+    image: _builtins.str
+    """as ContainerSpec.image, but not empty"""
+    own_limits: _builtins.bool
+    """ProcessSpec.limits are in force beside the container's, not within them; what is not stated there is unlimited."""
+    @_builtins.property
+    def bind_mounts(self) -> _containers.RepeatedCompositeFieldContainer[Global___BindMount]: ...
+    def __init__(
+        self,
+        *,
+        image: _builtins.str = ...,
+        bind_mounts: _abc.Iterable[Global___BindMount] | None = ...,
+        own_limits: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bind_mounts", b"bind_mounts", "image", b"image", "own_limits", b"own_limits"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Sidecar: _TypeAlias = Sidecar  # noqa: Y015
 
 @_typing.final
 class Tty(_message.Message):

@@ -187,7 +187,8 @@ class GardenServicer:
         """Makes a container and returns when its agent answers, its network works and its limits are in force.
         Any failure undoes every step already done; the handle is free again. With `request_id`, a second call with the
         same handle and request id returns the container the first one made.
-        Errors: INVALID_ARGUMENT, ALREADY_EXISTS (handle), RESOURCE_EXHAUSTED (pool), INTERNAL (a host step failed).
+        Errors: INVALID_ARGUMENT, ALREADY_EXISTS (handle), PERMISSION_DENIED (privileged), RESOURCE_EXHAUSTED (pool),
+        INTERNAL (a host step failed).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterable
+
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from garden_py.api._pb import garden_pb2 as pb
 from garden_py.model import netrule
 from garden_py.model.errors import InvalidField
+from garden_py.model.files import BindMount, MountMode
 from garden_py.model.leak import LeakReport
 from garden_py.model.lifecycle import State
 from garden_py.model.limits import Limits
-from garden_py.model.process import ExitStatus, OutputStream, ProcessSpec, WindowSize, parse_signal
-from garden_py.model.spec import BindMount, ContainerSpec, MountMode, PortMapping, Transport
+from garden_py.model.process import ExitStatus, OutputStream, ProcessSpec, Sidecar, WindowSize, parse_signal
+from garden_py.model.spec import ContainerSpec, PortMapping, Transport
 from garden_py.service.containers import egress_etag
 from garden_py.service.events import Event
 from garden_py.service.ports import AgentFacts, EgressCounts, NetworkFacts, RunningProcess, Usage
@@ -189,11 +193,6 @@ _MODES_OUT = {value: key for key, value in _MODES.items()}
 
 def container_spec_from(message: pb.ContainerSpec, default_egress: netrule.DefaultAction) -> ContainerSpec:
     """A container spec."""
-    mounts = []
-    for i, mount in enumerate(message.bind_mounts):
-        if mount.mode not in _MODES:
-            raise InvalidField(f"spec.bind_mounts[{i}].mode", f"unknown value {mount.mode}")
-        mounts.append(BindMount(mount.source, mount.destination, _MODES[mount.mode]))
     egress = (
         policy_from(message.egress, default_egress, "spec.egress") if message.HasField("egress") else None
     )
@@ -203,7 +202,7 @@ def container_spec_from(message: pb.ContainerSpec, default_egress: netrule.Defau
         privileged=message.privileged,
         env=tuple(message.env),
         properties=tuple(sorted(message.properties.items())),
-        bind_mounts=tuple(mounts),
+        bind_mounts=_mounts_from(message.bind_mounts, "spec.bind_mounts"),
         limits=limits_from(message.limits),
         grace_time_s=seconds(message.grace_time) if message.HasField("grace_time") else None,
         port_mappings=tuple(
@@ -212,6 +211,19 @@ def container_spec_from(message: pb.ContainerSpec, default_egress: netrule.Defau
         egress=egress,
         hostname=message.hostname,
     )
+
+
+def _mounts_from(messages: Iterable[pb.BindMount], field: str) -> tuple[BindMount, ...]:
+    mounts = []
+    for i, mount in enumerate(messages):
+        if mount.mode not in _MODES:
+            raise InvalidField(f"{field}[{i}].mode", f"unknown value {mount.mode}")
+        mounts.append(BindMount(mount.source, mount.destination, _MODES[mount.mode]))
+    return tuple(mounts)
+
+
+def _mounts_to(mounts: Iterable[BindMount]) -> list[pb.BindMount]:
+    return [pb.BindMount(source=m.source, destination=m.destination, mode=_MODES_OUT[m.mode]) for m in mounts]
 
 
 def container_to(
@@ -247,10 +259,7 @@ def _container_spec_to(spec: ContainerSpec) -> pb.ContainerSpec:
         privileged=spec.privileged,
         env=[f"{entry.partition('=')[0]}=" for entry in spec.env],
         properties=dict(spec.properties),
-        bind_mounts=[
-            pb.BindMount(source=m.source, destination=m.destination, mode=_MODES_OUT[m.mode])
-            for m in spec.bind_mounts
-        ],
+        bind_mounts=_mounts_to(spec.bind_mounts),
         limits=limits_to(spec.limits),
         port_mappings=[mapping_to(mapping) for mapping in spec.port_mappings],
         hostname=spec.hostname,
@@ -262,10 +271,11 @@ def _container_spec_to(spec: ContainerSpec) -> pb.ContainerSpec:
     return message
 
 
-def metrics_to(handle: str, usage: Usage, age_s: float) -> pb.ContainerMetrics:
-    """A container's usage as a message."""
+def metrics_to(handle: str, usage: Usage, since_ns: int, process_id: str = "") -> pb.ContainerMetrics:
+    """The usage of a container, or of a process in it, as a message."""
     values = {name: getattr(usage, name) for name in Usage.__dataclass_fields__}
-    return pb.ContainerMetrics(handle=handle, age=duration(age_s), **values)
+    age = duration((time.time_ns() - since_ns) / 1e9)
+    return pb.ContainerMetrics(handle=handle, process_id=process_id, age=age, **values)
 
 
 # --- processes
@@ -301,7 +311,13 @@ def process_spec_from(message: pb.ProcessSpec) -> ProcessSpec:
         rlimits=tuple(sorted(message.rlimits.items())),
         limits=limits_from(message.limits),
         output_retention_bytes=message.output_retention_bytes,
+        sidecar=_sidecar_from(message.sidecar) if message.HasField("sidecar") else None,
     )
+
+
+def _sidecar_from(message: pb.Sidecar) -> Sidecar:
+    mounts = _mounts_from(message.bind_mounts, "spec.sidecar.bind_mounts")
+    return Sidecar(message.image, mounts, message.own_limits)
 
 
 def process_to(handle: str, process: RunningProcess) -> pb.Process:
@@ -332,6 +348,14 @@ def process_to(handle: str, process: RunningProcess) -> pb.Process:
     )
     if spec.tty is not None:
         message.spec.tty.CopyFrom(pb.Tty(rows=spec.tty.rows, columns=spec.tty.columns))
+    if (sidecar := spec.sidecar) is not None:
+        message.spec.sidecar.CopyFrom(
+            pb.Sidecar(
+                image=sidecar.image,
+                bind_mounts=_mounts_to(sidecar.bind_mounts),
+                own_limits=sidecar.own_limits,
+            )
+        )
     if process.exit is not None:
         message.exit.CopyFrom(exit_to(process.exit))
     return message

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any, TypeAlias
@@ -18,7 +17,7 @@ from garden_py.api.grpc.streams import CHUNK_BYTES, ProcessFeed, feed_input
 from garden_py.model.errors import GardenError, InvalidField
 from garden_py.model.process import OutputStream
 from garden_py.service.core import Core
-from garden_py.service.ports import AgentFacts, NetworkFacts, RunningProcess
+from garden_py.service.ports import AgentFacts, NetworkFacts, RunningProcess, Usage
 from garden_py.service.registry import Container
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -139,14 +138,29 @@ class GardenServicer(garden_pb2_grpc.GardenServicer):
     async def GetMetrics(self, request: pb.GetMetricsRequest, context: Context) -> pb.GetMetricsResponse:
         """See the proto."""
         response = pb.GetMetricsResponse()
-        await self._core.recovery.wait_for_many(request.handles)
-        for handle, usage in (await self._core.containers.usage(list(request.handles))).items():
+        await self._core.recovery.wait_for_many(
+            [*request.handles, *(name.handle for name in request.processes)]
+        )
+        found: dict[str, Usage | GardenError] = {}
+        if request.handles or not request.processes:
+            found = await self._core.containers.usage(list(request.handles))
+        for handle, usage in found.items():
             if isinstance(usage, GardenError):
                 response.metrics.add(handle=handle, error=str(usage))
             else:
-                age_s = (time.time_ns() - self._core.registry.get(handle).created_ns) / 1e9
-                response.metrics.append(convert.metrics_to(handle, usage, age_s))
+                created_ns = self._core.registry.get(handle).created_ns
+                response.metrics.append(convert.metrics_to(handle, usage, created_ns))
+        for name in request.processes:
+            response.metrics.append(await self._metrics_of_process(name.handle, name.process_id))
         return response
+
+    async def _metrics_of_process(self, handle: str, process_id: str) -> pb.ContainerMetrics:
+        try:
+            usage = await self._core.containers.usage_of_process(handle, process_id)
+            started_ns = self._core.processes.get(handle, process_id).started_ns
+        except GardenError as error:
+            return pb.ContainerMetrics(handle=handle, process_id=process_id, error=str(error))
+        return convert.metrics_to(handle, usage, started_ns, process_id)
 
     async def GetLimits(self, request: pb.GetLimitsRequest, context: Context) -> pb.Limits:
         """See the proto."""

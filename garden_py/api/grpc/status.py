@@ -22,6 +22,7 @@ CODES: dict[type[errors.GardenError], StatusCode] = {
     errors.ContainerBroken: StatusCode.FAILED_PRECONDITION,
     errors.Unkillable: StatusCode.UNAVAILABLE,
     errors.PoolExhausted: StatusCode.RESOURCE_EXHAUSTED,
+    errors.PrivilegedDisabled: StatusCode.PERMISSION_DENIED,
     errors.PortInUse: StatusCode.ALREADY_EXISTS,
     errors.ProcessNotFound: StatusCode.NOT_FOUND,
     errors.ProcessIdInUse: StatusCode.ALREADY_EXISTS,

@@ -8,6 +8,7 @@ from typing import Any
 from garden_py.api.http.fields import UINT64_MAX, BadJson, Fields, as_fields
 from garden_py.api.http.messages import window_size
 from garden_py.model.errors import GardenError, InvalidField, NotSupported
+from garden_py.model.files import BindMount, MountMode
 from garden_py.model.limits import UINT63_MAX, Limits
 from garden_py.model.netrule import (
     MAX_PORT,
@@ -19,8 +20,8 @@ from garden_py.model.netrule import (
     PortRange,
     Protocol,
 )
-from garden_py.model.process import ProcessSpec, WindowSize
-from garden_py.model.spec import BindMount, ContainerSpec, MountMode, PortMapping
+from garden_py.model.process import ProcessSpec, Sidecar, WindowSize
+from garden_py.model.spec import ContainerSpec, PortMapping
 
 _PROTOCOLS = {0: Protocol.ALL, 1: Protocol.TCP, 2: Protocol.UDP, 3: Protocol.ICMP}
 _RLIMITS = (
@@ -166,12 +167,6 @@ def process_spec(fields: Fields) -> ProcessSpec:
     Raises:
         BadJson, GardenError.
     """
-    found_image = fields.child("image")
-    if any(found_image.text(name) for name in ("uri", "username", "password")):
-        raise NotSupported("image: this server does not run processes with an image of their own yet")
-    if fields.each("bind_mounts", lambda value, path: bind_mount(as_fields(value, path))):
-        problem = "Running a process with bind mounts and no image provided is not allowed"
-        raise InvalidField("bind_mounts", problem)
     rlimits = fields.child("rlimits")
     given = {name: rlimits.optional_number(name, most=UINT64_MAX) for name in _RLIMITS}
     tty = fields.child("tty")
@@ -185,7 +180,20 @@ def process_spec(fields: Fields) -> ProcessSpec:
         tty=window_size(tty) or WindowSize() if fields.has("tty") else None,
         rlimits=tuple((name, value) for name, value in given.items() if value is not None),
         limits=_process_limits(fields.child("limits"), None),
+        sidecar=_sidecar(fields),
     )
+
+
+def _sidecar(fields: Fields) -> Sidecar | None:
+    """A process with a non-empty image, a "pea"; limits that are given, if only as {}, are its own (PE9, PE10)."""
+    own_image = image(fields.child("image"), "")
+    mounts = fields.each("bind_mounts", lambda value, path: bind_mount(as_fields(value, path)))
+    if own_image:
+        return Sidecar(own_image, mounts, own_limits=fields.has("limits"))
+    if mounts:
+        problem = "Running a process with bind mounts and no image provided is not allowed"
+        raise InvalidField("bind_mounts", problem)
+    return None
 
 
 def grace_time_s(value: Any) -> float:

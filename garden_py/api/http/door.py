@@ -69,7 +69,7 @@ class GardenDoor:
         return address
 
     async def _listen_unix(self, path: Path) -> asyncio.Server:
-        mode, group = int(self._config.garden_http_mode, 8), self._config.garden_http_group
+        mode, group = self._config.garden_http_socket_mode, self._config.garden_http_group
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             with socket_file(path, mode=mode, group=group, fields=("garden_http", "garden_http_group")):

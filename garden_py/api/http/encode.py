@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from garden_py.model.lifecycle import State
 from garden_py.model.limits import Limits
-from garden_py.service.ports import HostCapacity, NetworkFacts, Usage
+from garden_py.service.ports import HostCapacity, NetworkFacts, RunningProcess, Usage
 from garden_py.service.registry import Container
 
 _STATE_PROPERTY: Final = "garden.state"
@@ -87,16 +87,31 @@ def metrics_json(container: Container, usage: Usage, host: HostCapacity) -> dict
     if dict(container.spec.properties).get("network.healthcheck") == "true":
         network = None
     return {
+        **_usage_json(usage),
+        "DiskStat": dict(_NO_DISK),
+        "NetworkStat": network,
+        "Age": age_ns,
+        "CPUEntitlement": _entitlement_ns(container.spec.limits, age_ns, host),
+    }
+
+
+def _usage_json(usage: Usage) -> dict[str, Any]:
+    return {
         "MemoryStat": {
             **{key: usage.memory_stat.get(key, 0) for key in _MEMORY_KEYS},
             "TotalUsageTowardLimit": _usage_toward_limit(usage.memory_stat),
         },
         "CPUStat": {"Usage": usage.cpu_usage_ns, "User": usage.cpu_user_ns, "System": usage.cpu_system_ns},
-        "DiskStat": dict(_NO_DISK),
-        "NetworkStat": network,
         "PidStat": {"Current": usage.pids, "Max": usage.pids_limit},
-        "Age": age_ns,
-        "CPUEntitlement": _entitlement_ns(container.spec.limits, age_ns, host),
+    }
+
+
+def sidecar_metrics_json(process: RunningProcess, usage: Usage) -> dict[str, Any]:
+    """Metrics of a sidecar, asked for by its process id (BM6, PE14): without network and entitlement."""
+    return {
+        **EMPTY_METRICS,
+        **_usage_json(usage),
+        "Age": max(1, time.time_ns() - process.started_ns),
     }
 
 

@@ -124,6 +124,11 @@ class GardenHandlers:
             return json_reply(await self._metrics(self._core.backend.capacity(), handle))
 
     async def _metrics(self, host: HostCapacity, handle: str) -> dict[str, Any]:
+        container = self._core.registry.find(handle)
+        if container is None and (found := self._core.processes.find_sidecar(handle)) is not None:
+            owner, process = found
+            usage = await self._core.containers.usage_of_process(owner, process.id)
+            return encode.sidecar_metrics_json(process, usage)
         container = self._core.registry.get(handle)
         container.require_usable("measured")
         return encode.metrics_json(container, await self._core.backend.usage(handle), host)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 from garden_py.backend.cgroup.layout import (
@@ -72,24 +73,32 @@ def furnish(cgroup: ContainerCgroup, agent_pid: int, limits: Limits) -> None:
     write_limits(cgroup, limits)
 
 
-def add_process_group(cgroup: ContainerCgroup, process_id: str, limits: Limits) -> None:
-    """Make the group of one process that has limits of its own."""
-    leaf = cgroup.leaf(process_id)
+def add_process_group(cgroup: ContainerCgroup, leaf: tuple[str, ...], limits: Limits) -> None:
+    """Make the group of one process that is counted by itself."""
     for directory in cgroup.all_directories(*leaf):
         directory.mkdir(exist_ok=True)
     write_limits(cgroup, limits, leaf=leaf)
 
 
-def remove_process_group(cgroup: ContainerCgroup, process_id: str) -> bool:
+def remove_process_group(cgroup: ContainerCgroup, leaf: tuple[str, ...]) -> bool:
     """Remove that group if nothing is in it any more; False while a child of the process lives on."""
     try:
-        for directory in cgroup.all_directories(*cgroup.leaf(process_id)):
-            remove_tree(directory)
+        remove_leaf(cgroup, leaf)
     except OSError as error:
         if error.errno == errno.EBUSY:
             return False
         raise
     return True
+
+
+def remove_leaf(cgroup: ContainerCgroup, leaf: tuple[str, ...]) -> None:
+    """Remove one group below the container; gone is fine.
+
+    Raises:
+        OSError: EBUSY while a task is still in it.
+    """
+    for directory in cgroup.all_directories(*leaf):
+        remove_tree(directory)
 
 
 def open_procs(cgroup: ContainerCgroup, leaf: tuple[str, ...]) -> list[int]:
@@ -129,8 +138,18 @@ def pids_below(top: Path) -> list[int]:
 
 
 def workload_count(cgroup: ContainerCgroup) -> int:
-    """Tasks (threads included) of the workload, the agent not counted."""
-    return int(cgroup.directory("pids", WORK, "pids.current").read_text())
+    """Tasks (threads included) of the workload, agents not counted."""
+    top = cgroup.directory("pids")
+    count = _count(top / WORK)
+    for name in os.listdir(top):
+        if name.startswith("p-"):
+            with suppress(FileNotFoundError):  # that sidecar has ended since
+                count += _count(top / name)
+    return count
+
+
+def _count(directory: Path) -> int:
+    return int((directory / "pids.current").read_text())
 
 
 def kill_all(cgroup: ContainerCgroup) -> None:
@@ -144,11 +163,18 @@ def kill_all(cgroup: ContainerCgroup) -> None:
             return
         except FileNotFoundError:
             return
-    for pid in pids_in(cgroup):
-        try:
+    _kill_each(pids_in(cgroup))
+
+
+def kill_leaf(cgroup: ContainerCgroup, leaf: tuple[str, ...]) -> None:
+    """SIGKILL everything in one group below the container; repeat until it can be removed."""
+    _kill_each(pids_below(cgroup.directory("pids", *leaf)))
+
+
+def _kill_each(pids: list[int]) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
 
 
 def remove(cgroup: ContainerCgroup) -> None:

@@ -7,6 +7,9 @@
                                       with limits     /garden-<tag>/<handle>/work/main  processes
                                                       /garden-<tag>/<handle>/work/<id>  one process with limits
 
+    /garden-<tag>/<handle>/agent-<id>   both versions: the agent of a sidecar
+    /garden-<tag>/<handle>/p-<id>       and its processes, if it has limits of its own, not within the container's
+
 The limits are on `work`, which the agent is not in: running out of memory takes the workload, never PID 1. The CPU
 weight is on the container, where it competes with other containers. Nothing in the container can write any of these
 directories: the server opens `cgroup.procs` and hands descriptors to the agent, and the kernel checks the opener's
@@ -102,10 +105,19 @@ class ContainerCgroup:
         """The same directory in every hierarchy."""
         return [mount_point.joinpath(self.path, *below) for mount_point in self.hierarchies.distinct()]
 
-    def leaf(self, process_id: str | None) -> tuple[str, ...]:
-        """Path below the container where a process's tasks go; None: one without limits of its own."""
+    def sidecar(self, process_id: str) -> ContainerCgroup:
+        """Where the agent of a sidecar is."""
+        return ContainerCgroup(self.hierarchies, f"{self.path}/agent-{process_id}")
+
+    def leaf(self, process_id: str | None, *, beside: bool = False) -> tuple[str, ...]:
+        """Path below the container where a process's tasks go.
+
+        Args:
+            process_id: None: one that is not counted by itself.
+            beside: outside of the container's limits.
+        """
         if process_id is not None:
-            return (WORK, f"p-{process_id}")
+            return (f"p-{process_id}",) if beside else (WORK, f"p-{process_id}")
         return (WORK, MAIN) if self.hierarchies.version == 2 else (WORK,)
 
 

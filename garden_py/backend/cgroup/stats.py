@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from garden_py.backend.cgroup.layout import WORK, ContainerCgroup
@@ -23,13 +24,36 @@ def parse_flat_keyed(text: str) -> dict[str, int]:
     return found
 
 
-def read_usage(cgroup: ContainerCgroup) -> Usage:
-    """Read a container's usage of memory, CPU and tasks; its network fields stay 0.
+def read_usage(cgroup: ContainerCgroup, leaf: tuple[str, ...] | None = None) -> Usage:
+    """Read the usage of memory, CPU and tasks; the network fields stay 0.
+
+    Args:
+        cgroup: of the container.
+        leaf: of one process that is counted by itself; None: the whole container's.
 
     Raises:
-        FileNotFoundError: the container's groups are gone.
+        FileNotFoundError: the groups are gone.
     """
-    return _read_v2(cgroup) if cgroup.hierarchies.version == 2 else _read_v1(cgroup)
+    top, limited = ((), (WORK,)) if leaf is None else (leaf, leaf)
+    read = _read_v2 if cgroup.hierarchies.version == 2 else _read_v1
+    return read(cgroup, top, limited)
+
+
+def without(total: Usage, part: Usage) -> Usage:
+    """What a container uses besides a part that is not to be counted as its own. Its peak cannot be told apart."""
+    less = {
+        name: max(0, getattr(total, name) - getattr(part, name))
+        for name in (
+            "memory_bytes",
+            "memory_working_set_bytes",
+            "cpu_usage_ns",
+            "cpu_user_ns",
+            "cpu_system_ns",
+            "pids",
+        )
+    }
+    stat = {key: max(0, value - part.memory_stat.get(key, 0)) for key, value in total.memory_stat.items()}
+    return replace(total, memory_stat=stat, **less)
 
 
 def _number(path: Path) -> int:
@@ -44,11 +68,12 @@ def _optional_number(path: Path) -> int:
         return 0
 
 
-def _read_v1(cgroup: ContainerCgroup) -> Usage:
-    memory, cpu, cpuacct = (cgroup.directory(name) for name in ("memory", "cpu", "cpuacct"))
+def _read_v1(cgroup: ContainerCgroup, top: tuple[str, ...], limited: tuple[str, ...]) -> Usage:
+    memory, cpuacct = (cgroup.directory(name, *top) for name in ("memory", "cpuacct"))
     stat = parse_flat_keyed((memory / "memory.stat").read_text())
     usage = _number(memory / "memory.usage_in_bytes")
-    limit = _number(memory / WORK / "memory.limit_in_bytes")
+    limit = _number(cgroup.directory("memory", *limited, "memory.limit_in_bytes"))
+    throttled = parse_flat_keyed(cgroup.directory("cpu", *limited, "cpu.stat").read_text())
     ticks = parse_flat_keyed((cpuacct / "cpuacct.stat").read_text())
     return Usage(
         memory_bytes=usage,
@@ -59,31 +84,31 @@ def _read_v1(cgroup: ContainerCgroup) -> Usage:
         cpu_usage_ns=_number(cpuacct / "cpuacct.usage"),
         cpu_user_ns=ticks["user"] * _NS_PER_TICK,
         cpu_system_ns=ticks["system"] * _NS_PER_TICK,
-        cpu_throttled_ns=parse_flat_keyed((cpu / WORK / "cpu.stat").read_text()).get("throttled_time", 0),
-        pids=_number(cgroup.directory("pids") / "pids.current"),
-        pids_limit=parse_max(cgroup.directory("pids", WORK, "pids.max").read_text().strip()),
-        oom_kills=read_oom_kills(cgroup, (WORK,)),
+        cpu_throttled_ns=throttled.get("throttled_time", 0),
+        pids=_number(cgroup.directory("pids", *top, "pids.current")),
+        pids_limit=parse_max(cgroup.directory("pids", *limited, "pids.max").read_text().strip()),
+        oom_kills=read_oom_kills(cgroup, limited),
     )
 
 
-def _read_v2(cgroup: ContainerCgroup) -> Usage:
-    top, work = cgroup.directory("memory"), cgroup.directory("memory", WORK)
-    stat = parse_flat_keyed((top / "memory.stat").read_text())
-    usage = _number(top / "memory.current")
-    cpu = parse_flat_keyed((top / "cpu.stat").read_text())
+def _read_v2(cgroup: ContainerCgroup, top: tuple[str, ...], limited: tuple[str, ...]) -> Usage:
+    counted, work = cgroup.directory("memory", *top), cgroup.directory("memory", *limited)
+    stat = parse_flat_keyed((counted / "memory.stat").read_text())
+    usage = _number(counted / "memory.current")
+    cpu = parse_flat_keyed((counted / "cpu.stat").read_text())
     return Usage(
         memory_bytes=usage,
         memory_working_set_bytes=max(0, usage - stat.get("inactive_file", 0)),
         memory_limit_bytes=parse_max((work / "memory.max").read_text().strip()),
-        memory_peak_bytes=_optional_number(top / "memory.peak"),
+        memory_peak_bytes=_optional_number(counted / "memory.peak"),
         memory_stat=stat,
         cpu_usage_ns=cpu["usage_usec"] * 1000,
         cpu_user_ns=cpu["user_usec"] * 1000,
         cpu_system_ns=cpu["system_usec"] * 1000,
         cpu_throttled_ns=parse_flat_keyed((work / "cpu.stat").read_text()).get("throttled_usec", 0) * 1000,
-        pids=_number(top / "pids.current"),
+        pids=_number(counted / "pids.current"),
         pids_limit=parse_max((work / "pids.max").read_text().strip()),
-        oom_kills=read_oom_kills(cgroup, (WORK,)),
+        oom_kills=read_oom_kills(cgroup, limited),
     )
 
 

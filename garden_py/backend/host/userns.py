@@ -8,10 +8,11 @@ import socket
 from pathlib import Path
 
 from garden_py.backend.host import syscalls
+from garden_py.backend.host.idmap import IdMap
 
 
-def make_userns(base: int, count: int) -> int:
-    """A user namespace that maps ids 0…count-1 to base…, held by nothing but the returned descriptor.
+def make_userns(id_map: IdMap) -> int:
+    """A user namespace with this mapping, held by nothing but the returned descriptor.
 
     Raises:
         OSError: the kernel makes none, or refuses the mapping.
@@ -36,7 +37,7 @@ def make_userns(base: int, count: int) -> int:
                 "user namespaces are not available; see user.max_user_namespaces and `garden doctor`"
             )
         for kind in ("uid", "gid"):
-            Path(f"/proc/{pid}/{kind}_map").write_text(f"0 {base} {count}")
+            Path(f"/proc/{pid}/{kind}_map").write_text(id_map.text())
         return os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
     finally:
         ours.close()

@@ -16,6 +16,7 @@ from typing import Any
 import sh
 
 from garden_py.backend.host import syscalls
+from garden_py.backend.host.idmap import IdMap
 from garden_py.backend.net import jobs as net_jobs
 from garden_py.backend.rootfs import mounts
 from garden_py.backend.runtime.command import AGENT_FDS, Runtime, cause_of_failure
@@ -90,7 +91,11 @@ def list_mounts(bench: Bench, params: dict[str, Any], fds: list[int]) -> dict[st
 
 def _parse_plan(value: dict[str, Any]) -> mounts.MountPlan:
     binds = tuple(mounts.BindSource(**bind) for bind in value["binds"])
-    return mounts.MountPlan(**{**value, "directory": Path(value["directory"]), "binds": binds})
+    ranges = value["id_map"]
+    id_map = None if ranges is None else IdMap(tuple((first, host, count) for first, host, count in ranges))
+    return mounts.MountPlan(
+        **{**value, "directory": Path(value["directory"]), "binds": binds, "id_map": id_map}
+    )
 
 
 def _call_runtime(runtime: Runtime, argv: list[str], *, log: Path, stderr: Path) -> None:

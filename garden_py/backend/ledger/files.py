@@ -15,7 +15,7 @@ from garden_py.backend.ledger.book import Book
 from garden_py.model.leak import Direction, Leak, LeakKind
 
 _SOCKET_NAME = re.compile(r"[0-9a-f]{24}\.sock")
-_RUNTIME_ID = re.compile(r"[0-9a-f]{16}")
+_RUNTIME_ID = re.compile(r"[0-9a-f]{16}(-[0-9a-f]{12})?")  # a sidecar's begins with its container's
 _NOT_OURS = "no garden server makes such a thing: "
 
 
@@ -107,9 +107,14 @@ def judge(book: Book, seen: Sight) -> list[Leak]:
         if name not in claimed_sockets:
             orphan(LeakKind.SOCKET, name, why)
     for path, why in seen.runtimes.items():
-        if path.rpartition("/")[2] not in book.runtime_ids:
+        if book_id(path.rpartition("/")[2]) not in book.runtime_ids:
             orphan(LeakKind.RUNTIME, path, why)
     return orphans + _missing(book, seen)
+
+
+def book_id(runtime_id: str) -> str:
+    """The id that a row knows: of the container itself, also for its sidecars."""
+    return runtime_id.partition("-")[0]
 
 
 def _missing(book: Book, seen: Sight) -> list[Leak]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from garden_py.backend.ledger.book import Book
+from garden_py.backend.ledger.files import book_id
 from garden_py.model.leak import Direction, Leak, LeakKind
 
 _ESCAPE = re.compile(r"\\([0-7]{3})")
@@ -57,7 +58,7 @@ def judge(book: Book, seen: Sight) -> list[Leak]:
             + (f" though container {complete[name]} has its own" if name in complete else ""),
         )
         for name in seen.staged
-        if name not in book.runtime_ids or name in complete
+        if book_id(name) not in book.runtime_ids or name in complete
     ]
     found += [Leak(LeakKind.MOUNT, Direction.ORPHAN, point, keep_because=_ELSEWHERE) for point in seen.host]
     return found

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,25 +21,27 @@ from garden_py.backend.linux.construction import Construction
 from garden_py.backend.linux.container import ContainerFacts, LinuxContainer, may_be_gone
 from garden_py.backend.linux.demolition import Demolition
 from garden_py.backend.linux.hands import ServerHands
-from garden_py.backend.linux.heartbeat import Heartbeat
+from garden_py.backend.linux.heartbeat import HasAgent, Heartbeat
+from garden_py.backend.linux.launching import AgentStarter
 from garden_py.backend.linux.leaks import Ledger, places_of
 from garden_py.backend.linux.network import LinuxNetwork, NetworkLease, check_dns_servers
 from garden_py.backend.linux.process import LinuxProcess
-from garden_py.backend.linux.site import Site, disk_of, make_mount_dir, open_site
+from garden_py.backend.linux.processes import LinuxProcesses, usage_of, without_sidecars
+from garden_py.backend.linux.sidecars import Sidecars
+from garden_py.backend.linux.site import Site, check_apparmor, disk_of, make_mount_dir, open_site
 from garden_py.backend.linux.upgrades import Upgrades
-from garden_py.backend.oci.data import load_runc_config
 from garden_py.backend.rootfs.embedded import build_embedded_rootfs
 from garden_py.config import Config
-from garden_py.model.codec import load_container_spec, load_exit
+from garden_py.model.codec import load_container_spec
 from garden_py.model.errors import (
     ContainerBroken,
     ContainerNotFound,
     GardenError,
     HostFault,
     InvalidField,
-    ProcessNotFound,
     Unkillable,
 )
+from garden_py.model.files import image_directory
 from garden_py.model.leak import Leak
 from garden_py.model.lifecycle import USABLE, State
 from garden_py.model.limits import Limits
@@ -83,6 +84,8 @@ class LinuxBackend:
         self._site: Site
         self._launcher: Launcher
         self._network: LinuxNetwork
+        self._sidecars: Sidecars
+        self._processes: LinuxProcesses
         self._construction: Construction
         self._demolition: Demolition
         self._upgrades: Upgrades
@@ -94,6 +97,7 @@ class LinuxBackend:
     async def open(self, events: BackendEvents, rows: list[ContainerRow]) -> None:
         """Get ready, and hold what rows lease; see service.ports."""
         check_dns_servers(self._config.dns_server)
+        check_apparmor(self._config.apparmor)
         self._events = events
         self._launcher = Launcher(
             make_mount_dir(self._config),
@@ -105,7 +109,10 @@ class LinuxBackend:
         )
         self._network = LinuxNetwork(self._config, self._launcher, self._site.facts.uplink_mtu)
         image = await asyncio.to_thread(self._default_image)
-        self._construction = Construction(self._site, self._launcher, self._network, image)
+        starter = AgentStarter(self._site, self._launcher)
+        self._construction = Construction(self._site, starter, self._network, image)
+        self._processes = LinuxProcesses(self._site, starter, self._events)
+        self._sidecars = self._processes.sidecars
         self._demolition = Demolition(self._site, self._launcher, self._network)
         site = self._site
         self._ledger = Ledger(
@@ -118,13 +125,18 @@ class LinuxBackend:
         self._site.depot.open()
         self._discard_orphans({row.handle for row in rows})
         self._upgrades = Upgrades(self._site.bundle)
-        self._heartbeat = Heartbeat(self._containers, period_s=self._config.agent_check_s)
+        self._heartbeat = Heartbeat(self._agents, period_s=self._config.agent_check_s)
         self._heartbeat.start()
+
+    def _agents(self) -> Iterator[HasAgent]:
+        for container in self._containers.values():
+            yield container
+            yield from container.sidecars.values()
 
     def _default_image(self) -> Path:
         if not self._config.default_rootfs:
             return build_embedded_rootfs(self._config.state_dir / "rootfs")
-        image = Path(self._config.default_rootfs)
+        image = Path(image_directory(self._config.default_rootfs))
         if not image.is_dir():
             raise InvalidField("default_rootfs", f"{image} is not a directory")
         return image
@@ -187,6 +199,7 @@ class LinuxBackend:
         try:
             container.connect(site.depot.socket(row.handle), patience_s=self._config.agent_patience_s)
             await container.greet(timeout_s=_REATTACH_TIMEOUT_S)
+            await self._sidecars.adopt(container)
         except ContainerBroken as error:
             container.let_go()
             return error.reason
@@ -210,7 +223,10 @@ class LinuxBackend:
             log.info("process.unknown_ended", handle=handle, process_id=process_id)
             await container.link.cancel(process_id)
         container.held.clear()
+        self._sidecars.tidy(container)
         self._upgrades.consider(container)
+        for sidecar in container.sidecars.values():
+            self._upgrades.consider(sidecar)
 
     def agent(self, handle: str) -> AgentFacts:
         """Which agent a container has."""
@@ -242,7 +258,8 @@ class LinuxBackend:
     def capacity(self) -> HostCapacity:
         """What host and pools offer."""
         size, free = disk_of(self._config.state_dir)
-        addresses, uids = self._network.addresses.size, self._site.uids.size
+        addresses = self._network.addresses.size
+        uids = addresses if self._config.compat == "garden" else self._site.uids.size
         return HostCapacity(
             memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             disk_bytes=size,
@@ -283,6 +300,8 @@ class LinuxBackend:
             container.broken_because = "it is being destroyed"
             container.unwatch()
         try:
+            if container is not None:
+                await self._sidecars.abandon(container)
             if facts:
                 await self._demolition.demolish(handle, ContainerFacts.from_json(facts))
             else:
@@ -329,11 +348,13 @@ class LinuxBackend:
         with may_be_gone(handle):
             return groups.workload_count(self._get(handle).cgroup)
 
-    async def usage(self, handle: str) -> Usage:
-        """What the container uses now."""
+    async def usage(self, handle: str, process_id: str | None = None) -> Usage:
+        """What a container uses now, or one of its processes; see service.ports."""
         container = self._get(handle)
+        if process_id is not None:
+            return usage_of(container, process_id)
         with may_be_gone(handle):
-            found = read_usage(container.cgroup)
+            found = without_sidecars(container, read_usage(container.cgroup))
             traffic = self._network.read_traffic(handle, container.facts.lease)
         return replace(
             found,
@@ -405,108 +426,15 @@ class LinuxBackend:
         self, handle: str, spec: ProcessSpec, env: tuple[str, ...], record: Callable[[], None]
     ) -> LinuxProcess:
         """Start a process; see service.ports."""
-        container = self._get(handle)
-        leaf = container.leaf_of(spec)
-        container.spawning.add(spec.id)
-        try:
-            if not spec.limits.empty():
-                with may_be_gone(handle):
-                    groups.add_process_group(container.cgroup, spec.id, spec.limits)
-            made: list[LinuxProcess] = []
-
-            def prepare() -> None:
-                record()
-                made.append(self._process_of(container, spec))
-
-            with container.group_fds(leaf) as cgroup_fds:
-                spawned = await container.link.spawn(
-                    spec, env, cgroup_fds, bounding=self._bounding(container, spec), before_exec=prepare
-                )
-            (process,) = made
-            process.pid = spawned.pid
-            process.connect(
-                spawned, lambda reason: log.warning("stream.failed", handle=handle, reason=reason)
-            )
-            if process.own_group:
-                container.watch_oom(spec.id, leaf)
-            container.add_process(process)
-        except BaseException:
-            if not spec.limits.empty():
-                container.drop_process_group(spec.id)
-            raise
-        finally:
-            container.spawning.discard(spec.id)
-        return process
-
-    def _process_of(self, container: LinuxContainer, spec: ProcessSpec) -> LinuxProcess:
-        return container.make_process(
-            spec,
-            pid=0,
-            started_ns=time.time_ns(),
-            directory=self._site.depot.streams(container.handle, spec.id),
-            retention_bytes=self._config.output_retention_bytes,
-            alive=True,
-        )
-
-    def _bounding(self, container: LinuxContainer, spec: ProcessSpec) -> int | None:
-        """Non-root users of a privileged container get a smaller bounding set (Garden statement C2)."""
-        if not container.facts.privileged or spec.user.partition(":")[0] in ("", "0", "root"):
-            return None
-        return (
-            load_runc_config().capability_mask("privileged_non_root") & self._site.facts.bounding_capabilities
-        )
+        return await self._processes.start(self._get(handle), spec, env, record)
 
     async def adopt_process(self, handle: str, row: ProcessRow, spec: ProcessSpec) -> LinuxProcess:
-        """The process of a row after a restart: connected again if its agent still holds it.
-
-        The agent holds a process until its exit is in the journal; so one that it does not hold and that has no exit
-        there was never started.
-        """
-        container = self._get(handle)
-        held = spec.id in container.held
-        if not held and row.exit is None and not container.broken_because:
-            raise ProcessNotFound(handle, spec.id)
-        process = container.make_process(
-            spec,
-            pid=row.pid,
-            started_ns=row.started_ns,
-            directory=self._site.depot.streams(handle, spec.id),
-            retention_bytes=self._config.output_retention_bytes,
-            alive=held,
-            recover=True,
-        )
-        container.processes[spec.id] = process
-        if row.exit is not None:
-            process.finish(load_exit(row.exit))
-        if held:
-            spawned = await container.link.attach(spec.id, is_tty=spec.tty is not None)
-            process.pid = spawned.pid
-            process.connect(
-                spawned, lambda reason: log.warning("stream.failed", handle=handle, reason=reason)
-            )
-            if process.own_group and process.exit is None:
-                container.watch_oom(spec.id, container.leaf_of(spec))
-            ended = container.held[spec.id] or spawned.exit  # it may have ended since the agent was greeted
-            if ended is not None and process.exit is None:
-                process.ended(ended)
-        else:
-            for output in process.logs.values():
-                output.close()
-            if process.exit is None:
-                process.lost(f"container broken: {container.broken_because}", time.time_ns())
-        return process
+        """The process of a row after a restart; see service.ports."""
+        return await self._processes.adopt(self._get(handle), row, spec)
 
     async def forget_process(self, handle: str, process_id: str) -> None:
         """Drop a finished process and its output."""
-        container = self._get(handle)
-        process = container.processes.pop(process_id, None)
-        if process is None:
-            return
-        process.let_go()
-        for output in process.logs.values():
-            output.delete()
-        if process.own_group:
-            container.drop_process_group(process_id)
+        self._processes.forget(self._get(handle), process_id)
 
     # --- files
 

@@ -8,11 +8,11 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from garden_py.backend.boot import read_boot_id
 from garden_py.backend.cgroup import groups
@@ -30,6 +30,9 @@ from garden_py.model.limits import Limits
 from garden_py.model.process import ProcessSpec
 from garden_py.service.ports import BackendEvents
 
+if TYPE_CHECKING:
+    from garden_py.backend.linux.sidecars import Sidecar
+
 # Removed before open(2), and between it and read(2) as cgroups and as links' statistics say it.
 _GONE = (errno.ENOENT, errno.ENODEV, errno.EINVAL)
 COPY_PREFIX = ".copy-"  # names of the agent's own helpers; no caller's process id begins with a dot
@@ -40,7 +43,7 @@ class ContainerFacts:
     """Everything needed to find and remove what was made for a container, even by another server process.
 
     Attributes:
-        uid_slot: its range in the uid pool; -1 for a privileged container.
+        uid_slot: its range in the uid pool; -1 for a privileged container, and for one with the mapping that all share.
         pid: PID 1 as the host numbers it; 0 before it was started.
         pid_start: its start time in clock ticks, which tells it from a later process of that number.
         boot: the boot of the machine that pid and pid_start are of.
@@ -79,6 +82,9 @@ class LinuxContainer:
         held: processes that the agent had when it was greeted, with the exits of those that had ended.
         broken_because: why it can only be destroyed; empty while it is whole.
         agent_problem: why the agent could not be upgraded; empty if it is not to be.
+        sidecars: agents besides PID 1, by the process that each of them was started for (linux/sidecars.py).
+        retiring: sidecars that are being removed.
+        jobs: starts and removals of sidecars under way.
     """
 
     def __init__(
@@ -98,6 +104,9 @@ class LinuxContainer:
         self.held: dict[str, AgentExit | None] = {}
         self.broken_because = ""
         self.agent_problem = ""
+        self.sidecars: dict[str, Sidecar] = {}
+        self.retiring: set[str] = set()
+        self.jobs: set[asyncio.Future[Any]] = set()
         self._events = events
         self._link: AgentLink | None = None
         self.spawning: set[str] = set()
@@ -120,8 +129,13 @@ class LinuxContainer:
             patience_s: see AgentLink.
         """
         self._link = AgentLink.connect(
-            self.handle, socket_path, patience_s=patience_s, on_exit=self._exited, on_lost=self._lost
+            self.handle, socket_path, patience_s=patience_s, on_exit=self.exited, on_lost=self._lost
         )
+
+    def track(self, job: asyncio.Future[Any]) -> None:
+        """Hold a job about a sidecar, until it is done or the container goes."""
+        self.jobs.add(job)
+        job.add_done_callback(self.jobs.discard)
 
     async def greet(self, *, timeout_s: float) -> None:
         """Wait until the agent answers; `held` are the processes it has then."""
@@ -198,8 +212,7 @@ class LinuxContainer:
     def end_all(self, reason: str) -> None:
         """Let go of the agent and report every running process as ended."""
         self.unwatch()
-        if self._link is not None:
-            self._link.close()
+        self._close_links()
         now_ns = time.time_ns()
         for future in self.helpers.values():
             if not future.done():
@@ -220,17 +233,25 @@ class LinuxContainer:
         while self._default_group:
             os.close(self._default_group.pop())
 
+    def _close_links(self) -> None:
+        for sidecar in self.sidecars.values():
+            sidecar.close()
+        if self._link is not None:
+            self._link.close()
+
     def let_go(self) -> None:
         """Close everything without touching the container; for a server that stops."""
         self.unwatch()
-        if self._link is not None:
-            self._link.close()
+        for job in self.jobs:
+            job.cancel()
+        self._close_links()
         for process in self.processes.values():
             process.let_go()
 
     # --- processes
 
-    def _exited(self, told: AgentExit) -> None:
+    def exited(self, told: AgentExit) -> None:
+        """An agent tells of a process's end."""
         helper = self.helpers.get(told.process_id)
         process = self.processes.get(told.process_id)
         if helper is not None and not helper.done():
@@ -250,7 +271,7 @@ class LinuxContainer:
         self.processes[process.id] = process
         early = self._early_exits.pop(process.id, None)
         if early is not None:
-            self._exited(early)
+            self.exited(early)
 
     def make_process(
         self,
@@ -260,10 +281,11 @@ class LinuxContainer:
         started_ns: int,
         directory: Path,
         retention_bytes: int,
-        alive: bool,
+        link: AgentLink | None,
+        drop_group: Callable[[], None],
         recover: bool = False,
     ) -> LinuxProcess:
-        """A LinuxProcess wired to this container's agent and cgroups."""
+        """A LinuxProcess wired to its agent and this container's cgroups; arguments as LinuxProcess's."""
         leaf = self.leaf_of(spec)
         return LinuxProcess(
             spec,
@@ -272,10 +294,10 @@ class LinuxContainer:
             directory=directory,
             retention_bytes=retention_bytes,
             recover=recover,
-            link=self._link if alive else None,
-            oom=self._shared_oom if spec.limits.empty() else self._oom_account(leaf),
+            link=link,
+            oom=self._oom_account(leaf) if spec.has_own_group else self._shared_oom,
             describe_oom=lambda: describe_memory_limit(read_limits(self.cgroup, leaf=limit_leaf(leaf))),
-            drop_group=lambda: self.drop_process_group(spec.id),
+            drop_group=drop_group,
         )
 
     @contextmanager
@@ -303,11 +325,12 @@ class LinuxContainer:
 
     def leaf_of(self, spec: ProcessSpec) -> tuple[str, ...]:
         """The cgroup that a process's tasks go to."""
-        return self.cgroup.leaf(None if spec.limits.empty() else spec.id)
+        beside = spec.sidecar is not None and spec.sidecar.own_limits
+        return self.cgroup.leaf(spec.id if spec.has_own_group else None, beside=beside)
 
-    def drop_process_group(self, process_id: str) -> None:
+    def drop_process_group(self, leaf: tuple[str, ...]) -> None:
         """Remove a finished process's own cgroup, if its last child has gone too."""
-        groups.remove_process_group(self.cgroup, process_id)
+        groups.remove_process_group(self.cgroup, leaf)
 
 
 @contextmanager

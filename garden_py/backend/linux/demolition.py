@@ -47,9 +47,8 @@ class Demolition:
             steps.create_task(self._remove_cgroup(handle, cgroup, deadline))
         # The runtime's record of a container whose processes, cgroups and mounts are gone is this directory and
         # nothing else; `runc delete` would do the same, 20 ms later (docs/decisions/0004-no-runc-delete.md).
-        shutil.rmtree(
-            self._site.runtime_root / facts.runtime_id, ignore_errors=False, onerror=_missing_is_fine
-        )
+        for record in self._site.runtime_root.glob(f"{facts.runtime_id}*"):  # its own and its sidecars'
+            shutil.rmtree(record, ignore_errors=False, onerror=_missing_is_fine)
         failpoints.reach(Point.DESTROY_RUNTIME)
         self._site.depot.discard(handle)
         failpoints.reach(Point.DESTROY_DIRECTORY)

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import islice
+from typing import Protocol
 
-from garden_py.backend.linux.container import LinuxContainer
+from garden_py.backend.streams.agent_link import AgentLink
 from garden_py.model.errors import ContainerBroken
 
 _TICKS = 60
+
+
+class HasAgent(Protocol):
+    """A container, or a sidecar in one."""
+
+    @property
+    def silent_since(self) -> float:
+        """When its agent has last said something, in the event loop's time; infinite when it is not to be asked."""
+
+    @property
+    def link(self) -> AgentLink:
+        """The connection to it; ContainerBroken if there is none any more."""
 
 
 class Heartbeat:
@@ -20,14 +33,14 @@ class Heartbeat:
     thousand containers that fell silent in the same moment do not make a thousand questions in one.
 
     Args:
-        containers: by handle; looked at anew each time.
+        agents: gives the agents there are.
         period_s: an agent that answered is left alone for so long.
     """
 
-    def __init__(self, containers: Mapping[str, LinuxContainer], *, period_s: float) -> None:
-        self._containers = containers
+    def __init__(self, agents: Callable[[], Iterable[HasAgent]], *, period_s: float) -> None:
+        self._agents = agents
         self._period_s = period_s
-        self._questions: dict[str, asyncio.Task[None]] = {}
+        self._questions: dict[HasAgent, asyncio.Task[None]] = {}
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
@@ -44,23 +57,20 @@ class Heartbeat:
     def _tick(self) -> None:
         self.start()
         due = asyncio.get_running_loop().time() - self._period_s
-        silent = [
-            container
-            for container in self._containers.values()
-            if container.silent_since < due and container.handle not in self._questions
-        ]
-        silent.sort(key=lambda container: container.silent_since)
-        for container in islice(silent, 1 + 2 * len(self._containers) // _TICKS):
-            task = asyncio.ensure_future(_ask(container))
-            self._questions[container.handle] = task
-            task.add_done_callback(partial(self._answered, container.handle))
+        agents = list(self._agents())
+        silent = [each for each in agents if each.silent_since < due and each not in self._questions]
+        silent.sort(key=lambda each: each.silent_since)
+        for agent in islice(silent, 1 + 2 * len(agents) // _TICKS):
+            task = asyncio.ensure_future(_ask(agent))
+            self._questions[agent] = task
+            task.add_done_callback(partial(self._answered, agent))
 
-    def _answered(self, handle: str, task: asyncio.Task[None]) -> None:
-        del self._questions[handle]
+    def _answered(self, agent: HasAgent, task: asyncio.Task[None]) -> None:
+        del self._questions[agent]
 
 
-async def _ask(container: LinuxContainer) -> None:
+async def _ask(agent: HasAgent) -> None:
     try:
-        await container.link.ping()
+        await agent.link.ping()
     except ContainerBroken:  # which has been told where it was found out
         return

@@ -209,7 +209,7 @@ class Ledger:
                 return False
             (depot.agents / leak.name).unlink(missing_ok=True)
         elif leak.kind is LeakKind.RUNTIME:
-            if name in book.runtime_ids:
+            if files.book_id(name) in book.runtime_ids:
                 return False
             root = next(root for root in self._places.runtime_roots if root.name == place)
             await asyncio.to_thread(files.remove_runtime, root, name)

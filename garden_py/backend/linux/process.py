@@ -77,7 +77,7 @@ class LinuxProcess:
         self.pid = pid
         self.started_ns = started_ns
         self.exit: ExitStatus | None = None
-        self.own_group = not spec.limits.empty()
+        self.own_group = spec.has_own_group
         self._recovered = recover
         self._link = link
         self._oom = oom

@@ -12,16 +12,19 @@ import structlog
 
 from garden_py.backend.cgroup.layout import ContainerCgroup, Hierarchies, probe_hierarchies
 from garden_py.backend.depot import Depot
+from garden_py.backend.host import apparmor
+from garden_py.backend.host.idmap import IdMap, map_root_apart, range_of
 from garden_py.backend.oci.data import load_runc_config
 from garden_py.backend.oci.facts import HostFacts, probe_host_facts
 from garden_py.backend.oci.rules.seccomp import seccomp_policy
 from garden_py.backend.oci.seccomp_filter import NoFilter, compile_filter
 from garden_py.backend.rootfs.runtime_bundle import RuntimeBundle, build_runtime_bundle
 from garden_py.config import UIDS_PER_CONTAINER, Config
-from garden_py.model.errors import PoolExhausted
+from garden_py.model.errors import InvalidField, PoolExhausted
 
 log = structlog.get_logger()
 AGENT_TARGET = "/dev/.garden"
+NO_SLOT = -1  # instead of a range of the uid pool
 _CAP_SYS_ADMIN = 21  # linux/capability.h
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
@@ -50,7 +53,7 @@ class UidPool:
         return slot
 
     def reserve(self, slot: int) -> None:
-        """Mark a slot from the journal as taken; -1 is no slot."""
+        """Mark a slot from the journal as taken; NO_SLOT is none."""
         if slot >= 0:
             self._taken.add(slot)
 
@@ -96,6 +99,14 @@ class Site:
         """The runtime's own state directory."""
         return self.config.run_dir / Path(self.config.runtime).name
 
+    def id_map(self, *, privileged: bool, slot: int) -> IdMap | None:
+        """A container's mapping of ids: none, its own range, or the one that all share (`--compat garden`)."""
+        if privileged:
+            return None
+        if slot != NO_SLOT:
+            return range_of(self.uids.base(slot), UIDS_PER_CONTAINER)
+        return map_root_apart(self.facts.highest_id)
+
     def cgroup(self, handle: str) -> ContainerCgroup:
         """The cgroups of a container."""
         return ContainerCgroup(self.hierarchies, f"garden-{self.config.tag}/{handle}")
@@ -127,6 +138,16 @@ def open_site(config: Config) -> Site:
         agent_dir=agent_dir,
         filter_fd=_open_filter(facts),
     )
+
+
+def check_apparmor(profile: str) -> None:
+    """Refuse a profile where no process can be confined: containers would run without it.
+
+    Raises:
+        InvalidField: says why. Whether the profile is loaded is asked at each create; it may come later.
+    """
+    if profile and (obstacle := apparmor.find_obstacle()):
+        raise InvalidField("apparmor", f"{obstacle}, so no container can be confined by profile {profile!r}")
 
 
 def _open_filter(facts: HostFacts) -> int:

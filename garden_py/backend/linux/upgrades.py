@@ -12,6 +12,7 @@ import time
 import structlog
 
 from garden_py.backend.linux.container import LinuxContainer
+from garden_py.backend.linux.sidecars import Sidecar
 from garden_py.backend.linux.site import AGENT_TARGET
 from garden_py.backend.rootfs.runtime_bundle import RuntimeBundle
 from garden_py.backend.streams.agent_link import NoUpgrade
@@ -35,8 +36,8 @@ class Upgrades:
         self._slots = asyncio.Semaphore(_AT_A_TIME)
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def consider(self, container: LinuxContainer) -> None:
-        """Upgrade a container's agent soon, unless it is ours."""
+    def consider(self, container: LinuxContainer | Sidecar) -> None:
+        """Upgrade the agent of a container or sidecar soon, unless it is ours."""
         if container.link.build == self._bundle.version:
             return
         task = asyncio.ensure_future(self._upgrade(container))
@@ -50,7 +51,7 @@ class Upgrades:
         if self._tasks:
             await asyncio.wait(self._tasks)
 
-    async def _upgrade(self, container: LinuxContainer) -> None:
+    async def _upgrade(self, container: LinuxContainer | Sidecar) -> None:
         await asyncio.sleep(_DELAY_S)
         async with self._slots:
             if container.broken_because:

@@ -9,7 +9,18 @@ from typing import Any
 from garden_py.backend.oci.data import RuncConfigData
 from garden_py.backend.oci.facts import HostFacts
 from garden_py.backend.oci.request import BundleRequest
-from garden_py.backend.oci.rules import agent, capabilities, cgroup, identity, mounts, rlimits, seccomp
+from garden_py.backend.oci.rules import (
+    agent,
+    apparmor,
+    capabilities,
+    cgroup,
+    identity,
+    mounts,
+    privileges,
+    rlimits,
+    seccomp,
+    sysctls,
+)
 
 Config = dict[str, Any]
 
@@ -21,6 +32,9 @@ RULES: Sequence[Rule] = (
     mounts.apply,
     cgroup.apply,
     capabilities.apply,
+    privileges.apply,
+    apparmor.apply,
+    sysctls.apply,
     rlimits.apply,
     seccomp.apply,
     agent.apply,

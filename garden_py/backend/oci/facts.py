@@ -7,6 +7,8 @@ import resource
 from dataclasses import dataclass
 from pathlib import Path
 
+from garden_py.backend.host.idmap import parse_highest
+
 NOFILE_WANTED = 1_048_576
 
 
@@ -20,6 +22,7 @@ class HostFacts:
         nofile_hard: most open files a process may be allowed.
         uplink_mtu: MTU of the link with the default route, in bytes; 1500 where there is none.
         machine: `uname -m`.
+        highest_id: highest user id that is valid here.
     """
 
     cgroup_version: int
@@ -27,6 +30,7 @@ class HostFacts:
     nofile_hard: int
     uplink_mtu: int = 1500
     machine: str = "x86_64"
+    highest_id: int = (1 << 32) - 2
 
 
 def probe_host_facts() -> HostFacts:
@@ -39,6 +43,7 @@ def probe_host_facts() -> HostFacts:
         nofile_hard=min(NOFILE_WANTED, resource.getrlimit(resource.RLIMIT_NOFILE)[1]),
         uplink_mtu=read_uplink_mtu(),
         machine=os.uname().machine,
+        highest_id=parse_highest(Path("/proc/self/uid_map").read_text()),
     )
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from garden_py.backend.host.idmap import IdMap
+
 
 @dataclass(frozen=True, slots=True)
 class BundleRequest:
     """What the rules need to know of a container.
 
     Attributes:
-        uid_base: first host id of its user namespace; None: privileged, no user namespace.
-        uid_count: ids in that range.
+        id_map: of its user namespace; None: privileged, no user namespace.
         rootfs: where the launcher has mounted its root file system.
         cgroup_path: absolute within the hierarchies.
         agent_argv: command line of PID 1.
@@ -19,13 +20,17 @@ class BundleRequest:
         agent_source: host directory with the agent's runtime bundles.
         agent_target: where that directory appears in the container.
         binds: (host path, path in the container), already read-only where asked for.
+        no_new_privileges: nothing in it may gain privileges, e.g. by a setuid program.
+        apparmor_profile: that confines its processes; empty: none.
+        sysctls: (name, value) of parameters of its namespaces.
+        as_reference: less strict, as the Garden reference is: inheritable capabilities, the host's cgroup namespace.
+        joins: (type, path) of namespaces that are not made but entered; a uts namespace among them has its name.
     """
 
     handle: str
     hostname: str
     privileged: bool
-    uid_base: int | None
-    uid_count: int
+    id_map: IdMap | None
     rootfs: str
     cgroup_path: str
     agent_argv: tuple[str, ...]
@@ -34,3 +39,8 @@ class BundleRequest:
     agent_source: str
     agent_target: str
     binds: tuple[tuple[str, str], ...] = ()
+    no_new_privileges: bool = False
+    apparmor_profile: str = ""
+    sysctls: tuple[tuple[str, str], ...] = ()
+    as_reference: bool = False
+    joins: tuple[tuple[str, str], ...] = ()

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from garden_py.backend.host import syscalls
+from garden_py.backend.host.idmap import IdMap
 from garden_py.backend.host.userns import make_userns
 
 _USERNS_CACHE_MAX = 64
@@ -51,16 +52,14 @@ class MountPlan:
 
     Attributes:
         directory: `<mount_dir>/<id>`, made by `apply` and gone after `release`.
-        uid_base: first host id of the container's range; None for a privileged container (no mapping).
-        uid_count: length of that range.
+        id_map: of the container; None for a privileged one.
     """
 
     directory: Path
     image: str
     upper: str
     work: str
-    uid_base: int | None
-    uid_count: int
+    id_map: IdMap | None
     binds: tuple[BindSource, ...] = ()
 
     @property
@@ -85,7 +84,7 @@ def apply(plan: MountPlan) -> None:
     """
     plan.directory.mkdir(mode=0o711)
     try:
-        userns_fd = None if plan.uid_base is None else _userns_fds.get(plan.uid_base, plan.uid_count)
+        userns_fd = None if plan.id_map is None else _userns_fds.get(plan.id_map)
         _mount_rootfs(plan, userns_fd)
         for bind in plan.binds:
             _clone_bind(plan.directory, bind, userns_fd)
@@ -161,19 +160,18 @@ def _clone(source: Path, target: Path, *, attributes: int, userns_fd: int | None
 
 
 class _UsernsFds:
-    """User namespaces that exist only to describe a mapping, one per uid range, the latest few kept open."""
+    """User namespaces that exist only to describe a mapping, the latest few kept open."""
 
     def __init__(self) -> None:
-        self._fds: OrderedDict[tuple[int, int], int] = OrderedDict()
+        self._fds: OrderedDict[IdMap, int] = OrderedDict()
 
-    def get(self, base: int, count: int) -> int:
-        key = (base, count)
-        if key not in self._fds:
-            self._fds[key] = make_userns(base, count)
-        self._fds.move_to_end(key)
+    def get(self, id_map: IdMap) -> int:
+        if id_map not in self._fds:
+            self._fds[id_map] = make_userns(id_map)
+        self._fds.move_to_end(id_map)
         while len(self._fds) > _USERNS_CACHE_MAX:
             os.close(self._fds.popitem(last=False)[1])
-        return self._fds[key]
+        return self._fds[id_map]
 
 
 _userns_fds = _UsernsFds()

@@ -27,7 +27,7 @@ def build_spawn_request(
         "id": spec.id,
         "argv": argv,
         "env": [os.fsencode(entry) for entry in env],
-        "dir": os.fsencode(spec.dir),
+        "dir": os.fsencode(spec.dir or ("/" if spec.sidecar else "")),
         "user": spec.user,
         "tty": None if spec.tty is None else {"rows": spec.tty.rows, "columns": spec.tty.columns},
         "rlimits": {name: _signed(value) for name, value in spec.rlimits},
@@ -36,6 +36,7 @@ def build_spawn_request(
         "program": program,
         "program_args": {"path": os.fsencode(program_path)} if program else {},
         "gated": gated,
+        "groups": "primary" if spec.sidecar else None,  # Garden statement PE5
     }
 
 

@@ -126,6 +126,7 @@ def run_checks(plan: Plan) -> list[Finding]:
         lambda: kernel.check_idmapped_overlay(plan.state_dir),
         kernel.check_cgroups,
         kernel.check_seccomp,
+        kernel.check_apparmor,
         kernel.check_pidfd,
         lambda: kernel.check_splice(plan.state_dir),
         lambda: runtimes.check_runtimes(plan.runtime),

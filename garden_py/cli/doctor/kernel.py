@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Final
 
-from garden_py.backend.host import syscalls
+from garden_py.backend.host import apparmor, syscalls
 from garden_py.cli.doctor.finding import Doubt, Finding, Level, judge
 from garden_py.cli.doctor.trial import TRIAL_UID, attempt, scratch_directory, user_namespace
 
@@ -151,6 +151,16 @@ def check_seccomp() -> Finding:
     failure = "" if actions.exists() and "errno" in actions.read_text().split() else "not in this kernel"
     doubt = Doubt(Level.FAIL, "containers could make any system call", "kernel with CONFIG_SECCOMP_FILTER")
     return judge("seccomp", failure, "filters work", doubt)
+
+
+def check_apparmor() -> Finding:
+    """Only asked for by `garden server --apparmor`."""
+    doubt = Doubt(
+        Level.WARN,
+        "`garden server --apparmor` refuses to start",
+        "kernel with CONFIG_SECURITY_APPARMOR, booted with apparmor=1 security=apparmor",
+    )
+    return judge("apparmor", apparmor.find_obstacle(), "processes can be confined", doubt)
 
 
 def check_cgroups() -> Finding:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from garden_py.backend.host import syscalls
+from garden_py.backend.host.idmap import range_of
 from garden_py.backend.host.userns import make_userns
 
 _DEADLINE_S: Final = 10.0
@@ -64,7 +65,7 @@ def _report(action: Callable[[], None], namespaces: int, write_fd: int) -> None:
 @contextmanager
 def user_namespace() -> Iterator[int]:
     """A descriptor of a user namespace in which TRIAL_UID is root."""
-    userns_fd = make_userns(TRIAL_UID, 65536)
+    userns_fd = make_userns(range_of(TRIAL_UID, 65536))
     try:
         yield userns_fd
     finally:

@@ -118,9 +118,16 @@ class AsyncGardenClient:
             if not token:
                 return
 
-    async def metrics(self, handles: Iterable[str] = ()) -> Sequence[v.ContainerMetrics]:
-        """Usage of the named containers, or of all, in one call."""
-        return await self._link.unary(calls.metrics(handles))
+    async def metrics(
+        self, handles: Iterable[str] = (), processes: Iterable[tuple[str, str]] = ()
+    ) -> Sequence[v.ContainerMetrics]:
+        """Usage of the named containers and of processes, or of all containers, in one call.
+
+        Args:
+            handles: containers.
+            processes: (handle, process id) of sidecars, and of processes with limits of their own.
+        """
+        return await self._link.unary(calls.metrics(handles, processes))
 
     async def events(
         self, handles: Sequence[str] = (), *, after_cursor: int | None = None

@@ -114,9 +114,16 @@ class GardenClient:
             if not token:
                 return
 
-    def metrics(self, handles: Iterable[str] = ()) -> Sequence[v.ContainerMetrics]:
-        """Usage of the named containers, or of all, in one call."""
-        return self._link.unary(calls.metrics(handles))
+    def metrics(
+        self, handles: Iterable[str] = (), processes: Iterable[tuple[str, str]] = ()
+    ) -> Sequence[v.ContainerMetrics]:
+        """Usage of the named containers and of processes, or of all containers, in one call.
+
+        Args:
+            handles: containers.
+            processes: (handle, process id) of sidecars, and of processes with limits of their own.
+        """
+        return self._link.unary(calls.metrics(handles, processes))
 
     def events(self, handles: Sequence[str] = (), *, after_cursor: int | None = None) -> Iterator[v.Event]:
         """What happens from now on, or after a cursor.

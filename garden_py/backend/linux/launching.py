@@ -1,0 +1,206 @@
+"""What starting an agent takes, PID 1 and those of sidecars alike: files, a listening socket, a job for a worker."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from garden_py.backend.host.idmap import IdMap
+from garden_py.backend.launcher.client import Launcher
+from garden_py.backend.linux.site import AGENT_TARGET, Site
+from garden_py.backend.linux.sysctls import choose_tcp_sysctls
+from garden_py.backend.oci.bundle import build_config
+from garden_py.backend.oci.data import load_runc_config
+from garden_py.backend.oci.request import BundleRequest
+from garden_py.backend.rootfs.mounts import BindSource, MountPlan
+from garden_py.backend.runtime.command import AGENT_FILTER_FD
+from garden_py.model.errors import FieldViolation, HostFault, ImageNotFound, InvalidRequest
+from garden_py.model.files import BindMount, MountMode, image_directory
+
+NAME_FILES = ("hosts", "resolv.conf")
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One agent to be started.
+
+    Attributes:
+        runtime_id: for the OCI runtime.
+        directory: its own; bundle, logs and writable layer are in it.
+        etc: directory with its hosts and resolv.conf.
+        joins: namespaces of others, by the OCI's names, to the paths they are entered by.
+        fail_points: to be reached in the worker (observe/failpoints.py).
+    """
+
+    handle: str
+    runtime_id: str
+    directory: Path
+    etc: Path
+    image: Path
+    privileged: bool
+    id_map: IdMap | None
+    hostname: str
+    cgroup_path: str
+    bind_mounts: Sequence[BindMount] = ()
+    joins: tuple[tuple[str, str], ...] = ()
+    fail_points: dict[str, Any] | None = None
+
+
+class AgentStarter:
+    """How agents are started at one site."""
+
+    def __init__(self, site: Site, launcher: Launcher) -> None:
+        self._site = site
+        self._launcher = launcher
+
+    def prepare(self, launch: Launch) -> None:
+        """Write what the runtime reads, and the upper layer."""
+        plan = self._mounts(launch)
+        _make_layer(plan, launch.directory)
+        config = build_config(self._request(launch, plan), self._site.facts, load_runc_config())
+        # Not indented, which is four times as fast: only then it is written in C.
+        (launch.directory / "config.json").write_text(json.dumps(config))
+
+    async def start(self, launch: Launch, listener: socket.socket) -> int:
+        """Start what was prepared; the agent's pid as the host numbers it."""
+        plan = self._mounts(launch)
+        directory = launch.directory
+        params = {
+            "plan": _plan_json(plan),
+            "id": launch.runtime_id,
+            "bundle": str(directory),
+            "runtime": self._site.config.runtime,
+            "root": str(self._site.runtime_root),
+            "log": str(directory / "runtime.log"),
+            "agent_log": str(directory / "agent.log"),
+            "fail_points": launch.fail_points or {},
+        }
+        fds = [listener.fileno(), *([self._site.filter_fd] if self._has_filter(launch) else [])]
+        try:
+            answer = await self._launcher.run("container.launch", params, fds)
+        except HostFault:
+            # A worker that was killed in the middle has left its mounts in the launcher's namespace.
+            await self._launcher.run("container.release_mounts", {"directory": str(plan.directory)})
+            raise
+        return int(answer["pid"])
+
+    @property
+    def _is_reference(self) -> bool:
+        return self._site.config.compat == "garden"
+
+    def _has_filter(self, launch: Launch) -> bool:
+        return not launch.privileged and self._site.filter_fd >= 0
+
+    def _mounts(self, launch: Launch) -> MountPlan:
+        """Root file system, agent, the caller's binds, hosts and resolv.conf, in this order."""
+        maps_owners = not launch.privileged and not self._is_reference  # Garden statement BI4
+        binds = [BindSource(str(self._site.agent_dir), "agent", read_only=True, hardened=True)]
+        binds += [
+            BindSource(m.source, f"bind-{i}", m.mode is MountMode.READ_ONLY, mapped=maps_owners)
+            for i, m in enumerate(launch.bind_mounts)
+        ]
+        binds += [BindSource(str(launch.etc / name), name, read_only=False) for name in NAME_FILES]
+        return MountPlan(
+            directory=self._site.mount_dir / launch.runtime_id,
+            image=str(launch.image),
+            upper=str(launch.directory / "upper"),
+            work=str(launch.directory / "work"),
+            id_map=launch.id_map,
+            binds=tuple(binds),
+        )
+
+    def _request(self, launch: Launch, plan: MountPlan) -> BundleRequest:
+        binds = [(str(plan.directory / f"bind-{i}"), m.destination) for i, m in enumerate(launch.bind_mounts)]
+        binds += [(str(plan.directory / name), f"/etc/{name}") for name in NAME_FILES]
+        return BundleRequest(
+            handle=launch.handle,
+            hostname=launch.hostname,
+            privileged=launch.privileged,
+            id_map=launch.id_map,
+            rootfs=str(plan.rootfs),
+            cgroup_path=launch.cgroup_path,
+            agent_argv=tuple(self._site.bundle.argv(AGENT_TARGET)),
+            agent_env=tuple(self._site.bundle.env),
+            agent_filter_fd=AGENT_FILTER_FD if self._has_filter(launch) else None,
+            agent_source=str(plan.directory / "agent"),
+            agent_target=AGENT_TARGET,
+            binds=tuple(binds),
+            no_new_privileges=self._site.config.no_new_privileges and not launch.privileged,
+            apparmor_profile="" if launch.privileged else self._site.config.apparmor,
+            sysctls=choose_tcp_sysctls(self._site.config),
+            as_reference=self._is_reference,
+            joins=launch.joins,
+        )
+
+
+def _plan_json(plan: MountPlan) -> dict[str, Any]:
+    return {
+        **asdict(plan),
+        "directory": str(plan.directory),
+        "binds": [asdict(bind) for bind in plan.binds],
+        "id_map": None if plan.id_map is None else [list(each) for each in plan.id_map.ranges],
+    }
+
+
+def _make_layer(plan: MountPlan, directory: Path) -> None:
+    for name in ("upper", "work"):
+        (directory / name).mkdir()
+    image = os.stat(plan.image)
+    # The root directory that processes see is the upper one: it takes mode and (mapped) owner of the image's.
+    os.chmod(directory / "upper", image.st_mode & 0o7777)
+    owners = (image.st_uid, image.st_gid)
+    os.chown(directory / "upper", *(map(plan.id_map.host_id, owners) if plan.id_map else owners))
+
+
+def find_image(reference: str, field: str, default: Path) -> Path:
+    """The directory of an image.
+
+    Args:
+        reference: as in a spec; empty for the default.
+        field: of the spec, for errors.
+        default: the server's.
+
+    Raises:
+        ImageNotFound: it does not exist, or is no directory.
+    """
+    image = Path(image_directory(reference)) if reference else default
+    if not image.exists():
+        raise ImageNotFound(field, f"{image} does not exist")
+    if not image.is_dir():
+        raise ImageNotFound(field, f"{image} is not a directory")
+    return image
+
+
+def check_bind_sources(mounts: Sequence[BindMount], field: str) -> None:
+    """Refuse bind mounts of what is not there.
+
+    Raises:
+        InvalidRequest: with one violation per source.
+    """
+    found = [
+        FieldViolation(f"{field}[{i}].source", f"{mount.source} does not exist on the host")
+        for i, mount in enumerate(mounts)
+        if not os.path.exists(mount.source)
+    ]
+    if found:
+        raise InvalidRequest(found)
+
+
+def listen(path: Path) -> AbstractContextManager[socket.socket]:
+    """An agent's listening socket. Only the host can reach it by its path; the agent inherits the descriptor."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        path.unlink(missing_ok=True)
+        listener.bind(os.fspath(path))
+        path.chmod(0o600)
+        listener.listen(8)
+    except OSError as error:
+        listener.close()
+        raise HostFault("agent socket", str(error)) from error
+    return listener

@@ -1,0 +1,208 @@
+"""Processes of all containers: started, adopted after a restart, measured, forgotten."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import structlog
+
+from garden_py.backend.cgroup import groups
+from garden_py.backend.cgroup.stats import read_usage, without
+from garden_py.backend.linux.container import LinuxContainer, may_be_gone
+from garden_py.backend.linux.launching import AgentStarter
+from garden_py.backend.linux.process import LinuxProcess
+from garden_py.backend.linux.sidecars import Sidecar, Sidecars
+from garden_py.backend.linux.site import Site
+from garden_py.backend.oci.data import load_runc_config
+from garden_py.backend.streams.agent_link import AgentLink
+from garden_py.backend.streams.agent_replies import Spawned
+from garden_py.model.codec import load_exit
+from garden_py.model.errors import ProcessNotFound
+from garden_py.model.process import ProcessSpec
+from garden_py.service.ports import BackendEvents, ProcessRow, Usage
+
+log = structlog.get_logger()
+
+
+class LinuxProcesses:
+    """The verbs about processes at one site."""
+
+    def __init__(self, site: Site, starter: AgentStarter, events: BackendEvents) -> None:
+        self._site = site
+        self._events = events
+        self.sidecars = Sidecars(site, starter, self._sidecar_lost)
+
+    # --- start
+
+    async def start(
+        self, container: LinuxContainer, spec: ProcessSpec, env: tuple[str, ...], record: Callable[[], None]
+    ) -> LinuxProcess:
+        """Start a process; see service.ports."""
+        container.spawning.add(spec.id)
+        try:
+            if spec.sidecar is None:
+                return await self._spawn(container, container, spec, env, record)
+            sidecar = await self.sidecars.launch(container, spec, spec.sidecar)
+            try:
+                return await self._spawn(container, sidecar, spec, env, record)
+            except BaseException:
+                self.sidecars.retire(container, spec.id)
+                raise
+        finally:
+            container.spawning.discard(spec.id)
+
+    async def _spawn(
+        self,
+        container: LinuxContainer,
+        owner: LinuxContainer | Sidecar,
+        spec: ProcessSpec,
+        env: tuple[str, ...],
+        record: Callable[[], None],
+    ) -> LinuxProcess:
+        leaf = container.leaf_of(spec)
+        try:
+            if spec.has_own_group:
+                with may_be_gone(container.handle):
+                    groups.add_process_group(container.cgroup, leaf, spec.limits)
+            made: list[LinuxProcess] = []
+
+            def prepare() -> None:
+                record()
+                made.append(self._make(container, spec, owner.link, pid=0, started_ns=time.time_ns()))
+
+            with container.group_fds(leaf) as cgroup_fds:
+                spawned = await owner.link.spawn(
+                    spec, env, cgroup_fds, bounding=self._bounding(container, spec), before_exec=prepare
+                )
+            (process,) = made
+            self._connect(container, process, spawned)
+            container.add_process(process)
+        except BaseException:
+            if spec.has_own_group:
+                container.drop_process_group(leaf)
+            raise
+        return process
+
+    def _make(
+        self, container: LinuxContainer, spec: ProcessSpec, link: AgentLink | None, **facts: Any
+    ) -> LinuxProcess:
+        def drop_group() -> None:
+            if spec.sidecar is None:
+                container.drop_process_group(container.leaf_of(spec))
+            else:
+                self.sidecars.retire(container, spec.id)
+
+        return container.make_process(
+            spec,
+            directory=self._site.depot.streams(container.handle, spec.id),
+            retention_bytes=self._site.config.output_retention_bytes,
+            link=link,
+            drop_group=drop_group,
+            **facts,
+        )
+
+    def _connect(self, container: LinuxContainer, process: LinuxProcess, spawned: Spawned) -> None:
+        process.pid = spawned.pid
+        process.connect(
+            spawned, lambda reason: log.warning("stream.failed", handle=container.handle, reason=reason)
+        )
+        if not process.spec.limits.empty() and process.exit is None:
+            container.watch_oom(process.id, container.leaf_of(process.spec))
+
+    def _bounding(self, container: LinuxContainer, spec: ProcessSpec) -> int | None:
+        """Non-root users of a privileged container get a smaller bounding set (Garden statement C2)."""
+        if not container.facts.privileged or spec.user.partition(":")[0] in ("", "0", "root"):
+            return None
+        return (
+            load_runc_config().capability_mask("privileged_non_root") & self._site.facts.bounding_capabilities
+        )
+
+    # --- after a restart
+
+    async def adopt(self, container: LinuxContainer, row: ProcessRow, spec: ProcessSpec) -> LinuxProcess:
+        """The process of a row: connected again if its agent still holds it.
+
+        An agent holds a process until its exit is in the journal; so one that it does not hold and that has no exit
+        there was never started.
+        """
+        owner = container if spec.sidecar is None else container.sidecars.get(spec.id)
+        held = owner is not None and spec.id in owner.held
+        if not held and row.exit is None and owner is not None and not container.broken_because:
+            raise ProcessNotFound(container.handle, spec.id)
+        process = self._make(
+            container,
+            spec,
+            owner.link if held and owner is not None else None,
+            pid=row.pid,
+            started_ns=row.started_ns,
+            recover=True,
+        )
+        container.processes[spec.id] = process
+        if row.exit is not None:
+            process.finish(load_exit(row.exit))
+        if held and owner is not None:
+            spawned = await owner.link.attach(spec.id, is_tty=spec.tty is not None)
+            self._connect(container, process, spawned)
+            ended = owner.held[spec.id] or spawned.exit  # it may have ended since the agent was greeted
+            if ended is not None and process.exit is None:
+                process.ended(ended)
+        else:
+            for output in process.logs.values():
+                output.close()
+            if process.exit is None:
+                reason = container.broken_because or "the agent of this sidecar is gone"
+                process.lost(
+                    f"container broken: {reason}" if container.broken_because else reason, time.time_ns()
+                )
+        return process
+
+    # --- later
+
+    def _sidecar_lost(self, container: LinuxContainer, process_id: str, reason: str) -> None:
+        """Its agent is gone, or of no use any more: its process goes with it, and nothing else."""
+        process = container.processes.get(process_id)
+        if container.broken_because or process is None or process.exit is not None:
+            return
+        self.sidecars.kill(container, process_id)  # so what is told is true: it has ended
+        container.unwatch_oom(process_id)
+        process.lost(f"the agent of this sidecar is gone: {reason}", time.time_ns())
+        self._events.process_exited(container.handle, process)
+
+    def forget(self, container: LinuxContainer, process_id: str) -> None:
+        """Drop a finished process and its output."""
+        process = container.processes.pop(process_id, None)
+        if process is None:
+            return
+        process.let_go()
+        for output in process.logs.values():
+            output.delete()
+        process.exit_recorded()
+
+
+def usage_of(container: LinuxContainer, process_id: str) -> Usage:
+    """What one process and its children use.
+
+    Raises:
+        ProcessNotFound: there is none that is counted by itself, or it has ended.
+    """
+    process = container.processes.get(process_id)
+    if process is None or process.exit is not None or not process.own_group:
+        raise ProcessNotFound(container.handle, process_id)
+    try:
+        return read_usage(container.cgroup, container.leaf_of(process.spec))
+    except FileNotFoundError as error:
+        raise ProcessNotFound(container.handle, process_id) from error
+
+
+def without_sidecars(container: LinuxContainer, total: Usage) -> Usage:
+    """A container's usage without the sidecars that have limits of their own (Garden statement PE10)."""
+    for process_id in container.sidecars:
+        process = container.processes.get(process_id)
+        if process is not None and process.spec.sidecar is not None and process.spec.sidecar.own_limits:
+            try:
+                total = without(total, read_usage(container.cgroup, container.leaf_of(process.spec)))
+            except FileNotFoundError:  # it has just ended
+                continue
+    return total

@@ -1,0 +1,349 @@
+"""Processes with a root file system of their own inside a container: started, taken over, removed.
+
+Each has an agent of its own, started by the OCI runtime in a new mount namespace and in the container's other
+namespaces (docs/decisions/0015-sidecars.md). All that one has on the host is named after container and process:
+
+    <container's directory>/sidecars/<process>/    bundle, layer, logs, the agent's socket; mkdir(2) is the claim
+    <runtime>/<container's runtime id>-<hash>      the runtime's record
+    <container's cgroup>/agent-<process>           the agent
+    <container's cgroup>/[work/]p-<process>        the process and its children
+
+so what an earlier server left half done is found by looking, and a container's destruction takes all of it along.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+import structlog
+
+from garden_py.backend.cgroup import groups
+from garden_py.backend.linux.container import LinuxContainer
+from garden_py.backend.linux.launching import AgentStarter, Launch, check_bind_sources, find_image, listen
+from garden_py.backend.linux.site import Site
+from garden_py.backend.streams.agent_link import AgentLink
+from garden_py.backend.streams.agent_replies import AgentExit
+from garden_py.model.errors import ContainerBroken, HostFault, ProcessStartFailed, Unkillable
+from garden_py.model.process import ProcessSpec
+from garden_py.model.process import Sidecar as SidecarSpec
+
+log = structlog.get_logger()
+DIRECTORY = "sidecars"
+_SOCKET = "agent.sock"
+_REATTACH_TIMEOUT_S = 5.0
+_RETRY_S, _RETRY_MAX_S = 0.005, 1.0
+# OCI name of a namespace to its file in /proc/PID/ns; mount and cgroup are the sidecar's own.
+_SHARED = {"user": "user", "pid": "pid", "network": "net", "ipc": "ipc", "uts": "uts"}
+
+
+def runtime_id_of(container_runtime_id: str, process_id: str) -> str:
+    """The runtime's id of a sidecar; the part before the dash tells whose it is (ledger/files.py)."""
+    return f"{container_runtime_id}-{hashlib.sha256(process_id.encode()).hexdigest()[:12]}"
+
+
+class Sidecar:
+    """One sidecar's agent; has what heartbeat.py and upgrades.py want of an agent's owner.
+
+    Attributes:
+        held: processes that the agent had when it was greeted, with the exits of those that had ended.
+        broken_because: why the agent is of no use any more; empty while it is.
+        agent_problem: why the agent could not be upgraded; empty if it is not to be.
+    """
+
+    def __init__(self, handle: str, process_id: str) -> None:
+        self.handle = handle
+        self.process_id = process_id
+        self.held: dict[str, AgentExit | None] = {}
+        self.broken_because = ""
+        self.agent_problem = ""
+        self._link: AgentLink | None = None
+
+    def connect(
+        self,
+        socket_path: Path,
+        *,
+        patience_s: float,
+        on_exit: Callable[[AgentExit], None],
+        on_lost: Callable[[str], None],
+    ) -> None:
+        """Connect to the agent; arguments as AgentLink's, but only its own process's exit is listened to."""
+
+        def exited(told: AgentExit) -> None:
+            if told.process_id == self.process_id:
+                on_exit(told)
+
+        def lost(reason: str) -> None:
+            self.broken_because = self.broken_because or reason
+            on_lost(reason)
+
+        self._link = AgentLink.connect(
+            self.handle, socket_path, patience_s=patience_s, on_exit=exited, on_lost=lost
+        )
+
+    async def greet(self, *, timeout_s: float) -> None:
+        """Wait until the agent answers."""
+        self.held = (await self.link.hello(server="garden-py", timeout_s=timeout_s)).processes
+
+    @property
+    def link(self) -> AgentLink:
+        """The connection to the agent.
+
+        Raises:
+            ContainerBroken: there is none any more.
+        """
+        if self._link is None or self.broken_because:
+            raise ContainerBroken(self.handle, self.broken_because or "a sidecar's agent is not connected")
+        return self._link
+
+    @property
+    def silent_since(self) -> float:
+        """When the agent has last said something, in the event loop's time; infinite when it is not to be asked."""
+        return math.inf if self._link is None or self.broken_because else self._link.heard_at
+
+    def close(self) -> None:
+        """Disconnect; the agent does not notice."""
+        if self._link is not None:
+            self._link.close()
+
+
+class Sidecars:
+    """How sidecars are made and removed at one site.
+
+    Args:
+        on_lost: called with container, process id and reason when the agent of a running one is gone.
+    """
+
+    def __init__(
+        self, site: Site, starter: AgentStarter, on_lost: Callable[[LinuxContainer, str, str], None]
+    ) -> None:
+        self._site = site
+        self._starter = starter
+        self._on_lost = on_lost
+
+    # --- start
+
+    async def launch(self, container: LinuxContainer, spec: ProcessSpec, sidecar: SidecarSpec) -> Sidecar:
+        """Start the agent of a sidecar; on failure nothing of it is left.
+
+        Raises:
+            ImageNotFound, InvalidRequest: nothing was begun.
+            HostFault, ContainerBroken.
+        """
+        image = find_image(sidecar.image, "spec.sidecar.image", Path())
+        check_bind_sources(sidecar.bind_mounts, "spec.sidecar.bind_mounts")
+        job = asyncio.ensure_future(self._launch(container, spec.id, sidecar, image))
+        container.track(job)
+        try:
+            return await job
+        except asyncio.CancelledError:
+            current = asyncio.current_task()
+            if current is not None and current.cancelling():
+                raise
+            raise ContainerBroken(container.handle, "it is being destroyed") from None
+
+    async def _launch(
+        self, container: LinuxContainer, process_id: str, spec: SidecarSpec, image: Path
+    ) -> Sidecar:
+        timeout_s = self._site.config.create_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                sidecar = await self._make(container, process_id, spec, image)
+                await sidecar.greet(timeout_s=timeout_s)
+        except BaseException as failure:
+            await asyncio.shield(self._remove(container, process_id))
+            if isinstance(failure, TimeoutError):
+                raise ProcessStartFailed(f"its agent did not start in {timeout_s:g} s") from failure
+            if isinstance(failure, OSError):
+                raise HostFault("start sidecar", str(failure)) from failure
+            raise
+        container.sidecars[process_id] = sidecar
+        return sidecar
+
+    async def _make(
+        self, container: LinuxContainer, process_id: str, spec: SidecarSpec, image: Path
+    ) -> Sidecar:
+        facts, directory = container.facts, self._directory(container, process_id)
+        if directory.exists():  # of a process that has ended
+            await self._remove(container, process_id)
+        directory.parent.mkdir(mode=0o700, exist_ok=True)
+        directory.mkdir(mode=0o700)
+        with _namespaces(container) as joins, _short_path(directory) as place:
+            launch = Launch(
+                handle=container.handle,
+                runtime_id=runtime_id_of(facts.runtime_id, process_id),
+                directory=directory,
+                etc=container.directory / "etc",
+                image=image,
+                privileged=facts.privileged,
+                id_map=self._site.id_map(privileged=facts.privileged, slot=facts.uid_slot),
+                hostname="",
+                cgroup_path=container.cgroup.sidecar(process_id).runtime_path,
+                bind_mounts=spec.bind_mounts,
+                joins=joins,
+            )
+            self._starter.prepare(launch)
+            with listen(place / _SOCKET) as listener:
+                await self._starter.start(launch, listener)
+        return self._connect(container, process_id)
+
+    def _connect(self, container: LinuxContainer, process_id: str) -> Sidecar:
+        sidecar = Sidecar(container.handle, process_id)
+        with _short_path(self._directory(container, process_id)) as place:
+            sidecar.connect(
+                place / _SOCKET,
+                patience_s=self._site.config.agent_patience_s,
+                on_exit=container.exited,
+                on_lost=lambda reason: self._on_lost(container, process_id, reason),
+            )
+        return sidecar
+
+    def _directory(self, container: LinuxContainer, process_id: str) -> Path:
+        return container.directory / DIRECTORY / process_id
+
+    # --- after a restart
+
+    async def adopt(self, container: LinuxContainer) -> None:
+        """Connect to the agents that an earlier server has left in a container, but those that do not answer."""
+        found = await asyncio.gather(*(self._reconnect(container, each) for each in self._names(container)))
+        container.sidecars.update({each.process_id: each for each in found if each is not None})
+
+    async def _reconnect(self, container: LinuxContainer, process_id: str) -> Sidecar | None:
+        try:
+            sidecar = self._connect(container, process_id)
+            await sidecar.greet(timeout_s=_REATTACH_TIMEOUT_S)
+        except (OSError, ContainerBroken) as error:
+            log.warning("sidecar.lost", handle=container.handle, process_id=process_id, error=str(error))
+            return None
+        return sidecar
+
+    def _names(self, container: LinuxContainer) -> list[str]:
+        try:
+            return os.listdir(container.directory / DIRECTORY)
+        except FileNotFoundError:
+            return []
+
+    def tidy(self, container: LinuxContainer) -> None:
+        """Begin to remove what belongs to no running process."""
+        for process_id in self._names(container):
+            process = container.processes.get(process_id)
+            if process is None or process.exit is not None:
+                self.retire(container, process_id)
+
+    # --- end
+
+    def kill(self, container: LinuxContainer, process_id: str) -> None:
+        """Kill its agent and processes, now."""
+        for leaf in _leaves(container, process_id):
+            groups.kill_leaf(container.cgroup, leaf)
+
+    def retire(self, container: LinuxContainer, process_id: str) -> None:
+        """Begin to end and remove a sidecar, as its process has ended; twice is fine."""
+        if process_id in container.retiring or container.broken_because:
+            return  # what is broken is removed as a whole
+        task = asyncio.ensure_future(self._remove(container, process_id))
+        container.retiring.add(process_id)
+        task.add_done_callback(partial(_retired, container, process_id))
+        container.track(task)
+
+    async def _remove(self, container: LinuxContainer, process_id: str) -> None:
+        """Remove all of a sidecar. What the kernel holds on to is tried again until the container goes."""
+        sidecar = container.sidecars.pop(process_id, None)
+        if sidecar is not None:
+            sidecar.broken_because = "it has ended"
+            sidecar.close()
+        delay_s = _RETRY_S
+        while not self._try_to_remove(container, process_id):
+            await asyncio.sleep(delay_s)
+            delay_s = min(2 * delay_s, _RETRY_MAX_S)
+        record = self._site.runtime_root / runtime_id_of(container.facts.runtime_id, process_id)
+        with suppress(FileNotFoundError):
+            shutil.rmtree(record)
+        self._site.depot.throw_away(self._directory(container, process_id))
+
+    def _try_to_remove(self, container: LinuxContainer, process_id: str) -> bool:
+        self.kill(container, process_id)
+        try:
+            for leaf in _leaves(container, process_id)[1:]:
+                groups.remove_leaf(container.cgroup, leaf)
+            groups.remove(container.cgroup.sidecar(process_id))
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            return False
+        return True
+
+    async def abandon(self, container: LinuxContainer) -> None:
+        """Stop starting and removing a container's sidecars; it is being destroyed.
+
+        Raises:
+            Unkillable: a start does not come to an end.
+        """
+        for job in container.jobs:
+            job.cancel()
+        if container.jobs:
+            _, pending = await asyncio.wait(container.jobs, timeout=self._site.config.destroy_timeout_s)
+            if pending:
+                raise Unkillable(container.handle, "a sidecar is still being started or removed")
+
+
+def _retired(container: LinuxContainer, process_id: str, task: asyncio.Future[None]) -> None:
+    container.retiring.discard(process_id)
+    if not task.cancelled() and (error := task.exception()) is not None:
+        # Its container's destruction takes what is left.
+        log.error("sidecar.not_removed", handle=container.handle, process_id=process_id, error=str(error))
+
+
+def _leaves(container: LinuxContainer, process_id: str) -> list[tuple[str, ...]]:
+    """Where its tasks can be: the agent, the process within or beside the container's limits."""
+    cgroup = container.cgroup
+    agent = os.path.basename(cgroup.sidecar(process_id).path)
+    return [(agent,), cgroup.leaf(process_id), cgroup.leaf(process_id, beside=True)]
+
+
+@contextmanager
+def _namespaces(container: LinuxContainer) -> Iterator[tuple[tuple[str, str], ...]]:
+    """The namespaces that a sidecar shares: OCI name, and a path that stands for exactly this one.
+
+    A path with PID 1's number could lead to somebody else's when PID 1 has ended; one to a descriptor of ours cannot.
+
+    Raises:
+        ContainerBroken: PID 1 has ended.
+    """
+    identity, privileged = container.facts.identity, container.facts.privileged
+    pidfd = identity.open() if identity is not None else None
+    if identity is None or pidfd is None:
+        raise ContainerBroken(container.handle, "its PID 1 has ended")
+    fds: dict[str, int] = {}
+    try:
+        for name, file in _SHARED.items():
+            if name != "user" or not privileged:
+                fds[name] = os.open(f"/proc/{identity.pid}/ns/{file}", os.O_RDONLY | os.O_CLOEXEC)
+        still = identity.open()  # so what was opened in between was its own
+        if still is None:
+            raise ContainerBroken(container.handle, "its PID 1 has ended")
+        os.close(still)
+        yield tuple((name, f"/proc/{os.getpid()}/fd/{fd}") for name, fd in fds.items())
+    except FileNotFoundError as error:
+        raise HostFault("enter namespaces", str(error)) from error
+    finally:
+        for fd in (pidfd, *fds.values()):
+            os.close(fd)
+
+
+@contextmanager
+def _short_path(directory: Path) -> Iterator[Path]:
+    """A path to a directory that leaves room for a socket's name: sun_path holds 108 bytes (unix(7))."""
+    fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield Path(f"/proc/self/fd/{fd}")
+    finally:
+        os.close(fd)
