@@ -25,7 +25,7 @@ from garden_py.service.registry import Container, ProcessEntry, Registry
 log = structlog.get_logger()
 # How long all containers' agents may take together before the server serves without the last ones. Sound ones answer
 # in milliseconds, and a call about a late one waits for it anyway.
-_SERVE_AFTER_S = 0.3
+_SERVE_AFTER_S = 0.1
 # How much longer an answer about many containers waits for late ones.
 _BULK_PATIENCE_S = 1.0
 _DOOMED = (State.CREATING, State.DESTROYING, State.UNKILLABLE)

@@ -49,12 +49,14 @@ class Seen:
     """What a reader has got: hashes by stream, lengths, and the ends of it.
 
     Attributes:
+        begun: the first bytes have come.
         skipped: bytes that were no longer kept, as the server has said; then there is nothing to compare.
     """
 
     digests: dict[Stream, hashlib._Hash] = field(
         default_factory=lambda: {stream: hashlib.sha256() for stream in Stream}
     )
+    begun: asyncio.Event = field(default_factory=asyncio.Event)
     lengths: dict[Stream, int] = field(default_factory=lambda: dict.fromkeys(Stream, 0))
     tails: dict[Stream, bytes] = field(default_factory=lambda: dict.fromkeys(Stream, b""))
     skipped: int = 0
@@ -63,6 +65,7 @@ class Seen:
         """Take in a chunk; it must follow the last one."""
         if chunk.offset != self.lengths[chunk.stream]:
             raise Failure(f"{chunk.stream.name} goes on at {chunk.offset}, not {self.lengths[chunk.stream]}")
+        self.begun.set()
         self.digests[chunk.stream].update(chunk.data)
         self.lengths[chunk.stream] += len(chunk.data)
         self.tails[chunk.stream] = (self.tails[chunk.stream] + chunk.data)[-200:]
@@ -170,7 +173,7 @@ class Work:
 
     async def _run(self, seen: Seen) -> ExitStatus:
         process = await self._open(seen)
-        helper = asyncio.ensure_future(self._help(process))
+        helper = asyncio.ensure_future(self._help(process, seen))
         try:
             return await self._follow(process, seen)
         finally:
@@ -267,14 +270,14 @@ class Work:
 
         return await self._ask("follow", follow)
 
-    async def _help(self, process: AsyncProcess) -> None:
+    async def _help(self, process: AsyncProcess, seen: Seen) -> None:
         """Give a process what it waits for."""
         if self._step.kind == "stdin":
             for begin in range(0, len(self._input), 10_000):
                 await process.stdin.write(self._input[begin : begin + 10_000])
             await process.stdin.close()
         if self._step.kind == "trap":
-            await asyncio.sleep(0.2)
+            await seen.begun.wait()  # it says "up" once it is ready to be signalled
             await self._ask("signal", lambda: self._container.signal(self._id, "TERM"))
 
     # --- judgement
