@@ -25,6 +25,7 @@ from garden_py.client import (
     Limits,
     ProcessSpec,
     Sidecar,
+    Tty,
 )
 
 pytestmark = pytest.mark.root
@@ -282,6 +283,16 @@ def test_many_at_once(server: ServerProcess, garden: GardenClient, image: str) -
         assert ended == {number: (number, b"%d\n" % number) for number in range(12)}
         for number in ended:
             assert_gone(server, box, f"p{number}")
+
+
+def test_terminal_s_last_words_are_not_lost(server: ServerProcess, garden: GardenClient, image: str) -> None:
+    """They pass through the agent, which has to live until they have."""
+    with garden.create() as box:
+        for number in range(12):
+            spec = ProcessSpec("seq", ("1", "2000"), id=f"t{number}", tty=Tty(), sidecar=Sidecar(image))
+            done = box.run(spec).output()
+            assert done.stdout.decode().split() == [str(each) for each in range(1, 2001)]
+            assert_gone(server, box, f"t{number}")
 
 
 def test_command_line(server: ServerProcess, garden: GardenClient, image: str) -> None:

@@ -101,6 +101,11 @@ class LinuxProcess:
         """The process's name in its container."""
         return self.spec.id
 
+    @property
+    def is_drained(self) -> bool:
+        """Whether no more output can come."""
+        return not self._pumps
+
     def connect(self, spawned: Spawned, on_error: Callable[[str], None]) -> None:
         """Take over the process's stream descriptors; streams without one are closed."""
         self._stdin = self._connect_stdin(spawned)

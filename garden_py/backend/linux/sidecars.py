@@ -41,6 +41,7 @@ DIRECTORY = "sidecars"
 _SOCKET = "agent.sock"
 _REATTACH_TIMEOUT_S = 5.0
 _RETRY_S, _RETRY_MAX_S = 0.005, 1.0
+_DRAIN_S = 5.0
 # OCI name of a namespace to its file in /proc/PID/ns; mount and cgroup are the sidecar's own.
 _SHARED = {"user": "user", "pid": "pid", "network": "net", "ipc": "ipc", "uts": "uts"}
 
@@ -242,7 +243,7 @@ class Sidecars:
 
     def kill(self, container: LinuxContainer, process_id: str) -> None:
         """Kill its agent and processes, now."""
-        for leaf in _leaves(container, process_id):
+        for leaf in (_agent_leaf(container, process_id), *_leaves(container, process_id)):
             groups.kill_leaf(container.cgroup, leaf)
 
     def retire(self, container: LinuxContainer, process_id: str) -> None:
@@ -255,13 +256,20 @@ class Sidecars:
         container.track(task)
 
     async def _remove(self, container: LinuxContainer, process_id: str) -> None:
-        """Remove all of a sidecar. What the kernel holds on to is tried again until the container goes."""
+        """Remove all of a sidecar. What the kernel holds on to is tried again until the container goes.
+
+        The agent goes last: a terminal's output passes through it, and ends when nobody has the terminal open any more.
+        """
         sidecar = container.sidecars.pop(process_id, None)
         if sidecar is not None:
             sidecar.broken_because = "it has ended"
             sidecar.close()
-        delay_s = _RETRY_S
+        delay_s, process = _RETRY_S, container.processes.get(process_id)
+        drain_until = asyncio.get_running_loop().time() + _DRAIN_S
         while not self._try_to_remove(container, process_id):
+            drained = process is None or process.is_drained
+            if drained or asyncio.get_running_loop().time() > drain_until:
+                groups.kill_leaf(container.cgroup, _agent_leaf(container, process_id))
             await asyncio.sleep(delay_s)
             delay_s = min(2 * delay_s, _RETRY_MAX_S)
         record = self._site.runtime_root / runtime_id_of(container.facts.runtime_id, process_id)
@@ -270,9 +278,9 @@ class Sidecars:
         self._site.depot.throw_away(self._directory(container, process_id))
 
     def _try_to_remove(self, container: LinuxContainer, process_id: str) -> bool:
-        self.kill(container, process_id)
         try:
-            for leaf in _leaves(container, process_id)[1:]:
+            for leaf in _leaves(container, process_id):
+                groups.kill_leaf(container.cgroup, leaf)
                 groups.remove_leaf(container.cgroup, leaf)
             groups.remove(container.cgroup.sidecar(process_id))
         except OSError as error:
@@ -302,11 +310,13 @@ def _retired(container: LinuxContainer, process_id: str, task: asyncio.Future[No
         log.error("sidecar.not_removed", handle=container.handle, process_id=process_id, error=str(error))
 
 
+def _agent_leaf(container: LinuxContainer, process_id: str) -> tuple[str, ...]:
+    return (os.path.basename(container.cgroup.sidecar(process_id).path),)
+
+
 def _leaves(container: LinuxContainer, process_id: str) -> list[tuple[str, ...]]:
-    """Where its tasks can be: the agent, the process within or beside the container's limits."""
-    cgroup = container.cgroup
-    agent = os.path.basename(cgroup.sidecar(process_id).path)
-    return [(agent,), cgroup.leaf(process_id), cgroup.leaf(process_id, beside=True)]
+    """Where its processes can be: within or beside the container's limits."""
+    return [container.cgroup.leaf(process_id), container.cgroup.leaf(process_id, beside=True)]
 
 
 @contextmanager
