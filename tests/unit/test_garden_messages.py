@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from garden_py.api.http.messages import (
-    MESSAGE_MAX_CHARS,
+    MESSAGE_MAX_BYTES,
     Garbage,
     GardenSignal,
     Message,
@@ -74,10 +74,34 @@ def test_what_is_no_object_is_garbage(data: bytes) -> None:
 
 def test_message_without_end_is_garbage() -> None:
     """Memory is bounded."""
-    decoder = MessageDecoder()
-    decoder.feed(b'{"source":0,"data":"')
+    pieces = [b'{"source":0,"data":"', *[b"x" * (64 << 10)] * (MESSAGE_MAX_BYTES // (64 << 10) + 1)]
     with pytest.raises(Garbage, match="longer than"):
-        list(map(decoder.feed, [b"x" * (64 << 10)] * (MESSAGE_MAX_CHARS // (64 << 10) + 1)))
+        decode(*pieces)
+
+
+@pytest.mark.parametrize("bad", [b"{]}", b'{"source":' + b"1" * 5000 + b"}", b"{" * 100, b'{"a":\x01}', b"x"])
+def test_what_can_be_understood_before_garbage_is_done(bad: bytes) -> None:
+    """And garbage is told at once, not when more of it has come than a message may have."""
+    messages = MessageDecoder().feed(b'{"signal":1}' + bad)
+    assert next(messages) == SignalProcess(GardenSignal.KILL)
+    with pytest.raises(Garbage):
+        next(messages)
+
+
+def test_drip_costs_what_it_weighs() -> None:
+    """A client that sent braces one at a time had its message read anew for each: half a minute of everybody's time."""
+    decoder, seen = MessageDecoder(), 0
+    list(decoder.feed(b'{"source":0,"data":"'))
+    for _ in range(100_000):
+        list(decoder.feed(b"}"))
+        seen += len(decoder._buffer) - decoder._scanned
+    assert seen == 0  # nothing is left to be looked at again
+    assert list(decoder.feed(b'"}')) == [StdinData(b"}" * 100_000)]
+
+
+def test_message_is_done_before_the_next_one_is_complete() -> None:
+    """A signal does not wait for what is behind it."""
+    assert decode(b'{"signal":1}{"source":0,"da') == [SignalProcess(GardenSignal.KILL)]
 
 
 _messages = st.one_of(

@@ -185,16 +185,14 @@ class Controls:
                 if decoder is None:
                     continue
                 try:
-                    messages = decoder.feed(data)
+                    for message in decoder.feed(data):
+                        if isinstance(message, StdinData | StdinEnd):
+                            await inputs.put(message)
+                        else:
+                            await self._apply(attachment.process, message)
                 except Garbage as error:
                     log.info("garden.garbage", process_id=attachment.process.id, error=str(error))
                     decoder = None  # nothing can be understood any more; that it leaves still can be noticed
-                    continue
-                for message in messages:
-                    if isinstance(message, StdinData | StdinEnd):
-                        await inputs.put(message)
-                    else:
-                        await self._apply(attachment.process, message)
 
     async def _apply(self, process: RunningProcess, message: Resize | SignalProcess) -> None:
         try:

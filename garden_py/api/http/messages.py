@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import codecs
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final, TypeAlias
@@ -13,9 +13,13 @@ from garden_py.api.http.fields import Fields, as_fields
 from garden_py.model.process import WindowSize
 
 # One message; a client sends what it has read of its input, some ten kilobytes, in each.
-MESSAGE_MAX_CHARS: Final = 4 << 20
+MESSAGE_MAX_BYTES: Final = 4 << 20
+_DEPTH_MAX: Final = 64  # of objects and arrays in each other; the protocol's own have three
 _SURROGATES: Final = re.compile("[\ud800-\udfff]")
-_SPACE: Final = " \t\r\n"
+_SPACE: Final = b" \t\r\n"
+_STRUCTURE: Final = re.compile(rb'["{}\[\]]')
+_REST_OF_STRING: Final = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
+_BACKSLASH: Final = ord("\\")
 
 
 class Garbage(ValueError):
@@ -59,52 +63,121 @@ Message: TypeAlias = StdinData | StdinEnd | Resize | SignalProcess
 
 
 class MessageDecoder:
-    """Bytes in, messages out. A message may be cut anywhere; a newline behind it is usual and not needed."""
+    """Bytes in, messages out. A message may be cut anywhere; a newline behind it is usual and not needed.
+
+    Every byte is looked at once for the end of its object, however small the pieces are that a client sends. JSON's
+    signs are ASCII, which in UTF-8 is part of nothing else, so bytes will do for that.
+    """
 
     def __init__(self) -> None:
-        self._text = codecs.getincrementaldecoder("utf-8")("replace")
-        self._pending = ""
-        self._json = json.JSONDecoder()
+        self._buffer = bytearray()
+        self._scanned = 0
+        self._depth = 0
+        self._in_string = False
+        self._by_line = True
+        self._found: Any = None
 
-    def feed(self, data: bytes) -> list[Message]:
-        """The messages that are complete now; those without meaning are left out.
+    def feed(self, data: bytes) -> Iterator[Message]:
+        """Take the next bytes; the iterator yields the messages that are complete now, but for those without meaning.
 
         Raises:
-            Garbage: it is no JSON, or one message is too large. What came before it has been returned already, or is
-                lost with the connection.
+            Garbage: while iterating, behind the last message that can be understood: what follows is no JSON object, or
+                too large. Nothing can be understood from there on.
         """
-        self._pending += self._text.decode(data)
-        found: list[Message] = []
-        # An object ends with a brace; looking for its end in every piece of a long one would cost its length each time.
-        if self._pending.rstrip(_SPACE).endswith("}"):
-            self._pending = self._take(self._pending, found)
-        elif "\n" in self._pending:
-            whole, newline, rest = self._pending.rpartition("\n")
-            self._pending = self._take(whole + newline, found) + rest
-        if self._pending and self._pending[0] != "{":
-            raise Garbage("a message must be a JSON object")
-        if len(self._pending) > MESSAGE_MAX_CHARS:
-            raise Garbage(f"a message is longer than {MESSAGE_MAX_CHARS} characters")
-        return found
+        self._buffer += data
+        return self._messages()
 
-    def _take(self, text: str, found: list[Message]) -> str:
-        """Move complete objects at the beginning of text into found; what is left."""
-        at = 0
-        while True:
-            while at < len(text) and text[at] in _SPACE:
-                at += 1
-            if at == len(text):
-                return ""
-            if text[at] != "{":
+    def _messages(self) -> Iterator[Message]:
+        while (found := self._take_object()) is not None:
+            if (message := _read(found)) is not None:
+                yield message
+
+    def _take_object(self) -> Any:
+        """The next object, None if not all of it is there yet."""
+        buffer = self._buffer
+        if not self._depth:
+            del buffer[: len(buffer) - len(buffer.lstrip(_SPACE))]
+            if not buffer:
+                return None
+            if buffer[:1] != b"{":
                 raise Garbage("a message must be a JSON object")
+            self._scanned = 0
+        end = self._find_line() or self._find_end()
+        if (end or len(buffer)) > MESSAGE_MAX_BYTES:
+            raise Garbage(f"a message is longer than {MESSAGE_MAX_BYTES} bytes")
+        if not end:
+            return None
+        found, self._found = self._found, None
+        try:
+            return _parse(buffer[:end]) if found is None else found
+        except (ValueError, RecursionError) as error:
+            raise Garbage(f"a message is no JSON object: {error}") from error
+        finally:
+            del buffer[:end]
+            self._depth, self._in_string = 0, False
+
+    def _find_line(self) -> int:
+        """The offset behind a line that is an object, which is then in _found; 0 if there is none.
+
+        So clients write them, and it is much faster. One that once does not is not tried again.
+        """
+        end = self._buffer.find(b"\n", self._scanned) + 1 if self._by_line else 0
+        if end:
             try:
-                value, at = self._json.raw_decode(text, at)
-            except ValueError:
-                return text[at:]
-            except RecursionError as error:
-                raise Garbage("a message is nested too deeply") from error
-            if (message := _read(value)) is not None:
-                found.append(message)
+                self._found = _parse(self._buffer[:end])
+            except (ValueError, RecursionError):
+                self._by_line, end = False, 0
+        return end
+
+    def _find_end(self) -> int:
+        """The offset behind the object that the buffer begins with; 0 if it is not there yet."""
+        buffer, at = self._buffer, self._scanned
+        while True:
+            if self._in_string:
+                at = _find_end_of_string(buffer, at)
+                if not at:
+                    break
+                self._in_string = False
+            found = _STRUCTURE.search(buffer, at)
+            if found is None:
+                break
+            at = found.end()
+            match found[0]:
+                case b'"':
+                    self._in_string = True
+                case b"{" | b"[":
+                    self._depth += 1
+                    if self._depth > _DEPTH_MAX:
+                        raise Garbage("a message is nested too deeply")
+                case _:
+                    self._depth -= 1
+                    if not self._depth:
+                        return at
+        self._scanned = len(buffer)
+        return 0
+
+
+def _parse(data: bytearray) -> Any:
+    return json.loads(data.decode(errors="replace"))
+
+
+def _find_end_of_string(buffer: bytearray, at: int) -> int:
+    """The offset behind the quote that ends a string, from anywhere in it; 0 if that is not there yet."""
+    while (quote := buffer.find(b'"', at)) >= 0:
+        if not _is_escaped(buffer, quote):
+            return quote + 1
+        # Where there is one of these there are more, and the next search would soon end again.
+        rest = _REST_OF_STRING.match(buffer, quote + 1)
+        at = quote + 1 if rest is None else rest.end()
+    return 0
+
+
+def _is_escaped(buffer: bytearray, at: int) -> bool:
+    """Whether an odd number of backslashes is before the offset."""
+    begin = at
+    while buffer[begin - 1] == _BACKSLASH:
+        begin -= 1
+    return bool((at - begin) % 2)
 
 
 def _read(value: Any) -> Message | None:
