@@ -82,6 +82,7 @@ class Terminal:
         self._untyped = b""  # input that the master had no room for
         self._can_splice = True
         self._is_pumping = False
+        self._is_hung_up = False
 
     @property
     def is_open(self) -> bool:
@@ -157,10 +158,23 @@ class Terminal:
             # EIO: no slave is open any more. EPIPE: nobody can ever read the output.
             if error.errno not in (errno.EIO, errno.EPIPE):
                 raise
-            self.close()
+            self._end(for_sure=error.errno == errno.EPIPE)
         else:
             if moved == 0:
-                self.close()
+                self._end(for_sure=False)
+            else:
+                self._is_hung_up = False
+
+    def _end(self, *, for_sure: bool) -> None:
+        """Close, unless the end may come too early: then the next turn asks once more.
+
+        The kernel looks for output first, and whether the slave is closed after that (n_tty_read, drivers/tty/n_tty.c).
+        What is written and closed in between is told as EIO, though the output is there. Whoever has seen the slave
+        closed and asks again gets it.
+        """
+        if for_sure or self._is_hung_up:
+            self.close()
+        self._is_hung_up = True
 
     def _move(self) -> int:
         """Move one chunk; 0 at the end of output, BlockingIOError if one side is not ready."""
