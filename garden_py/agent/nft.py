@@ -145,6 +145,11 @@ def is_missing(error: NftError) -> bool:
     return "No such file or directory" in error.message
 
 
+def is_taken(error: NftError) -> bool:
+    """Whether the refusal was EEXIST: the key of a map stands for something else."""
+    return "File exists" in error.message
+
+
 def read_counters(objects: list[dict[str, Any]]) -> list[dict[str, int | str]]:
     """The counters of the commented rules in a JSON listing, in the order of the chain.
 

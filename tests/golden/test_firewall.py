@@ -24,6 +24,7 @@ from garden_py.backend.net.host_firewall import (
     compile_host_removal,
     compile_map_port,
     compile_unmap_port,
+    split_forget,
 )
 from garden_py.backend.net.plan import HostPlan, plan_link
 from garden_py.model.netrule import DefaultAction, EgressPolicy, parse_egress_rule
@@ -89,3 +90,12 @@ def test_text_is_the_golden_one(name: str) -> None:
 def test_every_golden_file_has_a_case() -> None:
     """A file that no case writes proves nothing any more."""
     assert {path.stem for path in GOLDEN.glob("*.nft")} == set(TEXTS)
+
+
+def test_detach_in_parts() -> None:
+    """An element is deleted by what adds it first; a chain is made before something leads to it, and goes last."""
+    parts = split_forget(compile_detach(HOST, LINK, mappings=[MAPPING], has_host_side_policy=True))
+    assert "".join(parts) == compile_detach(HOST, LINK, mappings=[MAPPING], has_host_side_policy=True)
+    firsts = [[" ".join(line.split()[:2]) for line in part.splitlines()] for part in parts]
+    pair = ["add element", "delete element"]
+    assert firsts == [pair, pair, ["add chain"], pair, ["flush chain", "delete chain"]]

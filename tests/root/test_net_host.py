@@ -82,6 +82,20 @@ def test_detaching_twice_leaves_nothing(lab: Lab) -> None:
     assert not [r for r in routes() if TAG in r]
 
 
+def test_port_that_leads_elsewhere_by_now_does_not_keep_a_detach_from_its_end(lab: Lab) -> None:
+    """What stands for another container stays; all that is this one's own goes."""
+    plain, privileged = lab.container(2, OPEN), lab.container(3, OPEN, privileged=True)
+    other = lab.map_tcp(61001, privileged, 9000)
+    own = lab.map_tcp(61002, plain, 8001)
+    claimed = dataclasses.replace(own, host_port=61001, container_port=8000)
+    lab.detach(plain, (claimed, own))
+    assert lab.network.survey().elements == (
+        "egress 10.254.0.3 egress_3", f"member gdn{TAG}-3 10.254.0.3", "portmap tcp 61001 10.254.0.3 9000",
+    )  # fmt: skip
+    lab.detach(privileged, (claimed, other))
+    assert lab.network.survey() == EMPTY
+
+
 def test_removing_the_host_removes_everything_even_attached_containers() -> None:
     """A server that stops for good leaves the host as it found it; doing so twice is fine."""
     with open_lab() as lab:

@@ -13,6 +13,7 @@ from garden_py.backend.host.pids import ProcessIdentity
 from garden_py.backend.ledger import cgroups, files, leases, mounts, network, processes
 from garden_py.backend.ledger.book import Book, Holding, Mapping, Shared
 from garden_py.backend.ledger.compare import Sight, compare
+from garden_py.backend.linux.leaks import is_in_use
 from garden_py.backend.net.host_firewall import BASE_CHAINS
 from garden_py.backend.net.plan import HostPlan, address_of_link
 from garden_py.backend.net.survey import Survey, compile_forget, read_chains, read_elements
@@ -289,3 +290,22 @@ def test_leaks_are_told_apart_by_kind_side_and_name() -> None:
     leak = Leak(LeakKind.LINK, Direction.ORPHAN, "gdn3fa1-7")
     assert leak.key == replace(leak, detail="x", handle="y").key
     assert leak.key != replace(leak, direction=Direction.MISSING).key
+
+
+def test_mapping_is_judged_as_a_whole() -> None:
+    """Its port and its address can be taken again by others, and still it belongs to nobody (found by chaos)."""
+    first = Holding("first", address="10.9.0.2", mappings=(Mapping("tcp", 61_001, 8080),))
+    second = Holding("second", address="10.9.0.3")
+    book = Book([first, second], [], Shared.REQUIRED)
+
+    def in_use(name: str) -> bool:
+        words = name.split(" ")
+        address = IPv4Address(words[3] if words[0] == "portmap" else words[2])
+        port = (words[1], int(words[2])) if words[0] == "portmap" else None
+        return is_in_use(words, address, port, book)
+
+    assert in_use("portmap tcp 61001 10.9.0.2 8080")
+    assert not in_use("portmap tcp 61001 10.9.0.3 8080")
+    assert not in_use("portmap tcp 61001 10.9.0.2 9090")
+    assert in_use("member gdn-2 10.9.0.2")
+    assert not in_use("member gdn-7 10.9.0.7")

@@ -21,11 +21,14 @@ class TablelessHost:
     def __init__(self) -> None:
         self.has_table = False
         self.done: list[tuple[str, dict[str, Any]]] = []
+        self.finished: list[str] = []
         self.cure_fails = False
 
     async def run(self, op: str, params: dict[str, Any], fds: list[int] | None = None) -> dict[str, Any]:
         self.done.append((op, params))
-        await asyncio.sleep(0)
+        for _ in range(10 if op == "net.restore_host" else 1):
+            await asyncio.sleep(0)
+        self.finished.append(op)
         if op == "net.restore_host":
             if self.cure_fails:
                 raise HostFault("network.table", "no")
@@ -89,3 +92,19 @@ async def test_repair_that_fails_is_the_answer(host: TablelessHost, network: Lin
     with pytest.raises(HostFault, match="no"):
         await network.map_port("box", found, found.mappings[0])
     assert host.ops == ["net.map_port", "net.restore_host"]
+
+
+async def test_container_that_goes_during_a_repair_is_not_put_back(
+    host: TablelessHost, network: LinuxNetwork
+) -> None:
+    """The repair has taken down what there was before; so the detach comes after it (found by chaos)."""
+    gone = lease(network, 61_001)
+    network.remember("gone", gone, None, privileged=False)
+    host.has_table = True
+    repair = asyncio.ensure_future(network.restore_host())
+    await asyncio.sleep(0)
+    assert host.ops == ["net.restore_host"]
+    await asyncio.gather(repair, network.detach("gone", gone, privileged=False))
+    assert host.finished == ["net.restore_host", "net.detach"]
+    await network.restore_host()
+    assert str(gone.address) not in host.done[-1][1]["elements"]

@@ -190,7 +190,7 @@ class Ledger:
             await self._hands.network("remove_host", {})
             return True
         address, port = _held_by(leak, host)
-        if (address is not None and str(address) in book.addresses) or port in book.ports:
+        if is_in_use(words, address, port, book):
             return False
         with self._hands.hold(address, port):
             match leak.kind:
@@ -235,6 +235,17 @@ def _held_by(leak: Leak, host: HostPlan) -> tuple[IPv4Address | None, tuple[str,
         case [chain]:
             return address_of_link(host, f"{host.link_prefix}{chain.partition('_')[2]}"), None
     raise ValueError(leak.name)
+
+
+def is_in_use(
+    words: list[str], address: IPv4Address | None, port: tuple[str, int] | None, book: Book
+) -> bool:
+    """Whether what an orphan of the network stands for is claimed by now."""
+    if words[0] == "portmap" and port is not None:
+        # Port and address can be taken again, by different containers even; this element belongs to neither then, and
+        # is in the way of both. It is removed as it is, or not at all.
+        return (str(address), Mapping(*port, int(words[4]))) in book.mappings
+    return (address is not None and str(address) in book.addresses) or port in book.ports
 
 
 def _is_leased(leak: Leak, book: Book) -> bool:

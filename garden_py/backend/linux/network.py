@@ -182,7 +182,7 @@ class LinuxNetwork:
         async with self._restoring:
             if restored == self._restored:  # else somebody has put it back meanwhile
                 log.warning("network.table_missing", table=self.host.table, containers=len(self._attached))
-                await self.restore_host()
+                await self._restore()
         return await self._job(op, params, fds)
 
     async def _job(self, op: str, params: dict[str, Any], fds: list[int] | None = None) -> dict[str, Any]:
@@ -194,6 +194,10 @@ class LinuxNetwork:
 
     async def restore_host(self) -> None:
         """Repair it at any other time."""
+        async with self._restoring:
+            await self._restore()
+
+    async def _restore(self) -> None:
         await self._job("restore_host", self._shared())
         self._restored += 1
 
@@ -240,6 +244,9 @@ class LinuxNetwork:
     async def detach(self, handle: str, lease: NetworkLease, *, privileged: bool) -> None:
         """Disconnect a container and its ports; what is gone already is fine."""
         self._attached.pop(handle, None)
+        async with self._restoring:
+            # A repair that had begun knows of this container still: what it puts back is to go as well.
+            pass
         link = self._link(lease, handle)
         rules = host_firewall.compile_detach(
             self.host, link, mappings=self._mappings(lease), has_host_side_policy=privileged

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from garden_py.agent.netrules import NetrulesError, end_children, inject, load_tools
-from garden_py.agent.nft import Nft, NftError, is_missing, read_counters
+from garden_py.agent.nft import Nft, NftError, is_missing, is_taken, read_counters
 from garden_py.agent.rtnetlink import RTN_UNREACHABLE, Link, Rtnetlink, RtnetlinkError, VethEnd
 from garden_py.backend.net import host_firewall
 from garden_py.backend.net.host_firewall import HostPolicy, PortMapping
@@ -342,11 +342,24 @@ class HostNetwork:
         return self._plan.table in tables
 
     def _forget(self, step: str, text: str) -> None:
-        """Run a transaction that deletes; a missing table means that everything in it is gone already."""
+        """Run a transaction that deletes; a missing table means that everything in it is gone already.
+
+        What stands for somebody else by now is not deleted, and does not keep the rest.
+        """
         try:
             self._nft.run(text)
         except NftError as error:
-            if not is_missing(error):
+            if is_taken(error):
+                for part in host_firewall.split_forget(text):
+                    self._forget_part(step, part)
+            elif not is_missing(error):
+                raise HostFault(step, error.message) from error
+
+    def _forget_part(self, step: str, text: str) -> None:
+        try:
+            self._nft.run(text)
+        except NftError as error:
+            if not is_missing(error) and not is_taken(error):
                 raise HostFault(step, error.message) from error
 
     def _delete_link(self, name: str) -> None:

@@ -196,6 +196,18 @@ def compile_detach(
     return "\n".join(lines) + "\n"
 
 
+def split_forget(text: str) -> list[str]:
+    """The parts of a transaction of compile_detach that can be done by themselves: an element's two lines together."""
+    parts: list[str] = []
+    for line in text.splitlines(keepends=True):
+        of_element, begins = " element " in line, line.startswith("add element")
+        if parts and not begins and (of_element or " element " not in parts[-1]):
+            parts[-1] += line
+        else:
+            parts.append(line)
+    return parts
+
+
 def compile_map_port(host: HostPlan, mapping: PortMapping) -> str:
     """Send connections to a host port to a container; repeating it is harmless.
 
