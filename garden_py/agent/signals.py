@@ -29,12 +29,13 @@ def take_over() -> int:
     Everything is at its default, which for PID 1 means "ignored" when sent from inside (pid_namespaces(7)):
     Python's own SIGINT handler must go, or any container root could raise KeyboardInterrupt here. Exceptions
     are SIGPIPE and SIGXFSZ, which stay ignored, and SIGQUIT, which writes a stack to the log. An agent that is not
-    PID 1 ignores everything: a SIGTERM for all that is in the container is not meant for it.
+    PID 1 ignores what would end it: a SIGTERM for all that is in the container is not meant for it. Only SIGALRM ends
+    the one that tries whether it could take over (`end_after`).
     """
     global _default
     _default = _signal.SIG_DFL if posix.getpid() == 1 else _signal.SIG_IGN
     for number in _changeable():
-        _signal.signal(number, _default)
+        _signal.signal(number, _signal.SIG_DFL if number == _signal.SIGALRM else _default)
     _signal.signal(_signal.SIGPIPE, _signal.SIG_IGN)
     _signal.signal(_signal.SIGXFSZ, _signal.SIG_IGN)
     _signal.signal(_signal.SIGQUIT, _dump_stack)

@@ -326,3 +326,23 @@ def test_command_line(server: ServerProcess, garden: GardenClient, image: str) -
         shown = cli("metrics", f"{box.handle}/bg").stdout.splitlines()[1].split()
         assert (shown[0], shown[3]) == (f"{box.handle}/bg", "32.0M")
         assert cli("run", "--own-limits", box.handle, "true").returncode != 0
+
+
+def test_isolation_is_the_containers_whatever_the_server_is_told_later(no_trace: None) -> None:
+    """A sidecar that is started after a restart with other settings is walled off as its container was made."""
+    with running_server("--no-new-privileges") as server, GardenClient(server.address) as garden:
+        (image,) = (server.place / "state/rootfs").iterdir()
+        box = garden.create()
+        server.stop()
+        server.flags.remove("--no-new-privileges")
+        at = server.flags.index("--uid-pool-start") + 1
+        server.flags[at] = str(int(server.flags[at]) + 65_536 * 20)
+        server.start()
+        assert text_of(box, "cat /proc/self/uid_map") == text_of(
+            box, "cat /proc/self/uid_map", sidecar=Sidecar(str(image))
+        )
+        for sidecar in (None, Sidecar(str(image))):
+            assert text_of(box, "grep NoNewPrivs /proc/self/status", sidecar=sidecar).split() == [
+                "NoNewPrivs:",
+                "1",
+            ]

@@ -19,12 +19,14 @@ from garden_py.backend.linux.backend import LinuxBackend
 from garden_py.backend.linux.container import ContainerFacts, LinuxContainer
 from garden_py.backend.linux.network import NetworkLease
 from garden_py.backend.linux.processes import LinuxProcesses
+from garden_py.backend.linux.sidecars import Sidecar
 from garden_py.backend.linux.site import Site
 from garden_py.config import load_config
 from garden_py.model import errors
 from garden_py.model.codec import dump_process_spec
 from garden_py.model.lifecycle import State
 from garden_py.model.process import ProcessSpec
+from garden_py.model.process import Sidecar as SidecarSpec
 from garden_py.model.spec import ContainerSpec
 from garden_py.service.ports import BackendEvents, ProcessRow
 
@@ -86,6 +88,28 @@ async def test_exit_between_greeting_and_adoption_is_not_lost(tmp_path: Path) ->
         assert process.exit.code == 3
         container.let_go()
         await playing
+
+
+async def test_sidecar_whose_agent_goes_during_adoption_costs_its_own_process_only(tmp_path: Path) -> None:
+    """Greeted, and gone before its process was adopted: the container and everything else in it are taken over."""
+    container = make_container(tmp_path)
+    sidecar = Sidecar("c", "p")
+    sidecar.held, sidecar.broken_because = {"p": None}, "its agent is gone"
+    container.sidecars["p"] = sidecar
+    backend = LinuxBackend(load_config({}, environ={}))
+    backend._containers["c"] = container
+    depot = SimpleNamespace(streams=lambda *_: tmp_path / "streams")
+    site = cast(Site, SimpleNamespace(depot=depot, config=load_config({}, environ={})))
+    nobody: Any = None
+    backend._processes = LinuxProcesses(site, nobody, nobody)
+    spec = ProcessSpec(path="true", id="p", sidecar=SidecarSpec("/image"))
+    row = ProcessRow("c", "p", "", 1, 7, dump_process_spec(spec), None)
+    process = await backend.adopt_process("c", row, spec)
+    assert process.exit is not None
+    assert process.exit.signal == 9
+    assert "sidecar is gone" in process.exit.reason
+    assert not container.broken_because
+    container.let_go()
 
 
 @in_virtual_time

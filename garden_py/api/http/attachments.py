@@ -180,7 +180,7 @@ class Attachments:
 
 async def _until_gone(reader: asyncio.StreamReader) -> None:
     """A reader of output sends nothing; whatever comes is ignored until the end comes."""
-    with suppress(ConnectionError):
+    with suppress(OSError):
         while await reader.read(_PIECE_BYTES):
             pass
 

@@ -180,7 +180,7 @@ class Controls:
     ) -> None:
         """Do what the client says until it leaves. After its last input it may still signal and resize."""
         decoder: MessageDecoder | None = MessageDecoder()
-        with suppress(ConnectionError):
+        with suppress(OSError):  # also ETIMEDOUT and the like, of a peer that keep-alive has found to be gone
             while data := await reader.read(_READ_BYTES):
                 if decoder is None:
                     continue

@@ -55,7 +55,8 @@ class Construction:
         except BaseException:
             self._network.release(lease)
             raise
-        return ContainerFacts(secrets.token_hex(8), spec.privileged, lease, slot)
+        isolation = self._site.isolation(privileged=spec.privileged, slot=slot)
+        return ContainerFacts(secrets.token_hex(8), spec.privileged, lease, slot, isolation=isolation)
 
     async def build(
         self, spec: ContainerSpec, facts: ContainerFacts, record: Record, events: BackendEvents
@@ -109,8 +110,7 @@ class Construction:
             directory=directory,
             etc=directory / "etc",
             image=self._image(spec),
-            privileged=spec.privileged,
-            id_map=site.id_map(privileged=facts.privileged, slot=facts.uid_slot),
+            isolation=facts.isolation or site.isolation(privileged=spec.privileged, slot=facts.uid_slot),
             hostname=spec.hostname or hostname_for(spec.handle),
             cgroup_path=site.cgroup(spec.handle).runtime_path,
             bind_mounts=spec.bind_mounts,
@@ -128,7 +128,8 @@ class Construction:
                 host_resolv.read_text() if host_resolv.exists() else "", self._site.config.dns_server, gateway
             ),
         }
-        owner = launch.id_map.host_id(0) if launch.id_map else 0
+        id_map = launch.isolation.id_map(self._site.facts.highest_id)
+        owner = id_map.host_id(0) if id_map else 0
         for name, content in contents.items():
             (launch.etc / name).write_text(content)
             (launch.etc / name).chmod(0o644)

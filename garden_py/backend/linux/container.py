@@ -21,6 +21,7 @@ from garden_py.backend.cgroup.layout import WORK, ContainerCgroup
 from garden_py.backend.cgroup.limits import read_limits
 from garden_py.backend.cgroup.stats import read_oom_kills
 from garden_py.backend.host.pids import ProcessIdentity
+from garden_py.backend.linux.isolation import Isolation
 from garden_py.backend.linux.network import NetworkLease
 from garden_py.backend.linux.process import LinuxProcess, OomAccount
 from garden_py.backend.streams.agent_link import AgentLink
@@ -47,6 +48,7 @@ class ContainerFacts:
         pid: PID 1 as the host numbers it; 0 before it was started.
         pid_start: its start time in clock ticks, which tells it from a later process of that number.
         boot: the boot of the machine that pid and pid_start are of.
+        isolation: what it was made with; None: by a server that did not take it down.
     """
 
     runtime_id: str
@@ -56,6 +58,7 @@ class ContainerFacts:
     pid: int = 0
     pid_start: int = 0
     boot: str = field(default_factory=read_boot_id)
+    isolation: Isolation | None = None
 
     def to_json(self) -> dict[str, Any]:
         """For the journal."""
@@ -64,7 +67,14 @@ class ContainerFacts:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> ContainerFacts:
         """From the journal."""
-        return cls(**{**value, "lease": NetworkLease.from_json(value["lease"])})
+        isolation = value.get("isolation")
+        return cls(
+            **{
+                **value,
+                "lease": NetworkLease.from_json(value["lease"]),
+                "isolation": None if isolation is None else Isolation(**isolation),
+            }
+        )
 
     @property
     def identity(self) -> ProcessIdentity | None:
@@ -83,7 +93,7 @@ class LinuxContainer:
         broken_because: why it can only be destroyed; empty while it is whole.
         agent_problem: why the agent could not be upgraded; empty if it is not to be.
         sidecars: agents besides PID 1, by the process that each of them was started for (linux/sidecars.py).
-        retiring: sidecars that are being removed.
+        retiring: removals of sidecars under way, by process.
         jobs: starts and removals of sidecars under way.
     """
 
@@ -105,7 +115,7 @@ class LinuxContainer:
         self.broken_because = ""
         self.agent_problem = ""
         self.sidecars: dict[str, Sidecar] = {}
-        self.retiring: set[str] = set()
+        self.retiring: dict[str, asyncio.Future[None]] = {}
         self.jobs: set[asyncio.Future[Any]] = set()
         self._events = events
         self._link: AgentLink | None = None
@@ -296,9 +306,15 @@ class LinuxContainer:
             recover=recover,
             link=link,
             oom=self._oom_account(leaf) if spec.has_own_group else self._shared_oom,
-            describe_oom=lambda: describe_memory_limit(read_limits(self.cgroup, leaf=limit_leaf(leaf))),
+            describe_oom=lambda: self._describe_oom(leaf),
             drop_group=drop_group,
         )
+
+    def _describe_oom(self, leaf: tuple[str, ...]) -> str:
+        """The memory limit that was hit: the process's own, or that of all the container's processes."""
+        own = read_limits(self.cgroup, leaf=limit_leaf(leaf))
+        shared = not own.memory_bytes and leaf[0] == WORK
+        return describe_memory_limit(read_limits(self.cgroup) if shared else own)
 
     @contextmanager
     def group_fds(self, leaf: tuple[str, ...]) -> Iterator[list[int]]:

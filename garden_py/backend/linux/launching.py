@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from garden_py.backend.host.idmap import IdMap
 from garden_py.backend.launcher.client import Launcher
+from garden_py.backend.linux.isolation import Isolation
 from garden_py.backend.linux.site import AGENT_TARGET, Site
 from garden_py.backend.linux.sysctls import choose_tcp_sysctls
 from garden_py.backend.oci.bundle import build_config
@@ -43,8 +43,7 @@ class Launch:
     directory: Path
     etc: Path
     image: Path
-    privileged: bool
-    id_map: IdMap | None
+    isolation: Isolation
     hostname: str
     cgroup_path: str
     bind_mounts: Sequence[BindMount] = ()
@@ -90,16 +89,14 @@ class AgentStarter:
             raise
         return int(answer["pid"])
 
-    @property
-    def _is_reference(self) -> bool:
-        return self._site.config.compat == "garden"
-
     def _has_filter(self, launch: Launch) -> bool:
-        return not launch.privileged and self._site.filter_fd >= 0
+        return not launch.isolation.privileged and self._site.filter_fd >= 0
 
     def _mounts(self, launch: Launch) -> MountPlan:
         """Root file system, agent, the caller's binds, hosts and resolv.conf, in this order."""
-        maps_owners = not launch.privileged and not self._is_reference  # Garden statement BI4
+        maps_owners = (
+            not launch.isolation.privileged and not launch.isolation.as_reference
+        )  # Garden statement BI4
         binds = [BindSource(str(self._site.agent_dir), "agent", read_only=True, hardened=True)]
         binds += [
             BindSource(m.source, f"bind-{i}", m.mode is MountMode.READ_ONLY, mapped=maps_owners)
@@ -111,7 +108,7 @@ class AgentStarter:
             image=str(launch.image),
             upper=str(launch.directory / "upper"),
             work=str(launch.directory / "work"),
-            id_map=launch.id_map,
+            id_map=launch.isolation.id_map(self._site.facts.highest_id),
             binds=tuple(binds),
         )
 
@@ -121,8 +118,8 @@ class AgentStarter:
         return BundleRequest(
             handle=launch.handle,
             hostname=launch.hostname,
-            privileged=launch.privileged,
-            id_map=launch.id_map,
+            privileged=launch.isolation.privileged,
+            id_map=plan.id_map,
             rootfs=str(plan.rootfs),
             cgroup_path=launch.cgroup_path,
             agent_argv=tuple(self._site.bundle.argv(AGENT_TARGET)),
@@ -131,10 +128,10 @@ class AgentStarter:
             agent_source=str(plan.directory / "agent"),
             agent_target=AGENT_TARGET,
             binds=tuple(binds),
-            no_new_privileges=self._site.config.no_new_privileges and not launch.privileged,
-            apparmor_profile="" if launch.privileged else self._site.config.apparmor,
+            no_new_privileges=launch.isolation.no_new_privileges,
+            apparmor_profile=launch.isolation.apparmor,
             sysctls=choose_tcp_sysctls(self._site.config),
-            as_reference=self._is_reference,
+            as_reference=launch.isolation.as_reference,
             joins=launch.joins,
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import structlog
@@ -19,8 +20,9 @@ from garden_py.backend.oci.data import load_runc_config
 from garden_py.backend.streams.agent_link import AgentLink
 from garden_py.backend.streams.agent_replies import Spawned
 from garden_py.model.codec import load_exit
-from garden_py.model.errors import ProcessNotFound
+from garden_py.model.errors import ContainerBroken, ProcessNotFound, ProcessStartFailed
 from garden_py.model.process import ProcessSpec
+from garden_py.model.process import Sidecar as SidecarSpec
 from garden_py.service.ports import BackendEvents, ProcessRow, Usage
 
 log = structlog.get_logger()
@@ -44,14 +46,29 @@ class LinuxProcesses:
         try:
             if spec.sidecar is None:
                 return await self._spawn(container, container, spec, env, record)
-            sidecar = await self.sidecars.launch(container, spec, spec.sidecar)
+            return await self._start_sidecar(container, spec, spec.sidecar, env, record)
+        finally:
+            container.spawning.discard(spec.id)
+
+    async def _start_sidecar(
+        self,
+        container: LinuxContainer,
+        spec: ProcessSpec,
+        apart: SidecarSpec,
+        env: tuple[str, ...],
+        record: Callable[[], None],
+    ) -> LinuxProcess:
+        try:
+            sidecar = await self.sidecars.launch(container, spec, apart)
             try:
                 return await self._spawn(container, sidecar, spec, env, record)
             except BaseException:
                 self.sidecars.retire(container, spec.id)
                 raise
-        finally:
-            container.spawning.discard(spec.id)
+        except ContainerBroken as error:
+            if container.broken_because:
+                raise
+            raise ProcessStartFailed(f"its agent is gone: {error.reason}") from error
 
     async def _spawn(
         self,
@@ -77,7 +94,13 @@ class LinuxProcesses:
                     spec, env, cgroup_fds, bounding=self._bounding(container, spec), before_exec=prepare
                 )
             (process,) = made
-            self._connect(container, process, spawned)
+            try:
+                self._connect(container, process, spawned)
+            except BaseException:  # it runs already, and nobody would know of it
+                process.let_go()
+                with suppress(ContainerBroken):
+                    await owner.link.cancel(spec.id)
+                raise
             container.add_process(process)
         except BaseException:
             if spec.has_own_group:
@@ -128,6 +151,8 @@ class LinuxProcesses:
         there was never started.
         """
         owner = container if spec.sidecar is None else container.sidecars.get(spec.id)
+        if isinstance(owner, Sidecar) and owner.broken_because:
+            owner = None  # it has gone since it was greeted: only its own process with it
         held = owner is not None and spec.id in owner.held
         if not held and row.exit is None and owner is not None and not container.broken_because:
             raise ProcessNotFound(container.handle, spec.id)
@@ -142,8 +167,14 @@ class LinuxProcesses:
         container.processes[spec.id] = process
         if row.exit is not None:
             process.finish(load_exit(row.exit))
+        spawned: Spawned | None = None
         if held and owner is not None:
-            spawned = await owner.link.attach(spec.id, is_tty=spec.tty is not None)
+            try:
+                spawned = await owner.link.attach(spec.id, is_tty=spec.tty is not None)
+            except ContainerBroken:
+                if owner is container:
+                    raise
+        if spawned is not None and owner is not None:
             self._connect(container, process, spawned)
             ended = owner.held[spec.id] or spawned.exit  # it may have ended since the agent was greeted
             if ended is not None and process.exit is None:
@@ -191,8 +222,9 @@ def usage_of(container: LinuxContainer, process_id: str) -> Usage:
     if process is None or process.exit is not None or not process.own_group:
         raise ProcessNotFound(container.handle, process_id)
     try:
-        return read_usage(container.cgroup, container.leaf_of(process.spec))
-    except FileNotFoundError as error:
+        with may_be_gone(container.handle):
+            return read_usage(container.cgroup, container.leaf_of(process.spec))
+    except ContainerBroken as error:  # only its own group is gone
         raise ProcessNotFound(container.handle, process_id) from error
 
 
@@ -201,8 +233,6 @@ def without_sidecars(container: LinuxContainer, total: Usage) -> Usage:
     for process_id in container.sidecars:
         process = container.processes.get(process_id)
         if process is not None and process.spec.sidecar is not None and process.spec.sidecar.own_limits:
-            try:
+            with suppress(ContainerBroken), may_be_gone(container.handle):  # it has just ended
                 total = without(total, read_usage(container.cgroup, container.leaf_of(process.spec)))
-            except FileNotFoundError:  # it has just ended
-                continue
     return total

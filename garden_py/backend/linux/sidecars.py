@@ -173,7 +173,11 @@ class Sidecars:
         self, container: LinuxContainer, process_id: str, spec: SidecarSpec, image: Path
     ) -> Sidecar:
         facts, directory = container.facts, self._directory(container, process_id)
-        if directory.exists():  # of a process that has ended
+        if (removal := container.retiring.get(process_id)) is not None:
+            await asyncio.wait(
+                [removal]
+            )  # an earlier start has failed; two removals would not know of each other
+        if directory.exists():
             await self._remove(container, process_id)
         directory.parent.mkdir(mode=0o700, exist_ok=True)
         directory.mkdir(mode=0o700)
@@ -184,8 +188,8 @@ class Sidecars:
                 directory=directory,
                 etc=container.directory / "etc",
                 image=image,
-                privileged=facts.privileged,
-                id_map=self._site.id_map(privileged=facts.privileged, slot=facts.uid_slot),
+                isolation=facts.isolation
+                or self._site.isolation(privileged=facts.privileged, slot=facts.uid_slot),
                 hostname="",
                 cgroup_path=container.cgroup.sidecar(process_id).runtime_path,
                 bind_mounts=spec.bind_mounts,
@@ -251,7 +255,7 @@ class Sidecars:
         if process_id in container.retiring or container.broken_because:
             return  # what is broken is removed as a whole
         task = asyncio.ensure_future(self._remove(container, process_id))
-        container.retiring.add(process_id)
+        container.retiring[process_id] = task
         task.add_done_callback(partial(_retired, container, process_id))
         container.track(task)
 
@@ -304,7 +308,7 @@ class Sidecars:
 
 
 def _retired(container: LinuxContainer, process_id: str, task: asyncio.Future[None]) -> None:
-    container.retiring.discard(process_id)
+    container.retiring.pop(process_id, None)
     if not task.cancelled() and (error := task.exception()) is not None:
         # Its container's destruction takes what is left.
         log.error("sidecar.not_removed", handle=container.handle, process_id=process_id, error=str(error))
@@ -334,16 +338,17 @@ def _namespaces(container: LinuxContainer) -> Iterator[tuple[tuple[str, str], ..
         raise ContainerBroken(container.handle, "its PID 1 has ended")
     fds: dict[str, int] = {}
     try:
-        for name, file in _SHARED.items():
-            if name != "user" or not privileged:
-                fds[name] = os.open(f"/proc/{identity.pid}/ns/{file}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            for name, file in _SHARED.items():
+                if name != "user" or not privileged:
+                    fds[name] = os.open(f"/proc/{identity.pid}/ns/{file}", os.O_RDONLY | os.O_CLOEXEC)
+        except (FileNotFoundError, ProcessLookupError) as error:
+            raise ContainerBroken(container.handle, "its PID 1 has ended") from error
         still = identity.open()  # so what was opened in between was its own
         if still is None:
             raise ContainerBroken(container.handle, "its PID 1 has ended")
         os.close(still)
         yield tuple((name, f"/proc/{os.getpid()}/fd/{fd}") for name, fd in fds.items())
-    except FileNotFoundError as error:
-        raise HostFault("enter namespaces", str(error)) from error
     finally:
         for fd in (pidfd, *fds.values()):
             os.close(fd)

@@ -13,7 +13,7 @@ import structlog
 from garden_py.backend.cgroup.layout import ContainerCgroup, Hierarchies, probe_hierarchies
 from garden_py.backend.depot import Depot
 from garden_py.backend.host import apparmor
-from garden_py.backend.host.idmap import IdMap, map_root_apart, range_of
+from garden_py.backend.linux.isolation import Isolation, choose_isolation
 from garden_py.backend.oci.data import load_runc_config
 from garden_py.backend.oci.facts import HostFacts, probe_host_facts
 from garden_py.backend.oci.rules.seccomp import seccomp_policy
@@ -99,13 +99,10 @@ class Site:
         """The runtime's own state directory."""
         return self.config.run_dir / Path(self.config.runtime).name
 
-    def id_map(self, *, privileged: bool, slot: int) -> IdMap | None:
-        """A container's mapping of ids: none, its own range, or the one that all share (`--compat garden`)."""
-        if privileged:
-            return None
-        if slot != NO_SLOT:
-            return range_of(self.uids.base(slot), UIDS_PER_CONTAINER)
-        return map_root_apart(self.facts.highest_id)
+    def isolation(self, *, privileged: bool, slot: int) -> Isolation:
+        """How a container with this slot of the uid pool is walled off now."""
+        base = None if slot == NO_SLOT else self.uids.base(slot)
+        return choose_isolation(self.config, privileged=privileged, id_base=base)
 
     def cgroup(self, handle: str) -> ContainerCgroup:
         """The cgroups of a container."""

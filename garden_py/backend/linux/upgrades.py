@@ -38,7 +38,7 @@ class Upgrades:
 
     def consider(self, container: LinuxContainer | Sidecar) -> None:
         """Upgrade the agent of a container or sidecar soon, unless it is ours."""
-        if container.link.build == self._bundle.version:
+        if container.broken_because or container.link.build == self._bundle.version:
             return
         task = asyncio.ensure_future(self._upgrade(container))
         self._tasks.add(task)
