@@ -432,7 +432,7 @@ class Backend(LeakFinder, Protocol):
         Args:
             handle: of the container.
             spec: with id filled in.
-            env: all entries, later wins; a sidecar's image comes before them.
+            env: all entries, later wins.
             record: called once, after which the program may run but not before. What it raises ends the start, and
                 the program has never run.
 

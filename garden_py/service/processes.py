@@ -75,7 +75,7 @@ class Processes:
             )
             self._registry.records.save_process(row)
 
-        # A sidecar begins with its own image's environment, not with that of the container's programs.
+        # The container's entries are for programs of its own image (Garden statement PE4).
         env = spec.env if spec.sidecar is not None else (*container.spec.env, *spec.env)
         try:
             process = await self._backend.start_process(container.handle, spec, env, record)

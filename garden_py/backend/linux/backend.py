@@ -17,11 +17,12 @@ from garden_py.backend.cgroup.limits import change_limits, read_limits
 from garden_py.backend.cgroup.stats import read_usage
 from garden_py.backend.launcher.client import Launcher
 from garden_py.backend.linux import copying
+from garden_py.backend.linux.agent_owner import AgentOwner
 from garden_py.backend.linux.construction import Construction
 from garden_py.backend.linux.container import ContainerFacts, LinuxContainer, may_be_gone
 from garden_py.backend.linux.demolition import Demolition
 from garden_py.backend.linux.hands import ServerHands
-from garden_py.backend.linux.heartbeat import HasAgent, Heartbeat
+from garden_py.backend.linux.heartbeat import Heartbeat
 from garden_py.backend.linux.launching import AgentStarter
 from garden_py.backend.linux.leaks import Ledger, places_of
 from garden_py.backend.linux.network import LinuxNetwork, NetworkLease, check_dns_servers
@@ -128,7 +129,7 @@ class LinuxBackend:
         self._heartbeat = Heartbeat(self._agents, period_s=self._config.agent_check_s)
         self._heartbeat.start()
 
-    def _agents(self) -> Iterator[HasAgent]:
+    def _agents(self) -> Iterator[AgentOwner]:
         for container in self._containers.values():
             yield container
             yield from container.sidecars.values()

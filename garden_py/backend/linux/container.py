@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import math
 import os
 import signal
 import time
@@ -21,6 +20,7 @@ from garden_py.backend.cgroup.layout import WORK, ContainerCgroup
 from garden_py.backend.cgroup.limits import read_limits
 from garden_py.backend.cgroup.stats import read_oom_kills
 from garden_py.backend.host.pids import ProcessIdentity
+from garden_py.backend.linux.agent_owner import AgentOwner
 from garden_py.backend.linux.isolation import Isolation
 from garden_py.backend.linux.network import NetworkLease
 from garden_py.backend.linux.process import LinuxProcess, OomAccount
@@ -82,16 +82,14 @@ class ContainerFacts:
         return ProcessIdentity(self.pid, self.pid_start) if self.pid and self.boot == read_boot_id() else None
 
 
-class LinuxContainer:
+class LinuxContainer(AgentOwner):
     """One running container.
 
     Args:
         events: told of exits, out-of-memory and a lost agent.
 
     Attributes:
-        held: processes that the agent had when it was greeted, with the exits of those that had ended.
         broken_because: why it can only be destroyed; empty while it is whole.
-        agent_problem: why the agent could not be upgraded; empty if it is not to be.
         sidecars: agents besides PID 1, by the process that each of them was started for (linux/sidecars.py).
         retiring: removals of sidecars under way, by process.
         jobs: starts and removals of sidecars under way.
@@ -105,20 +103,16 @@ class LinuxContainer:
         directory: Path,
         events: BackendEvents,
     ) -> None:
-        self.handle = handle
+        super().__init__(handle)
         self.facts = facts
         self.cgroup = cgroup
         self.directory = directory
         self.processes: dict[str, LinuxProcess] = {}
         self.helpers: dict[str, asyncio.Future[AgentExit]] = {}
-        self.held: dict[str, AgentExit | None] = {}
-        self.broken_because = ""
-        self.agent_problem = ""
         self.sidecars: dict[str, Sidecar] = {}
         self.retiring: dict[str, asyncio.Future[None]] = {}
         self.jobs: set[asyncio.Future[Any]] = set()
         self._events = events
-        self._link: AgentLink | None = None
         self.spawning: set[str] = set()
         self._early_exits: dict[str, AgentExit] = {}
         self._watches: dict[str, OomWatch] = {}
@@ -138,36 +132,12 @@ class LinuxContainer:
             socket_path: of the agent.
             patience_s: see AgentLink.
         """
-        self._link = AgentLink.connect(
-            self.handle, socket_path, patience_s=patience_s, on_exit=self.exited, on_lost=self._lost
-        )
+        self._connect(socket_path, patience_s=patience_s, on_exit=self.exited, on_lost=self._lost)
 
     def track(self, job: asyncio.Future[Any]) -> None:
         """Hold a job about a sidecar, until it is done or the container goes."""
         self.jobs.add(job)
         job.add_done_callback(self.jobs.discard)
-
-    async def greet(self, *, timeout_s: float) -> None:
-        """Wait until the agent answers; `held` are the processes it has then."""
-        self.held = (await self.link.hello(server="garden-py", timeout_s=timeout_s)).processes
-
-    @property
-    def link(self) -> AgentLink:
-        """The connection to the agent.
-
-        Raises:
-            ContainerBroken: there is none any more.
-        """
-        if self._link is None or self.broken_because:
-            raise ContainerBroken(self.handle, self.broken_because or "its agent is not connected")
-        return self._link
-
-    @property
-    def silent_since(self) -> float:
-        """When the agent has last said something, in the event loop's time; infinite when it is not to be asked."""
-        if self._link is None or self.broken_because:
-            return math.inf
-        return self._link.heard_at
 
     def watch(self, pidfd: int) -> None:
         """Be told when PID 1 ends, and when the workload runs out of memory.
@@ -244,10 +214,8 @@ class LinuxContainer:
             os.close(self._default_group.pop())
 
     def _close_links(self) -> None:
-        for sidecar in self.sidecars.values():
-            sidecar.close()
-        if self._link is not None:
-            self._link.close()
+        for owner in (*self.sidecars.values(), self):
+            owner.disconnect()
 
     def let_go(self) -> None:
         """Close everything without touching the container; for a server that stops."""

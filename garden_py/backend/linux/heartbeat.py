@@ -6,24 +6,11 @@ import asyncio
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import islice
-from typing import Protocol
 
-from garden_py.backend.streams.agent_link import AgentLink
+from garden_py.backend.linux.agent_owner import AgentOwner
 from garden_py.model.errors import ContainerBroken
 
 _TICKS = 60
-
-
-class HasAgent(Protocol):
-    """A container, or a sidecar in one."""
-
-    @property
-    def silent_since(self) -> float:
-        """When its agent has last said something, in the event loop's time; infinite when it is not to be asked."""
-
-    @property
-    def link(self) -> AgentLink:
-        """The connection to it; ContainerBroken if there is none any more."""
 
 
 class Heartbeat:
@@ -37,10 +24,10 @@ class Heartbeat:
         period_s: an agent that answered is left alone for so long.
     """
 
-    def __init__(self, agents: Callable[[], Iterable[HasAgent]], *, period_s: float) -> None:
+    def __init__(self, agents: Callable[[], Iterable[AgentOwner]], *, period_s: float) -> None:
         self._agents = agents
         self._period_s = period_s
-        self._questions: dict[HasAgent, asyncio.Task[None]] = {}
+        self._questions: dict[AgentOwner, asyncio.Task[None]] = {}
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
@@ -65,11 +52,11 @@ class Heartbeat:
             self._questions[agent] = task
             task.add_done_callback(partial(self._answered, agent))
 
-    def _answered(self, agent: HasAgent, task: asyncio.Task[None]) -> None:
+    def _answered(self, agent: AgentOwner, task: asyncio.Task[None]) -> None:
         del self._questions[agent]
 
 
-async def _ask(agent: HasAgent) -> None:
+async def _ask(agent: AgentOwner) -> None:
     try:
         await agent.link.ping()
     except ContainerBroken:  # which has been told where it was found out

@@ -11,6 +11,7 @@ import structlog
 
 from garden_py.backend.cgroup import groups
 from garden_py.backend.cgroup.stats import read_usage, without
+from garden_py.backend.linux.agent_owner import AgentOwner
 from garden_py.backend.linux.container import LinuxContainer, may_be_gone
 from garden_py.backend.linux.launching import AgentStarter
 from garden_py.backend.linux.process import LinuxProcess
@@ -73,7 +74,7 @@ class LinuxProcesses:
     async def _spawn(
         self,
         container: LinuxContainer,
-        owner: LinuxContainer | Sidecar,
+        owner: AgentOwner,
         spec: ProcessSpec,
         env: tuple[str, ...],
         record: Callable[[], None],

@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import hashlib
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -27,10 +26,10 @@ from pathlib import Path
 import structlog
 
 from garden_py.backend.cgroup import groups
+from garden_py.backend.linux.agent_owner import AgentOwner
 from garden_py.backend.linux.container import LinuxContainer
 from garden_py.backend.linux.launching import AgentStarter, Launch, check_bind_sources, find_image, listen
 from garden_py.backend.linux.site import Site
-from garden_py.backend.streams.agent_link import AgentLink
 from garden_py.backend.streams.agent_replies import AgentExit
 from garden_py.model.errors import ContainerBroken, HostFault, ProcessStartFailed, Unkillable
 from garden_py.model.process import ProcessSpec
@@ -51,22 +50,12 @@ def runtime_id_of(container_runtime_id: str, process_id: str) -> str:
     return f"{container_runtime_id}-{hashlib.sha256(process_id.encode()).hexdigest()[:12]}"
 
 
-class Sidecar:
-    """One sidecar's agent; has what heartbeat.py and upgrades.py want of an agent's owner.
-
-    Attributes:
-        held: processes that the agent had when it was greeted, with the exits of those that had ended.
-        broken_because: why the agent is of no use any more; empty while it is.
-        agent_problem: why the agent could not be upgraded; empty if it is not to be.
-    """
+class Sidecar(AgentOwner):
+    """One sidecar's agent."""
 
     def __init__(self, handle: str, process_id: str) -> None:
-        self.handle = handle
+        super().__init__(handle)
         self.process_id = process_id
-        self.held: dict[str, AgentExit | None] = {}
-        self.broken_because = ""
-        self.agent_problem = ""
-        self._link: AgentLink | None = None
 
     def connect(
         self,
@@ -86,34 +75,7 @@ class Sidecar:
             self.broken_because = self.broken_because or reason
             on_lost(reason)
 
-        self._link = AgentLink.connect(
-            self.handle, socket_path, patience_s=patience_s, on_exit=exited, on_lost=lost
-        )
-
-    async def greet(self, *, timeout_s: float) -> None:
-        """Wait until the agent answers."""
-        self.held = (await self.link.hello(server="garden-py", timeout_s=timeout_s)).processes
-
-    @property
-    def link(self) -> AgentLink:
-        """The connection to the agent.
-
-        Raises:
-            ContainerBroken: there is none any more.
-        """
-        if self._link is None or self.broken_because:
-            raise ContainerBroken(self.handle, self.broken_because or "a sidecar's agent is not connected")
-        return self._link
-
-    @property
-    def silent_since(self) -> float:
-        """When the agent has last said something, in the event loop's time; infinite when it is not to be asked."""
-        return math.inf if self._link is None or self.broken_because else self._link.heard_at
-
-    def close(self) -> None:
-        """Disconnect; the agent does not notice."""
-        if self._link is not None:
-            self._link.close()
+        self._connect(socket_path, patience_s=patience_s, on_exit=exited, on_lost=lost)
 
 
 class Sidecars:
@@ -267,7 +229,7 @@ class Sidecars:
         sidecar = container.sidecars.pop(process_id, None)
         if sidecar is not None:
             sidecar.broken_because = "it has ended"
-            sidecar.close()
+            sidecar.disconnect()
         delay_s, process = _RETRY_S, container.processes.get(process_id)
         drain_until = asyncio.get_running_loop().time() + _DRAIN_S
         while not self._try_to_remove(container, process_id):

@@ -11,8 +11,7 @@ import time
 
 import structlog
 
-from garden_py.backend.linux.container import LinuxContainer
-from garden_py.backend.linux.sidecars import Sidecar
+from garden_py.backend.linux.agent_owner import AgentOwner
 from garden_py.backend.linux.site import AGENT_TARGET
 from garden_py.backend.rootfs.runtime_bundle import RuntimeBundle
 from garden_py.backend.streams.agent_link import NoUpgrade
@@ -36,11 +35,11 @@ class Upgrades:
         self._slots = asyncio.Semaphore(_AT_A_TIME)
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def consider(self, container: LinuxContainer | Sidecar) -> None:
+    def consider(self, owner: AgentOwner) -> None:
         """Upgrade the agent of a container or sidecar soon, unless it is ours."""
-        if container.broken_because or container.link.build == self._bundle.version:
+        if owner.broken_because or owner.link.build == self._bundle.version:
             return
-        task = asyncio.ensure_future(self._upgrade(container))
+        task = asyncio.ensure_future(self._upgrade(owner))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -51,25 +50,25 @@ class Upgrades:
         if self._tasks:
             await asyncio.wait(self._tasks)
 
-    async def _upgrade(self, container: LinuxContainer | Sidecar) -> None:
+    async def _upgrade(self, owner: AgentOwner) -> None:
         await asyncio.sleep(_DELAY_S)
         async with self._slots:
-            if container.broken_because:
+            if owner.broken_because:
                 return
-            link, started = container.link, time.monotonic()
+            link, started = owner.link, time.monotonic()
             before = link.build
             try:
                 await link.upgrade(self._bundle.version, self._bundle.argv(AGENT_TARGET), self._bundle.env)
             except NoUpgrade as error:
-                container.agent_problem = str(error)
-                log.warning("agent.not_upgraded", handle=container.handle, build=before, reason=str(error))
+                owner.agent_problem = str(error)
+                log.warning("agent.not_upgraded", handle=owner.handle, build=before, reason=str(error))
             except ContainerBroken:  # which has been told where it was found out
                 return
             else:
                 took_ms = round((time.monotonic() - started) * 1000, 1)
                 log.info(
                     "agent.upgraded",
-                    handle=container.handle,
+                    handle=owner.handle,
                     before=before,
                     build=link.build,
                     took_ms=took_ms,
