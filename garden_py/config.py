@@ -24,6 +24,26 @@ UID_POOL_START = 0x7000_0000
 UIDS_PER_CONTAINER = 65_536
 
 
+class RegistrySettings(BaseModel):
+    """How one registry is reached: a table `[registry."HOST:PORT"]` of the configuration file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mirrors: Annotated[
+        tuple[str, ...],
+        Field(
+            description="HOST[:PORT][/PREFIX] to ask first, in this order, with the caller's user and password."
+        ),
+    ] = ()
+    ca: Annotated[
+        Path | None,
+        Field(
+            description="PEM file that the registry's certificate must chain to; none: as the host trusts."
+        ),
+    ] = None
+    plain_http: Annotated[bool, Field(description="As --insecure-registry.")] = False
+
+
 class Config(BaseModel):
     """Everything the server can be told. Frozen; read by the modules named in each group."""
 
@@ -89,6 +109,49 @@ class Config(BaseModel):
             description="Root file system of containers that name none, a directory; empty: an embedded busybox."
         ),
     ] = ""
+
+    # -- images: backend/images
+    image_pull: Annotated[
+        Literal["always", "missing"],
+        Field(
+            description="always: a registry is asked at every create; missing: only for an image that is not in the "
+            "store by its name, or was fetched with another password. Layers in the store are never fetched again."
+        ),
+    ] = "always"
+    image_stall_s: Annotated[
+        float,
+        Field(gt=0, description="Seconds without any progress until the fetch of an image is given up."),
+    ] = 60.0
+    image_max_bytes: Annotated[
+        int, Field(ge=1 << 20, description="Largest image taken, in bytes, unpacked.")
+    ] = 32 << 30
+    image_max_entries: Annotated[int, Field(ge=1, description="Most files and directories in an image.")] = (
+        2_000_000
+    )
+    image_gc_bytes: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="Above this many bytes of unpacked layers, images that no container uses are removed, those "
+            "unused for longest first; 0: never.",
+        ),
+    ] = 64 << 30
+    docker_registry: Annotated[
+        str, Field(description="Registry that stands for Docker Hub in docker:///repository.")
+    ] = "docker.io"
+    insecure_registry: Annotated[
+        tuple[str, ...],
+        Field(
+            description="HOST[:PORT] of a registry that may be spoken to without TLS, or with a certificate that "
+            "nobody vouches for; repeatable."
+        ),
+    ] = ()
+    registry: Annotated[
+        dict[str, RegistrySettings],
+        Field(
+            description="Mirrors and certificates of registries, by HOST[:PORT]; in the configuration file only."
+        ),
+    ] = {}
 
     # -- backend
     backend: Annotated[str, Field(description="Backend by entry point name (group garden_py.backends).")] = (
@@ -335,6 +398,8 @@ def _from_file(file: Path) -> dict[str, Any]:
 def _from_environ(environ: Mapping[str, str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, field in Config.model_fields.items():
+        if "dict" in str(field.annotation):
+            continue  # a table of the configuration file
         text = environ.get(ENV_PREFIX + name.upper())
         if text is None:
             continue

@@ -41,6 +41,7 @@ from garden_py.service.core import Core
 from garden_py.service.events import EventHub
 from garden_py.service.files import Files
 from garden_py.service.guard import Guard
+from garden_py.service.images import Images
 from garden_py.service.janitor import Janitor
 from garden_py.service.ports import Backend, Records
 from garden_py.service.processes import Processes
@@ -106,6 +107,7 @@ def build_core(config: Config, backend: Backend, records: Records) -> Core:
         containers=containers,
         processes=processes,
         files=Files(backend, registry, containers.expiry),
+        images=Images(backend),
         recovery=Recovery(backend, registry, containers, processes, events),
         janitor=Janitor(backend, registry, guard, events, metrics, interval_s=config.janitor_interval_s),
         metrics=metrics,

@@ -1,6 +1,6 @@
 """One directory per container below the state directory; mkdir(2) is the claim.
 
-<state>/containers/<handle>/   config.json, runtime log, agent log, etc/, upper/, work/, streams/<process>/,
+<state>/containers/<handle>/   config.json, image.json, runtime log, agent log, etc/, upper/, work/, streams/<process>/,
                                sidecars/<process>/
 <state>/trash/                 directories of destroyed containers, deleted in the background
 <run>/agents/<hash>.sock       the agents' sockets; short names, since sun_path holds 108 bytes (unix(7))
@@ -25,7 +25,18 @@ from garden_py.model.handle import name_problem
 log = structlog.get_logger()
 TRASH_NAME = re.compile(r"[0-9a-f]{32}")
 _CONTENTS = frozenset(
-    {"agent.log", "config.json", "etc", "pid", "runtime.log", "sidecars", "streams", "upper", "work"}
+    {
+        "agent.log",
+        "config.json",
+        "etc",
+        "image.json",
+        "pid",
+        "runtime.log",
+        "sidecars",
+        "streams",
+        "upper",
+        "work",
+    }
 )  # of a container's directory; whoever adds to it adds here
 
 

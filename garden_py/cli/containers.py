@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated
@@ -12,10 +13,12 @@ from garden_py.cli import options as opt
 from garden_py.cli import parse, render
 from garden_py.cli.egress import EgressAction, parse_rules
 from garden_py.cli.failures import report_failure
+from garden_py.cli.images import pull_with_progress
 
 if TYPE_CHECKING:
     from garden_py.client import AgentInfo, ContainerInfo, GardenClient
 
+FETCHED = ("docker:", "oci:", "oci-archive:", "docker-archive:")
 # Destroys asked for at once by one `destroy`; the server does the work, this only bounds our threads.
 _PARALLEL_DESTROYS = 8
 
@@ -26,8 +29,16 @@ def create(
         str, typer.Option("--handle", metavar="HANDLE", help="Name of the container.  [default: a new UUID]")
     ] = "",
     image: Annotated[
-        str, typer.Option("--image", metavar="DIR", help="Root file system.  [default: the server's]")
+        str,
+        typer.Option(
+            "--image",
+            metavar="IMAGE",
+            help="Root file system: a directory or tar of the server, docker://HOST/REPO:TAG, oci:///DIR:TAG, "
+            "store:NAME.  [default: the server's]",
+        ),
     ] = "",
+    image_user: opt.ImageUserOption = "",
+    image_password_file: opt.ImagePasswordOption = None,
     privileged: Annotated[
         bool, typer.Option("--privileged", help="No user namespace, no seccomp, all capabilities.")
     ] = False,
@@ -85,7 +96,8 @@ def create(
 ) -> None:
     """Make a container and print its handle.
 
-    Returns when the container can run processes, its network works and its limits are in force.
+    Returns when the container can run processes, its network works and its limits are in force. On a terminal, the
+    fetch of an image shows its progress.
 
         garden create --handle web --memory 256M --pids 100 --publish 8080:80
 
@@ -108,8 +120,11 @@ def create(
         port_mappings=tuple(parse.parse_port(text) for text in publish or []),
         egress=policy,
         hostname=hostname,
+        image_auth=opt.registry_auth(image_user, image_password_file),
     )
     with opt.connect(context, address) as garden:
+        if image.startswith(FETCHED) and sys.stderr.isatty():
+            pull_with_progress(garden, image, spec.image_auth, show=True)
         created = garden.create(spec, request_id=request_id)
         if output is render.OutputFormat.JSON:
             render.print_json(created.created)

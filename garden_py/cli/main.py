@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from garden_py.cli import containers, copying, egress, failures, inspect, processes, tune
+from garden_py.cli import containers, copying, egress, failures, images, inspect, processes, tune
 from garden_py.cli.options import Settings
 from garden_py.cli.parse import BadInput
 
@@ -124,6 +124,7 @@ app.command("logs")(processes.logs)
 app.command("ps")(processes.ps)
 app.command("signal")(processes.send_signal)
 app.command("cp")(copying.cp)
+app.add_typer(images.app, name="image")
 app.command("list")(containers.list_containers)
 app.command("info")(containers.info)
 app.command("metrics")(inspect.metrics)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from garden_py.cli import parse
 from garden_py.cli.render import OutputFormat
 
 if TYPE_CHECKING:
-    from garden_py.client import GardenClient, Limits
+    from garden_py.client import GardenClient, Limits, RegistryAuth
 
 Value = TypeVar("Value")
 
@@ -69,6 +70,25 @@ def limits_of(memory: str | None, cpu_weight: int | None, cpu_quota: str | None,
         cpu_quota_us=given("--cpu-quota", parse.parse_cpu_quota, cpu_quota),
         pids=pids,
     )
+
+
+def registry_auth(user: str, password_file: Path | None) -> RegistryAuth | None:
+    """User and password at a registry; the password never stands on a command line, which others can read.
+
+    Raises:
+        BadInput: one without the other, or no password there.
+    """
+    from garden_py.client.image_values import RegistryAuth
+
+    if not user and password_file is None:
+        return None
+    if not user or password_file is None:
+        raise parse.BadInput("--image-user and --image-password-file go together: give both or neither")
+    text = sys.stdin.read() if str(password_file) == "-" else password_file.read_text()
+    password = text.partition("\n")[0]
+    if not password:
+        raise parse.BadInput(f"the first line of {password_file} is empty, and is to be the password")
+    return RegistryAuth(user, password)
 
 
 HandleArgument = Annotated[
@@ -132,6 +152,19 @@ EnvOption = Annotated[
     list[str] | None,
     typer.Option(
         "--env", "-e", metavar="NAME=VALUE", help="Environment variable; repeat.", show_default=False
+    ),
+]
+ImageUserOption = Annotated[
+    str,
+    typer.Option("--image-user", metavar="NAME", help="User at the image's registry.", show_default=False),
+]
+ImagePasswordOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--image-password-file",
+        metavar="FILE",
+        help="File with that user's password in its first line; - for stdin.",
+        show_default=False,
     ),
 ]
 UserOption = Annotated[

@@ -21,7 +21,12 @@ RUN_SETTINGS = {"allow_interspersed_args": False}
 def run(
     context: typer.Context,
     handle: opt.HandleArgument,
-    command: Annotated[list[str], typer.Argument(metavar="PROGRAM", help="What to run.", show_default=False)],
+    command: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="PROGRAM", help="What to run; without one, what the image says.", show_default=False
+        ),
+    ] = None,
     interactive: Annotated[bool, typer.Option("--interactive", "-i", help="Feed it our stdin.")] = False,
     tty: Annotated[bool, typer.Option("--tty", "-t", help="Give it a terminal.")] = False,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Print its id and leave it alone.")] = False,
@@ -48,11 +53,19 @@ def run(
         str,
         typer.Option(
             "--image",
-            metavar="DIR",
+            metavar="IMAGE",
             help="A root file system of its own: a sidecar.  [default: the container's]",
             show_default=False,
         ),
     ] = "",
+    image_user: opt.ImageUserOption = "",
+    image_password_file: opt.ImagePasswordOption = None,
+    from_image: Annotated[
+        bool,
+        typer.Option(
+            "--entrypoint", help="Run the image's entrypoint; what follows HANDLE are its arguments."
+        ),
+    ] = False,
     mounts: Annotated[
         list[str] | None,
         typer.Option(
@@ -85,7 +98,8 @@ def run(
 
     Options go before HANDLE; everything after it is the program's. A signal's death is exit code 128 + its
     number. INT, TERM and the like are passed on; with -t the terminal is raw and Ctrl-P Ctrl-Q leaves the
-    process running. The limits are this process's own, within the container's.
+    process running. The limits are this process's own, within the container's. Without PROGRAM, what the image says is
+    run: its entrypoint and command, as its user, in its working directory.
 
         garden run web ls -l /
 
@@ -105,12 +119,16 @@ def run(
         raise parse.BadInput("--mount and --own-limits are for processes with an --image of their own")
     terminal = tty and not detach and sys.stdin.isatty()
     rows, columns = _window_size() if terminal else (0, 0)
-    argv = command[1:] if command[0] == "--" else command
-    if not argv:
-        raise parse.BadInput("name the program to run")
+    argv = command or []
+    argv = argv[1:] if argv[:1] == ["--"] else argv
+    from_image = from_image or not argv
+    auth = opt.registry_auth(image_user, image_password_file)
+    own_mounts = tuple(map(parse.parse_mount, mounts or []))
+    sidecar = Sidecar(image, own_mounts, own_limits, auth) if image else None
     spec = ProcessSpec(
-        path=argv[0],
-        args=tuple(argv[1:]),
+        path="" if from_image else argv[0],
+        args=tuple(argv if from_image else argv[1:]),
+        from_image=from_image,
         env=_with_term(parse.parse_pairs(env or [], "environment variable"), tty),
         dir=directory,
         user=user,
@@ -119,7 +137,7 @@ def run(
         limits=opt.limits_of(memory, cpu_weight, cpu_quota, pids),
         output_retention_bytes=opt.given("--retention", parse.parse_size, retention) or 0,
         id=process_id,
-        sidecar=Sidecar(image, tuple(map(parse.parse_mount, mounts or [])), own_limits) if image else None,
+        sidecar=sidecar,
     )
     with opt.connect(context, address) as garden:
         container = garden.container(handle)

@@ -39,6 +39,7 @@ REFERENCE_FLAGS: Final = (
     ReferenceFlag("default_grace_time", "default_grace_time_s", "As --default-grace-time-s, e.g. 5m."),
     ReferenceFlag("read_header_timeout", "read_header_timeout_s", "As --read-header-timeout-s, e.g. 30s."),
     ReferenceFlag("runtime_plugin", "runtime", "As --runtime."),
+    ReferenceFlag("insecure_docker_registry", "insecure_registry", "HOST:PORT[,…]: as --insecure-registry."),
 )
 _DURATIONS: Final = ("default_grace_time", "read_header_timeout")
 _BY_NAME: Final = {flag.name: flag for flag in REFERENCE_FLAGS}
@@ -65,8 +66,18 @@ def translate(given: Mapping[str, Any]) -> dict[str, Any]:
         if name in _DURATIONS:
             found[setting] = _seconds(name, text)
         else:
-            found[setting] = f"unix:{text}" if name == "bind_socket" else text
+            found[setting] = _translated(name, text)
     return found
+
+
+def _translated(name: str, text: str) -> Any:
+    match name:
+        case "bind_socket":
+            return f"unix:{text}"
+        case "insecure_docker_registry":
+            return tuple(filter(None, text.split(",")))
+        case _:
+            return text
 
 
 def _seconds(name: str, text: str) -> float:

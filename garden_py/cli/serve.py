@@ -57,6 +57,8 @@ def _parameters() -> list[inspect.Parameter]:
     """`--config`, one option per field, then other names of some; None stands for "not given"."""
     found = [_option("config", Path | None, "Read settings from this TOML file (keys as flags).", None)]
     for name, field in Config.model_fields.items():
+        if typing.get_origin(field.annotation) is dict:
+            continue  # a table of the configuration file
         default = "" if field.default in ("", (), None) else f" [default: {field.default}]"
         found.append(_option(name, _flag_type(field.annotation), f"{field.description}{default}", None))
     for flag in REFERENCE_FLAGS:

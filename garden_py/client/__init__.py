@@ -28,6 +28,15 @@ from garden_py.client.errors import (
     Unimplemented,
     UnsafeArchive,
 )
+from garden_py.client.image_values import (
+    ImageConfig,
+    ImageInfo,
+    ImageLayer,
+    Pruned,
+    PullProgress,
+    RegistryAuth,
+    UsedImage,
+)
 from garden_py.client.retry import RetryPolicy
 from garden_py.client.sync.client import GardenClient
 from garden_py.client.sync.container import Container
@@ -100,6 +109,9 @@ __all__ = [
     "GardenClient",
     "GardenError",
     "IcmpMatch",
+    "ImageConfig",
+    "ImageInfo",
+    "ImageLayer",
     "InvalidArgument",
     "Leak",
     "LeakDirection",
@@ -118,6 +130,9 @@ __all__ = [
     "ProcessFailed",
     "ProcessInfo",
     "ProcessSpec",
+    "Pruned",
+    "PullProgress",
+    "RegistryAuth",
     "ResourceExhausted",
     "RetryPolicy",
     "ServerFault",
@@ -129,6 +144,7 @@ __all__ = [
     "Unavailable",
     "Unimplemented",
     "UnsafeArchive",
+    "UsedImage",
 ]
 
 

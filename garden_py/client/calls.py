@@ -16,6 +16,7 @@ from google.protobuf.message import Message
 from garden_py.api._pb import garden_pb2 as pb
 from garden_py.client import convert
 from garden_py.client import values as v
+from garden_py.client.times import duration_to_pb
 
 Value = TypeVar("Value")
 
@@ -74,7 +75,8 @@ def check_leaks(*, remove: bool) -> Call[list[v.Leak]]:
 def create(spec: v.ContainerSpec, request_id: str) -> Call[v.ContainerInfo]:
     """A new container."""
     request = pb.CreateContainerRequest(spec=convert.container_spec_to_pb(spec), request_id=request_id)
-    return Call("CreateContainer", request, pb.Container, convert.container_from_pb)
+    fetches = not spec.image.startswith("/") and bool(spec.image)  # which takes as long as it takes
+    return Call("CreateContainer", request, pb.Container, convert.container_from_pb, waits=fetches)
 
 
 def info(handle: str) -> Call[v.ContainerInfo]:
@@ -110,7 +112,7 @@ def list_page(properties: Mapping[str, str], *, all_states: bool, token: str, si
 def stop(handle: str, *, kill: bool, grace: timedelta | None) -> Call[None]:
     """The end of all processes of a container."""
     request = pb.StopContainerRequest(
-        handle=handle, kill=kill, grace=None if grace is None else convert.duration_to_pb(grace)
+        handle=handle, kill=kill, grace=None if grace is None else duration_to_pb(grace)
     )
     return Call("StopContainer", request, pb.StopContainerResponse, _nothing, waits=True)
 
@@ -124,7 +126,7 @@ def destroy(handle: str) -> Call[None]:
 def set_grace_time(handle: str, grace_time: timedelta | None) -> Call[None]:
     """How long a container may be unused; None: for ever."""
     request = pb.SetGraceTimeRequest(
-        handle=handle, grace_time=None if grace_time is None else convert.duration_to_pb(grace_time)
+        handle=handle, grace_time=None if grace_time is None else duration_to_pb(grace_time)
     )
     return Call("SetGraceTime", request, pb.SetGraceTimeResponse, _nothing)
 
@@ -197,7 +199,7 @@ def wait(handle: str, process_id: str, timeout: timedelta | None) -> Call[v.Exit
     request = pb.WaitProcessRequest(
         handle=handle,
         process_id=process_id,
-        timeout=None if timeout is None else convert.duration_to_pb(timeout),
+        timeout=None if timeout is None else duration_to_pb(timeout),
     )
     return Call(
         "WaitProcess",
@@ -279,16 +281,37 @@ def watch_events(handles: Sequence[str], after_cursor: int | None) -> Call[v.Eve
     return Call("WatchEvents", request, pb.Event, convert.event_from_pb, waits=True)
 
 
-def stream_in_target(handle: str, path: str, user: str) -> pb.StreamInRequest:
-    """The first message of StreamIn."""
-    return pb.StreamInRequest(target=pb.StreamInRequest.Target(handle=handle, path=path, user=user))
+@dataclass(frozen=True, slots=True)
+class Upload(Generic[Value]):
+    """A stream of requests with one answer: a first message, then bytes.
+
+    Attributes:
+        data: a message that carries a piece.
+    """
+
+    rpc: str
+    first: Message
+    data: Callable[[bytes], Message]
+    reply_type: Any
+    decode: Callable[[Any], Value]
+
+    def pieces(self, chunk: bytes, most_bytes: int) -> Iterable[Message]:
+        """The messages that carry a chunk, none with more than most_bytes."""
+        view = memoryview(chunk)
+        for begin in range(0, len(view), most_bytes):
+            yield self.data(bytes(view[begin : begin + most_bytes]))
 
 
-def stream_in_data(chunk: bytes, chunk_bytes: int) -> Iterable[pb.StreamInRequest]:
-    """The messages that carry a piece of tar, none larger than chunk_bytes."""
-    view = memoryview(chunk)
-    for begin in range(0, len(view), chunk_bytes):
-        yield pb.StreamInRequest(data=bytes(view[begin : begin + chunk_bytes]))
+def stream_in(handle: str, path: str, user: str) -> Upload[None]:
+    """A tar to be unpacked in a container."""
+    target = pb.StreamInRequest.Target(handle=handle, path=path, user=user)
+    return Upload(
+        "StreamIn",
+        pb.StreamInRequest(target=target),
+        lambda piece: pb.StreamInRequest(data=piece),
+        pb.StreamInResponse,
+        _nothing,
+    )
 
 
 def run_first(handle: str, spec: v.ProcessSpec, request_id: str) -> pb.RunProcessRequest:

@@ -3,24 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime, timedelta
-
-from google.protobuf.duration_pb2 import Duration
-from google.protobuf.timestamp_pb2 import Timestamp
 
 from garden_py.api._pb import garden_pb2 as pb
 from garden_py.client import values as v
-
-
-def duration_to_pb(span: timedelta) -> Duration:
-    """A Duration of the same length, exact to the microsecond."""
-    message = Duration()
-    message.FromTimedelta(span)
-    return message
-
-
-def _moment(stamp: Timestamp, present: bool) -> datetime | None:
-    return stamp.ToDatetime(tzinfo=UTC) if present else None
+from garden_py.client.image_values import auth_to_pb, used_image_from_pb
+from garden_py.client.times import duration_to_pb, moment
 
 
 def _env_to_pb(env: Mapping[str, str]) -> list[str]:
@@ -129,6 +116,7 @@ def container_spec_to_pb(spec: v.ContainerSpec) -> pb.ContainerSpec:
         port_mappings=[port_mapping_to_pb(mapping) for mapping in spec.port_mappings],
         egress=None if spec.egress is None else egress_to_pb(spec.egress),
         hostname=spec.hostname,
+        image_auth=auth_to_pb(spec.image_auth),
     )
 
 
@@ -167,7 +155,7 @@ def container_from_pb(message: pb.Container) -> v.ContainerInfo:
         handle=message.handle,
         state=v.ContainerState(message.state),
         state_reason=message.state_reason,
-        created_at=_moment(message.created_at, message.HasField("created_at")),
+        created_at=moment(message.created_at, message.HasField("created_at")),
         spec=_container_spec_from_pb(message.spec),
         container_ip=message.container_ip,
         host_ip=message.host_ip,
@@ -178,6 +166,7 @@ def container_from_pb(message: pb.Container) -> v.ContainerInfo:
         events=tuple(message.events),
         pid=message.pid,
         agent=_agent_from_pb(message.agent) if message.HasField("agent") else None,
+        image=used_image_from_pb(message.image) if message.HasField("image") else None,
     )
 
 
@@ -204,13 +193,15 @@ def process_spec_to_pb(spec: v.ProcessSpec) -> pb.ProcessSpec:
         # An absent message, not an empty one: only a process with limits of its own gets its own cgroup.
         limits=None if spec.limits == v.Limits() else limits_to_pb(spec.limits),
         output_retention_bytes=spec.output_retention_bytes,
+        from_image=spec.from_image,
         sidecar=None if spec.sidecar is None else _sidecar_to_pb(spec.sidecar),
     )
 
 
 def _sidecar_to_pb(sidecar: v.Sidecar) -> pb.Sidecar:
     mounts = _mounts_to_pb(sidecar.bind_mounts)
-    return pb.Sidecar(image=sidecar.image, bind_mounts=mounts, own_limits=sidecar.own_limits)
+    auth = auth_to_pb(sidecar.image_auth)
+    return pb.Sidecar(image=sidecar.image, bind_mounts=mounts, own_limits=sidecar.own_limits, image_auth=auth)
 
 
 def _sidecar_from_pb(message: pb.Sidecar) -> v.Sidecar:
@@ -228,6 +219,7 @@ def _process_spec_from_pb(message: pb.ProcessSpec) -> v.ProcessSpec:
         rlimits=dict(message.rlimits),
         limits=limits_from_pb(message.limits),
         output_retention_bytes=message.output_retention_bytes,
+        from_image=message.from_image,
         id=message.id,
         sidecar=_sidecar_from_pb(message.sidecar) if message.HasField("sidecar") else None,
     )
@@ -240,7 +232,7 @@ def exit_from_pb(message: pb.ExitStatus) -> v.ExitStatus:
         code=message.code if end == "code" else None,
         signal=message.signal if end == "signal" else None,
         out_of_memory=message.out_of_memory,
-        exited_at=_moment(message.exited_at, message.HasField("exited_at")),
+        exited_at=moment(message.exited_at, message.HasField("exited_at")),
         reason=message.reason,
     )
 
@@ -251,7 +243,7 @@ def process_from_pb(message: pb.Process) -> v.ProcessInfo:
         id=message.id,
         handle=message.handle,
         spec=_process_spec_from_pb(message.spec),
-        started_at=_moment(message.started_at, message.HasField("started_at")),
+        started_at=moment(message.started_at, message.HasField("started_at")),
         exit=exit_from_pb(message.exit) if message.HasField("exit") else None,
         pid=message.pid,
         stdout_bytes=message.stdout_bytes,
@@ -311,7 +303,7 @@ def event_from_pb(message: pb.Event) -> v.Event:
     """One event."""
     return v.Event(
         cursor=message.cursor,
-        at=_moment(message.at, message.HasField("at")),
+        at=moment(message.at, message.HasField("at")),
         kind=v.EventKind(message.kind),
         handle=message.handle,
         process_id=message.process_id,

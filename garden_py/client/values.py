@@ -13,6 +13,8 @@ from enum import IntEnum
 from typing import TypedDict
 from uuid import uuid4
 
+from garden_py.client.image_values import RegistryAuth, UsedImage
+
 _NO_STRINGS: Mapping[str, str] = {}
 
 
@@ -199,7 +201,9 @@ class ContainerSpec:
 
     Attributes:
         handle: 1 to 128 of `A-Z a-z 0-9 . _ -`; empty: the server makes a UUID.
-        image: absolute directory of a root file system; empty: the server's default.
+        image: root file system; empty: the server's default. A directory or tar file of the server, `oci:///dir:tag`,
+            `docker://host/repo:tag` and more: see ContainerSpec.image in garden.proto.
+        image_auth: at the registry, for this create alone.
         grace_time: how long it may be unused before the server destroys it; zero: for ever.
         egress: None: the server's default policy.
         hostname: empty: made from the handle.
@@ -216,6 +220,7 @@ class ContainerSpec:
     port_mappings: tuple[PortMapping, ...] = ()
     egress: EgressPolicy | None = None
     hostname: str = ""
+    image_auth: RegistryAuth | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +259,7 @@ class ContainerInfo:
     events: tuple[str, ...]
     pid: int
     agent: AgentInfo | None = None
+    image: UsedImage | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,6 +283,7 @@ class Sidecar:
     image: str
     bind_mounts: tuple[BindMount, ...] = ()
     own_limits: bool = False
+    image_auth: RegistryAuth | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,6 +301,7 @@ class ProcessSpec:
         output_retention_bytes: output kept per stream; 0: the server's default.
         id: 1 to 128 characters as in a handle; empty: the client makes one.
         sidecar: a root file system of its own instead of the container's.
+        from_image: run the image's entrypoint with args, or, without args, with its cmd; path is empty then.
     """
 
     path: str
@@ -307,6 +315,7 @@ class ProcessSpec:
     output_retention_bytes: int = 0
     id: str = ""
     sidecar: Sidecar | None = None
+    from_image: bool = False
 
 
 @dataclass(frozen=True, slots=True)

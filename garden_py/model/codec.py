@@ -1,4 +1,7 @@
-"""JSON forms of the model's values, for the journal. Pydantic walks them; the model's rules are not re-checked."""
+"""JSON forms of the model's values, for the journal. Pydantic walks them; the model's rules are not re-checked.
+
+Passwords are left out: nothing writes them down.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ _EXIT = TypeAdapter(ExitStatus)
 
 def dump_container_spec(spec: ContainerSpec) -> dict[str, Any]:
     """A spec as JSON values; `load_container_spec` is the inverse."""
-    dumped: dict[str, Any] = _CONTAINER.dump_python(spec, mode="json")
+    dumped: dict[str, Any] = _CONTAINER.dump_python(spec, mode="json", exclude={"image_auth"})
     return dumped
 
 
@@ -27,7 +30,7 @@ def load_container_spec(value: dict[str, Any]) -> ContainerSpec:
 
 def dump_process_spec(spec: ProcessSpec) -> dict[str, Any]:
     """A spec as JSON values; `load_process_spec` is the inverse."""
-    dumped: dict[str, Any] = _PROCESS.dump_python(spec, mode="json")
+    dumped: dict[str, Any] = _PROCESS.dump_python(spec, mode="json", exclude={"sidecar": {"image_auth"}})
     return dumped
 
 

@@ -173,6 +173,73 @@ class ImageNotFound(InvalidField):
     code = "image_not_found"
 
 
+class ImageUnknown(GardenError):
+    """The server's store has no image of this name or id."""
+
+    code = "image_unknown"
+
+    def __init__(self, image: str) -> None:
+        super().__init__(f"no such image in the store: {image}")
+        self.image = image
+
+
+class ImageInUse(GardenError):
+    """Containers or sidecars use the image; it goes when they have gone."""
+
+    code = "image_in_use"
+
+    def __init__(self, image: str, users: int) -> None:
+        super().__init__(f"image {image} is in use by {users} containers or sidecars")
+        self.image = image
+        self.users = users
+
+
+class ImageAccessDenied(GardenError):
+    """The registry does not take the user's name and password, or wants some."""
+
+    code = "image_access_denied"
+
+    def __init__(self, image: str, told: str) -> None:
+        # Callers of the Garden door compare with the words before the parenthesis (statement M11).
+        super().__init__(f"authorization failed: username and password are invalid ({image}: {told})")
+        self.image = image
+
+
+class ImageUnreachable(GardenError):
+    """The registry cannot be reached, or breaks off; trying again may help."""
+
+    code = "image_unreachable"
+
+    def __init__(self, image: str, told: str) -> None:
+        super().__init__(f"cannot fetch image {image}: {told}")
+        self.image = image
+
+
+class ImageInvalid(GardenError):
+    """What was fetched is no image, or not the one that its digests promise; nothing of it was kept."""
+
+    code = "image_invalid"
+
+    def __init__(self, image: str, problem: str) -> None:
+        super().__init__(f"image {image} is invalid: {problem}")
+        self.image = image
+
+
+class ImageTooLarge(GardenError):
+    """The image is larger than this server takes.
+
+    Attributes:
+        flag: the server flag that says how large it may be.
+    """
+
+    code = "image_too_large"
+
+    def __init__(self, image: str, problem: str, flag: str) -> None:
+        super().__init__(f"image {image} is too large: {problem} (server flag {flag})")
+        self.image = image
+        self.flag = flag
+
+
 class ProcessNotFound(GardenError):
     """The container has no process with this id."""
 

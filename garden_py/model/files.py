@@ -1,4 +1,4 @@
-"""Where the files that a container or process sees come from: images and bind mounts."""
+"""Bind mounts: what of the host a container or process sees."""
 
 from __future__ import annotations
 
@@ -31,19 +31,6 @@ class BindMount:
     source: str
     destination: str
     mode: MountMode = MountMode.READ_ONLY
-
-
-def image_directory(image: str) -> str:
-    """The directory that an image reference names; empty for the default root file system."""
-    return image.removeprefix("raw://") if image.startswith("raw://") else image
-
-
-def image_problem(image: str) -> str | None:
-    """What is wrong with an image reference; None if it is well-formed."""
-    directory = image_directory(image)
-    if directory.startswith("/") and "\0" not in directory:
-        return None
-    return "must be an absolute directory or raw:///directory"
 
 
 def mount_violations(mounts: tuple[BindMount, ...], prefix: str) -> list[FieldViolation]:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from .errors import FieldViolation, InvalidRequest
-from .files import BindMount, image_problem, mount_violations
+from .files import BindMount, mount_violations
 from .handle import name_problem
+from .image import RegistryAuth, image_problem
 from .limits import Limits, limit_violations
 
 ARG_MAX_BYTES = 512 << 10
@@ -59,11 +60,13 @@ class Sidecar:
         image: as ContainerSpec.image, but never empty.
         bind_mounts: its own; it has none of the container's but hosts and resolv.conf.
         own_limits: its limits stand beside the container's instead of within them; where it states none, it has none.
+        image_auth: as ContainerSpec.image_auth.
     """
 
     image: str
     bind_mounts: tuple[BindMount, ...] = ()
     own_limits: bool = False
+    image_auth: RegistryAuth | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,8 @@ class ProcessSpec:
         limits: of this process and its children, within the container's (but see Sidecar.own_limits).
         output_retention_bytes: kept per stream; 0 is the server's default.
         sidecar: it has a root file system of its own; None: the container's.
+        from_image: run what the image says: its entrypoint with args, or, without args, with its cmd; as its user and
+            in its working directory unless others are stated. path is empty then.
     """
 
     path: str
@@ -95,6 +100,7 @@ class ProcessSpec:
     limits: Limits = field(default_factory=Limits)
     output_retention_bytes: int = 0
     sidecar: Sidecar | None = None
+    from_image: bool = False
 
     @property
     def has_own_group(self) -> bool:
@@ -148,8 +154,10 @@ def check_process(spec: ProcessSpec, prefix: str = "spec") -> None:
 
     if spec.id and (problem := name_problem(spec.id)):
         bad("id", problem)
-    if not spec.path:
-        bad("path", "must not be empty")
+    if not spec.path and not spec.from_image:
+        bad("path", "must not be empty, unless the image's own command is asked for (from_image)")
+    if spec.path and spec.from_image:
+        bad("path", "must be empty if the image's own command is asked for (from_image)")
     for name, texts in (
         ("path", (spec.path,)),
         ("args", spec.args),

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from .errors import FieldViolation, InvalidRequest
-from .files import BindMount, image_problem, mount_violations
+from .files import BindMount, mount_violations
 from .handle import hostname_problem, name_problem
+from .image import RegistryAuth, image_problem
 from .limits import Limits, limit_violations
 from .netrule import EgressPolicy
 from .process import check_env
@@ -38,7 +39,8 @@ class ContainerSpec:
 
     Attributes:
         handle: the name; the service fills an empty one.
-        image: absolute directory, `raw:///dir`, or empty for the default root file system.
+        image: a reference (model/image.py), or empty for the default root file system.
+        image_auth: at the registry that the image is in; only for the create, and never written down.
         privileged: no user namespace, no seccomp, all capabilities the host has.
         env: NAME=VALUE for every process.
         properties: free key-value pairs.
@@ -59,6 +61,7 @@ class ContainerSpec:
     port_mappings: tuple[PortMapping, ...] = ()
     egress: EgressPolicy | None = None
     hostname: str = ""
+    image_auth: RegistryAuth | None = None
 
 
 def check_container(spec: ContainerSpec) -> None:

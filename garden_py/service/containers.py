@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import structlog
@@ -17,6 +18,7 @@ import structlog
 from garden_py.model import errors
 from garden_py.model.codec import dump_container_spec
 from garden_py.model.handle import hostname_for, make_name
+from garden_py.model.image import PullProgress, RegistryAuth, UsedImage
 from garden_py.model.lifecycle import USABLE, State
 from garden_py.model.limits import Limits, limit_violations
 from garden_py.model.netrule import DefaultAction, EgressPolicy, EgressRule
@@ -97,10 +99,10 @@ class Containers:
         self._admit()
         nameless = not spec.handle and not request_id
         spec = self._with_defaults(spec)
-        container = Container(spec, request_id, created_ns=time.time_ns())
+        container = Container(replace(spec, image_auth=None), request_id, created_ns=time.time_ns())
         self._registry.add(container)
         try:
-            job = self._guard.start("create", spec.handle, self._make(container))
+            job = self._guard.start("create", spec.handle, self._make(container, spec.image_auth))
         except BaseException:
             self._registry.remove(container)
             raise
@@ -168,7 +170,7 @@ class Containers:
     def _complete(self, policy: EgressPolicy | None) -> EgressPolicy:
         return EgressPolicy(default_action=self._defaults.egress) if policy is None else policy
 
-    async def _make(self, container: Container) -> Container:
+    async def _make(self, container: Container, image_auth: RegistryAuth | None) -> Container:
         started = time.monotonic()
 
         reclaiming = self._guard.running(RECLAIM, container.handle)
@@ -177,7 +179,8 @@ class Containers:
             await asyncio.wait([reclaiming])
         try:
             failpoints.reach(Point.CREATE_JOURNAL)
-            await self._backend.create(container.spec, self._recorder(container))
+            wanted = replace(container.spec, image_auth=image_auth)
+            await self._backend.create(wanted, self._recorder(container), partial(_fetching, container))
         except errors.Unkillable as error:
             self._metrics.create_failures.labels(error.code).inc()
             self._registry.leave(container, State.DESTROYING)
@@ -187,6 +190,8 @@ class Containers:
             self._metrics.create_failures.labels(getattr(error, "code", "internal")).inc()
             log.warning("container.create_failed", handle=container.handle, error=str(error))
             self._forget_unmade(container)
+            if container.unwanted:
+                raise errors.ContainerBusy(container.handle, "being destroyed", "created") from error
             raise
         try:
             ports = self._backend.facts_of_network(container.handle).mapped_ports
@@ -224,6 +229,15 @@ class Containers:
         container = self._registry.get(handle)
         with self.expiry.use(container):
             return container
+
+    def get_or_fetching(self, handle: str) -> Container:
+        """A container, also one whose image is still being fetched; else as `get`."""
+        known = self._registry.find(handle)
+        return known if known is not None and known.fetching else self.get(handle)
+
+    def used_image(self, handle: str) -> UsedImage | None:
+        """The image that a container was made of; None: a directory."""
+        return self._backend.used_image(handle)
 
     def list_containers(
         self, properties: Mapping[str, str], *, all_states: bool, after: str, limit: int
@@ -400,7 +414,11 @@ class Containers:
                 yield container
 
     def _recorder(self, container: Container) -> Callable[[dict[str, Any]], None]:
-        return lambda facts: self._registry.save(container, facts=facts)
+        def record(facts: dict[str, Any]) -> None:
+            container.fetching = ""
+            self._registry.save(container, facts=facts)
+
+        return record
 
     async def _save_or_undo(
         self, container: Container, spec: ContainerSpec, undo: Callable[[], Awaitable[object]]
@@ -456,7 +474,13 @@ class Containers:
             raise errors.BeingDestroyed(handle)
         making = self._guard.running("create", handle)
         if making is not None:
+            fetching = self._registry.find(handle)
+            if fetching is not None and fetching.fetching:
+                fetching.unwanted = True  # nothing has been made yet, and a fetch may take minutes
+                making.cancel()
             await asyncio.wait([making])
+            if fetching is not None and fetching.unwanted and fetching.gone:
+                return
         container = self._registry.get(handle)
         job = self._guard.running("destroy", handle) or self._guard.start(
             "destroy", handle, self._demolish(container)
@@ -530,6 +554,10 @@ async def _until_free(lock: asyncio.Lock) -> None:
             return
     except TimeoutError:
         return
+
+
+def _fetching(container: Container, progress: PullProgress) -> None:
+    container.fetching = str(progress)
 
 
 def _ms_since(started: float) -> float:

@@ -10,6 +10,7 @@ from garden_py.service.containers import Containers
 from garden_py.service.events import EventHub
 from garden_py.service.files import Files
 from garden_py.service.guard import Guard
+from garden_py.service.images import Images
 from garden_py.service.janitor import Janitor
 from garden_py.service.ports import Backend
 from garden_py.service.processes import Processes
@@ -33,6 +34,7 @@ class Core:
     containers: Containers
     processes: Processes
     files: Files
+    images: Images
     recovery: Recovery
     janitor: Janitor
     metrics: Metrics

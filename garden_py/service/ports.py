@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from garden_py.model.image import ImageInfo, ImageRef, PullProgress, RegistryAuth, UsedImage
 from garden_py.model.leak import Leak
 from garden_py.model.lifecycle import State
 from garden_py.model.limits import Limits
@@ -342,6 +343,39 @@ class LeakFinder(Protocol):
         """
 
 
+class ImageKeeper(Protocol):
+    """The part of a backend that keeps images."""
+
+    async def pull(
+        self, ref: ImageRef, auth: RegistryAuth | None, report: Callable[[PullProgress], None]
+    ) -> ImageInfo:
+        """Bring an image into the store, or up to date.
+
+        Raises:
+            InvalidField, ImageNotFound, ImageUnknown, ImageAccessDenied, ImageUnreachable, ImageInvalid, ImageTooLarge,
+            NotSupported, HostFault: nothing has changed, but that layers which came before the failure may be kept.
+        """
+
+    async def import_image(self, ref: ImageRef, chunks: AsyncIterator[bytes]) -> ImageInfo:
+        """Make an image of a tar of a root file system, plain, gzip or zstd, and keep it under a name of the store.
+
+        Raises:
+            ImageInvalid, ImageTooLarge, HostFault: nothing has changed.
+        """
+
+    def list_images(self) -> list[ImageInfo]:
+        """All images, the latest used first."""
+
+    def inspect(self, image: str) -> ImageInfo:
+        """One image, by a reference that it was fetched by, or its id or at least 12 digits of that; ImageUnknown."""
+
+    def remove(self, image: str) -> ImageInfo:
+        """Remove a name, and with its last name, or by id, the image; as it was. ImageUnknown, ImageInUse."""
+
+    def prune(self, *, named: bool) -> tuple[list[str], int]:
+        """Remove images that nobody uses; named: also those that have a name. Their ids, and the bytes freed."""
+
+
 class Backend(LeakFinder, Protocol):
     """Containers made real. Handles are valid names; specs have passed the checks of `model`.
 
@@ -365,15 +399,29 @@ class Backend(LeakFinder, Protocol):
     def capacity(self) -> HostCapacity:
         """What host and pools offer."""
 
-    async def create(self, spec: ContainerSpec, record: Callable[[dict[str, Any]], None]) -> None:
+    @property
+    def images(self) -> ImageKeeper:
+        """Its images; after `open`."""
+
+    def used_image(self, handle: str) -> UsedImage | None:
+        """The image that a container was made of; None: a directory."""
+
+    async def create(
+        self,
+        spec: ContainerSpec,
+        record: Callable[[dict[str, Any]], None],
+        report: Callable[[PullProgress], None],
+    ) -> None:
         """Make a container that can run processes; on any failure nothing of it is left.
 
         Args:
             spec: with every default filled in.
             record: is given facts to keep before the step that they belong to.
+            report: is told how the fetch of its image gets on, if that takes one.
 
         Raises:
-            PoolExhausted, PortInUse, InvalidRequest, HostFault, NotSupported.
+            PoolExhausted, PortInUse, InvalidRequest, HostFault, NotSupported; and, before anything was begun, those of
+            ImageKeeper.pull.
             Unkillable: it failed, and what had been made could not be removed; the one failure after which
                 something is left. `destroy` with the recorded facts removes it.
         """

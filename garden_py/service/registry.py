@@ -47,6 +47,8 @@ class Container:
         egress_etag: of the policy in force; empty until somebody asks for it.
         changing: held by whoever changes its limits, egress, ports or properties.
         recovering: from an earlier server, and not taken over yet.
+        fetching: how the fetch of its image gets on, while that is all that has been done of it.
+        unwanted: it was destroyed while its image was being fetched.
     """
 
     spec: ContainerSpec
@@ -66,6 +68,8 @@ class Container:
     egress_etag: str = ""
     changing: asyncio.Lock = field(default_factory=asyncio.Lock)
     recovering: bool = False
+    fetching: str = ""
+    unwanted: bool = False
 
     @property
     def handle(self) -> str:

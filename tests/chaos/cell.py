@@ -43,8 +43,8 @@ class Cell:
             # Fewer than clients, so that the pool is empty now and then.
             "--max-containers", str(max(2, clients - 1)),
             "--create-timeout-s", "20",
-            # A stopped agent is found out sooner than by default, or its client would do nothing for most of the run: at
-            # most ten seconds after it is asked, and before a client that waits for an exit gives up (patience.ANSWER_S).
+            # A stopped agent is found out sooner than by default, or its client would do nothing for most of the run,
+            # or give up waiting for an exit (patience.ANSWER_S).
             "--agent-patience-s", "5",
             "--agent-check-s", "15",
         ]  # fmt: skip

@@ -52,7 +52,9 @@ async def test_facts_are_recorded_before_anything_is_made(stage: Stage) -> None:
         raise Refused
 
     with pytest.raises(Refused):
-        await stage.backend.create(full_spec("unrecorded", port_mappings=(PortMapping(0, 80),)), refuse)
+        await stage.backend.create(
+            full_spec("unrecorded", port_mappings=(PortMapping(0, 80),)), refuse, lambda progress: None
+        )
     with pytest.raises(errors.ContainerNotFound):
         stage.backend.pid("unrecorded")
     assert stage.backend.capacity().ports_in_use == before

@@ -16,7 +16,7 @@ from typing import Any
 
 from garden_py.model import errors
 from garden_py.model.codec import load_exit
-from garden_py.model.files import image_directory
+from garden_py.model.image import PullProgress, Transport, UsedImage, parse_image
 from garden_py.model.leak import Leak
 from garden_py.model.lifecycle import USABLE
 from garden_py.model.limits import Limits
@@ -36,6 +36,7 @@ from garden_py.service.ports import (
     Usage,
     Witness,
 )
+from kit.fake_images import FakeImages
 from kit.fake_process import FakeProcess, Stdio, find_program
 
 Record = Callable[[dict[str, Any]], None]
@@ -93,6 +94,8 @@ class FakeBackend:
     def __init__(self, host: FakeHost | None = None, *, containers: int = 250, ports: int = 4) -> None:
         self.host = host or FakeHost()
         self.adopt_gate = open_gate()
+        self.images = FakeImages()
+        self.used_images: dict[str, UsedImage] = {}
         self.create_gate = open_gate()
         self.create_failure: Exception | None = None
         self.start_gate = open_gate()
@@ -152,10 +155,19 @@ class FakeBackend:
             cpus=2,
         )
 
-    async def create(self, spec: ContainerSpec, record: Record) -> None:
+    def used_image(self, handle: str) -> UsedImage | None:
+        return self.used_images.get(handle)
+
+    async def create(
+        self, spec: ContainerSpec, record: Record, report: Callable[[PullProgress], None]
+    ) -> None:
         self.calls.append(("create", spec.handle))
-        if spec.image and image_directory(spec.image) not in self.host.images:
-            raise errors.ImageNotFound("spec.image", f"{spec.image} does not exist")
+        if spec.image:
+            ref = parse_image(spec.image)
+            if ref.transport is not Transport.PATH:
+                self.used_images[spec.handle] = await self.images.use(ref, spec.image_auth, report)
+            elif ref.path not in self.host.images:
+                raise errors.ImageNotFound("spec.image", f"{spec.image} does not exist")
         address = self._lease_address()
         taken: list[PortMapping] = []
         try:

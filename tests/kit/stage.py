@@ -64,7 +64,7 @@ class Stage:
         """Make a container; its handle."""
         spec = full_spec(handle or f"contract-{make_name()[:8]}", **fields)
         self.specs[spec.handle] = spec
-        await self.backend.create(spec, self.recorder(spec.handle))
+        await self.backend.create(spec, self.recorder(spec.handle), lambda progress: None)
         return spec.handle
 
     async def destroy(self, handle: str) -> None:

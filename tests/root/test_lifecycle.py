@@ -390,15 +390,17 @@ def test_socket_is_for_its_group_only(garden_server: ServerProcess) -> None:
 
 
 def test_image_that_is_no_directory_is_refused(garden: GardenClient, host_directory: Path) -> None:
-    """A missing one and a file are told apart in the message."""
+    """A missing one, one that can be neither, and a file that is no tar are told apart."""
     (host_directory / "image-file").touch()
     for image, message in (
         ("/nonexistent", "does not exist"),
-        (str(host_directory / "image-file"), "not a directory"),
+        ("/dev/null", "not a directory or a tar file"),
     ):
         with pytest.raises(InvalidArgument, match=message) as refused:
             garden.create(ContainerSpec(image=image))
         assert [field.field for field in refused.value.fields] == ["spec.image"]
+    with pytest.raises(FailedPrecondition, match="not a tar archive"):
+        garden.create(ContainerSpec(image=str(host_directory / "image-file")))
 
 
 def test_unknown_method_is_unimplemented(garden_server: ServerProcess) -> None:

@@ -294,7 +294,7 @@ def test_events_are_json_lines(garden: Garden, fake: FakeGarden) -> None:
         (["create", "--memory", "12Q"], "--memory: '12Q' is not a size"),
         (["create", "--egress", "tpc:1.2.3.4"], "rule 'tpc:1.2.3.4'"),
         (["nosuch"], "nosuch"),
-        (["run", "c"], "PROGRAM"),
+        (["run", "--image-user", "u", "c", "true"], "--image-password-file"),
         (["ping", "--address", "nonsense"], "nonsense"),
     ],
 )

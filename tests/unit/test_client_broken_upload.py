@@ -10,7 +10,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from garden_py.api._pb import garden_pb2 as pb
+from garden_py.client import calls
 from garden_py.client.aio.link import AsyncLink
 from garden_py.client.errors import ServerFault, Unavailable
 
@@ -43,5 +43,5 @@ async def test_upload_that_breaks_is_a_server_that_cannot_be_reached(
     link = AsyncLink("unix:/nowhere", None, timedelta(seconds=1))
     monkeypatch.setattr(link._channel, "stream_unary", lambda *_, **__: lambda: BrokenStream(details))
     with pytest.raises(error):
-        await link.stream_in(pb.StreamInRequest(), chunks())
+        await link.upload(calls.stream_in("box", "/", ""), chunks())
     await link.close()

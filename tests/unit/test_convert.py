@@ -13,6 +13,7 @@ from garden_py.api._pb import garden_pb2 as pb
 from garden_py.api.grpc import convert
 from garden_py.model.errors import InvalidField
 from garden_py.model.files import BindMount, MountMode
+from garden_py.model.image import RegistryAuth
 from garden_py.model.limits import Limits
 from garden_py.model.netrule import DefaultAction, EgressPolicy, RuleAction, parse_egress_rule
 from garden_py.model.process import ExitStatus, Sidecar, WindowSize
@@ -44,12 +45,16 @@ def test_container_spec_keeps_every_field() -> None:
         port_mappings=[pb.PortMapping(host_port=1, container_port=2, protocol=pb.PortMapping.UDP)],
         egress=pb.EgressPolicy(default_action=pb.EgressPolicy.DENY),
         hostname="host",
+        image_auth=pb.RegistryAuth(username="me", password="secret"),
     )
     spec = convert.container_spec_from(message, DefaultAction.ALLOW)
     assert spec.grace_time_s == 1.5
     assert spec.bind_mounts[0].mode is MountMode.READ_WRITE
     back = convert._container_spec_to(spec)
+    assert spec.image_auth == RegistryAuth("me", "secret")
     assert back.env == ["A="]
+    assert not back.HasField("image_auth")
+    back.image_auth.CopyFrom(message.image_auth)
     back.env[:] = message.env
     back.egress.etag = ""
     assert back == message
@@ -57,9 +62,9 @@ def test_container_spec_keeps_every_field() -> None:
 
 def test_every_field_of_the_container_spec_is_covered() -> None:
     """A field that is added to the proto must be added to the test above."""
-    assert len(pb.ContainerSpec.DESCRIPTOR.fields) == 11
-    assert len(pb.ProcessSpec.DESCRIPTOR.fields) == 11
-    assert len(pb.Sidecar.DESCRIPTOR.fields) == 3
+    assert len(pb.ContainerSpec.DESCRIPTOR.fields) == 12
+    assert len(pb.ProcessSpec.DESCRIPTOR.fields) == 12
+    assert len(pb.Sidecar.DESCRIPTOR.fields) == 4
 
 
 def test_process_spec_keeps_every_field() -> None:
@@ -77,11 +82,17 @@ def test_process_spec_keeps_every_field() -> None:
             limits=pb.Limits(memory_bytes=1 << 30),
             output_retention_bytes=1 << 20,
             sidecar=pb.Sidecar(
-                image="/i", bind_mounts=[pb.BindMount(source="/s", destination="/d", mode=1)], own_limits=True
+                image="/i",
+                bind_mounts=[pb.BindMount(source="/s", destination="/d", mode=1)],
+                own_limits=True,
+                image_auth=pb.RegistryAuth(username="me", password="secret"),
             ),
+            from_image=True,
         )
     )
-    assert spec.sidecar == Sidecar("/i", (BindMount("/s", "/d", MountMode.READ_WRITE),), own_limits=True)
+    mounts, auth = (BindMount("/s", "/d", MountMode.READ_WRITE),), RegistryAuth("me", "secret")
+    assert spec.sidecar == Sidecar("/i", mounts, own_limits=True, image_auth=auth)
+    assert spec.from_image
     assert (spec.id, spec.path, spec.args, spec.env) == ("p", "sh", ("-c", ""), ("A=b",))
     assert (spec.dir, spec.user, spec.tty) == ("/d", "u", WindowSize(0, 100))
     assert spec.rlimits == (("nofile", (1 << 64) - 1),)

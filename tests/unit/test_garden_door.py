@@ -301,7 +301,7 @@ async def test_1_23_errors_have_five_keys(garden: Garden) -> None:
         (b'{"netout_rules": [{"networks": [{"start": "10.0.0.300"}]}]}', "invalid IP address: 10.0.0.300"),
         (b'{"netout_rules": [{"ports": [{"start": 1}]}]}', "Ports cannot be specified for Protocol ALL"),
         (b'{"image": {"uri": "raw:///a"}, "rootfs": "/b"}', "Cannot provide both Image.URI and RootFSPath"),
-        (b'{"image": {"uri": "docker:///busybox"}}', "does not unpack docker images yet"),
+        (b'{"image": {"uri": "preloaded+layer:/a?layer=b"}}', "preloaded"),
         (b'{"network": "10.1.0.0/24"}', "subnets"),
         (b'{"limits": {"disk_limits": {"byte_hard": 1}}}', "cannot limit disk space yet"),
         (b'{"limits": {"bandwidth_limits": {"rate": 1}}}', "cannot limit bandwidth yet"),

@@ -152,7 +152,7 @@ def mounts(*pairs: tuple[str, str]) -> tuple[BindMount, ...]:
         ({"hostname": "-"}, {"spec.hostname"}),
         ({"image": "relative"}, {"spec.image"}),
         ({"image": "/with\0nul"}, {"spec.image"}),
-        ({"image": "docker:///busybox"}, {"spec.image"}),
+        ({"image": "docker:///Busybox"}, {"spec.image"}),
         ({"image": "raw:///srv/image"}, set()),
         ({"env": ("NOVALUE",)}, {"spec.env[0]"}),
         ({"env": ("A=1", "=x", "B=\0")}, {"spec.env[1]", "spec.env[2]"}),

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from garden_py.backend.images.images import Rootfs
 from garden_py.backend.linux.container import LinuxContainer
 from garden_py.backend.linux.sidecars import Sidecars, runtime_id_of
 from garden_py.config import Config
 from garden_py.model import errors
 from garden_py.model.process import ProcessSpec, Sidecar
+
+
+class NoStore:
+    """Takes every image for a directory."""
+
+    @asynccontextmanager
+    async def prepared(self, text: str, *_: object) -> AsyncIterator[Rootfs]:
+        yield Rootfs((Path(text),))
 
 
 class Failing(Sidecars):
@@ -21,7 +32,8 @@ class Failing(Sidecars):
     def __init__(self, failure: BaseException) -> None:
         site: Any = type("OneConfig", (), {"config": Config(create_timeout_s=1)})
         nobody: Any = None
-        super().__init__(site, nobody, nobody)
+        store: Any = NoStore()
+        super().__init__(site, nobody, store, nobody)
         self._failure = failure
         self.removed: list[str] = []
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from garden_py.backend.cgroup.layout import ContainerCgroup, Hierarchies
+from garden_py.backend.images.store import ImageStore
 from garden_py.backend.linux import backend as module
 from garden_py.backend.linux.backend import LinuxBackend
 from garden_py.backend.linux.container import LinuxContainer
@@ -28,8 +29,9 @@ def backend(tmp_path: Path) -> LinuxBackend:
         Hierarchies(2, {"pids": tmp_path, "memory": tmp_path, "cpu": tmp_path}), "garden-test/box"
     )
     nobody: Any = None
+    images: Any = SimpleNamespace(store=ImageStore(tmp_path / "images", nobody))
     backend._containers["box"] = LinuxContainer("box", nobody, cgroup, tmp_path, nobody)
-    backend._processes = LinuxProcesses(nobody, nobody, nobody)
+    backend._processes = LinuxProcesses(nobody, nobody, images, nobody)
     return backend
 
 

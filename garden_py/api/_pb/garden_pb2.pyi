@@ -16,15 +16,19 @@ Conventions
     naming an exhausted pool, its size and its server flag, a ResourceInfo for things not found or taken.
 
     INVALID_ARGUMENT     a field is bad; the BadRequest names it; nothing was changed
-    NOT_FOUND            no such container or process; also a program or user that the container lacks
+    NOT_FOUND            no such container, process or image; also a program or user that the container lacks
     ALREADY_EXISTS       handle or process id in use
-    PERMISSION_DENIED    a setting of the server forbids it (reason PRIVILEGED_DISABLED); nobody may
-    RESOURCE_EXHAUSTED   a pool is empty (addresses, ports, containers), or the message is over the size limit
-    FAILED_PRECONDITION  the container or process is in a state that does not allow the call
+    PERMISSION_DENIED    a setting of the server forbids it (reason PRIVILEGED_DISABLED), or a registry does not take the
+                         user and password (IMAGE_ACCESS_DENIED)
+    RESOURCE_EXHAUSTED   a pool is empty (addresses, ports, containers), the message is over the size limit, or an image is
+                         larger than the server takes (IMAGE_TOO_LARGE)
+    FAILED_PRECONDITION  the container, process or image is in a state that does not allow the call; or what was fetched is
+                         no image, or not what its digests say (IMAGE_INVALID)
     ABORTED              an etag did not match: read again, then retry
     OUT_OF_RANGE         an offset below the first kept byte or beyond the end; ErrorInfo has first_offset, end_offset
     UNIMPLEMENTED        this server or host cannot do it; the message says why
-    UNAVAILABLE          the server is stopping (reason SHUTTING_DOWN), or the container cannot be killed yet (UNKILLABLE)
+    UNAVAILABLE          the server is stopping (reason SHUTTING_DOWN), the container cannot be killed yet (UNKILLABLE), or a
+                         registry cannot be reached (IMAGE_UNREACHABLE)
 """
 
 from collections import abc as _abc
@@ -248,11 +252,18 @@ class ContainerSpec(_message.Message):
     PORT_MAPPINGS_FIELD_NUMBER: _builtins.int
     EGRESS_FIELD_NUMBER: _builtins.int
     HOSTNAME_FIELD_NUMBER: _builtins.int
+    IMAGE_AUTH_FIELD_NUMBER: _builtins.int
     handle: _builtins.str
     """1 to 128 characters of A-Z a-z 0-9 . _ - beginning with a letter, a digit or _. Empty: the server makes a UUID."""
     image: _builtins.str
-    """Root file system: an absolute directory (also `raw:///dir`). Empty: the server's default root file system.
-    The directory is shared and never written: each container has its own writable layer above it.
+    """Root file system. Empty: the server's default. What is named is shared and never written: each container has its own
+    writable layer above it.
+      /dir, raw:///dir, file:///dir     a directory on the server
+      /file.tar, file:///file.tar       a tar of a root file system on the server
+      oci:///dir[:tag]                  an OCI image layout on the server
+      oci-archive:///file[:tag], docker-archive:///file[:name]
+      docker://host/repo[:tag|@digest]  in a registry; docker:///repo on Docker Hub; `#tag` is taken for `:tag`
+      store:name[:tag], store:sha256:…  in the server's own store, by imported name or by id
     """
     privileged: _builtins.bool
     """No user namespace, no seccomp filter, all capabilities that the host has. Still its own network and limits."""
@@ -278,6 +289,10 @@ class ContainerSpec(_message.Message):
     def egress(self) -> Global___EgressPolicy:
         """Unset: the server's default policy (--default-egress)."""
 
+    @_builtins.property
+    def image_auth(self) -> Global___RegistryAuth:
+        """At the registry, for this create alone. Never stored nor returned."""
+
     def __init__(
         self,
         *,
@@ -292,14 +307,37 @@ class ContainerSpec(_message.Message):
         port_mappings: _abc.Iterable[Global___PortMapping] | None = ...,
         egress: Global___EgressPolicy | None = ...,
         hostname: _builtins.str = ...,
+        image_auth: Global___RegistryAuth | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["egress", b"egress", "grace_time", b"grace_time", "limits", b"limits"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["egress", b"egress", "grace_time", b"grace_time", "image_auth", b"image_auth", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bind_mounts", b"bind_mounts", "egress", b"egress", "env", b"env", "grace_time", b"grace_time", "handle", b"handle", "hostname", b"hostname", "image", b"image", "limits", b"limits", "port_mappings", b"port_mappings", "privileged", b"privileged", "properties", b"properties"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bind_mounts", b"bind_mounts", "egress", b"egress", "env", b"env", "grace_time", b"grace_time", "handle", b"handle", "hostname", b"hostname", "image", b"image", "image_auth", b"image_auth", "limits", b"limits", "port_mappings", b"port_mappings", "privileged", b"privileged", "properties", b"properties"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ContainerSpec: _TypeAlias = ContainerSpec  # noqa: Y015
+
+@_typing.final
+class RegistryAuth(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USERNAME_FIELD_NUMBER: _builtins.int
+    PASSWORD_FIELD_NUMBER: _builtins.int
+    username: _builtins.str
+    password: _builtins.str
+    def __init__(
+        self,
+        *,
+        username: _builtins.str = ...,
+        password: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["password", b"password", "username", b"username"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RegistryAuth: _TypeAlias = RegistryAuth  # noqa: Y015
 
 @_typing.final
 class BindMount(_message.Message):
@@ -647,6 +685,7 @@ class Container(_message.Message):
     EVENTS_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
     AGENT_FIELD_NUMBER: _builtins.int
+    IMAGE_FIELD_NUMBER: _builtins.int
     handle: _builtins.str
     state: Global___ContainerState.ValueType
     state_reason: _builtins.str
@@ -677,6 +716,10 @@ class Container(_message.Message):
     def agent(self) -> Global___Agent:
         """what PID 1 is; unset while the container is not up"""
 
+    @_builtins.property
+    def image(self) -> Global___UsedImage:
+        """what it was made of; unset: a directory"""
+
     def __init__(
         self,
         *,
@@ -694,14 +737,447 @@ class Container(_message.Message):
         events: _abc.Iterable[_builtins.str] | None = ...,
         pid: _builtins.int = ...,
         agent: Global___Agent | None = ...,
+        image: Global___UsedImage | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "created_at", b"created_at", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "created_at", b"created_at", "image", b"image", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "container_ip", b"container_ip", "created_at", b"created_at", "events", b"events", "external_ip", b"external_ip", "handle", b"handle", "host_ip", b"host_ip", "mapped_ports", b"mapped_ports", "pid", b"pid", "process_ids", b"process_ids", "properties", b"properties", "spec", b"spec", "state", b"state", "state_reason", b"state_reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "container_ip", b"container_ip", "created_at", b"created_at", "events", b"events", "external_ip", b"external_ip", "handle", b"handle", "host_ip", b"host_ip", "image", b"image", "mapped_ports", b"mapped_ports", "pid", b"pid", "process_ids", b"process_ids", "properties", b"properties", "spec", b"spec", "state", b"state", "state_reason", b"state_reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Container: _TypeAlias = Container  # noqa: Y015
+
+@_typing.final
+class UsedImage(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    CONFIG_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """sha256:…"""
+    name: _builtins.str
+    """the reference as it was given"""
+    @_builtins.property
+    def config(self) -> Global___ImageConfig: ...
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        config: Global___ImageConfig | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "id", b"id", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UsedImage: _TypeAlias = UsedImage  # noqa: Y015
+
+@_typing.final
+class ImageConfig(_message.Message):
+    """What an image says of itself; see OCI image-spec config.md."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    ENV_FIELD_NUMBER: _builtins.int
+    USER_FIELD_NUMBER: _builtins.int
+    WORKING_DIR_FIELD_NUMBER: _builtins.int
+    ENTRYPOINT_FIELD_NUMBER: _builtins.int
+    CMD_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    user: _builtins.str
+    """this and the next three: of processes that ask for them (ProcessSpec.from_image)"""
+    working_dir: _builtins.str
+    @_builtins.property
+    def env(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """NAME=VALUE: of every process, before the container's and its own"""
+
+    @_builtins.property
+    def entrypoint(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def cmd(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        env: _abc.Iterable[_builtins.str] | None = ...,
+        user: _builtins.str = ...,
+        working_dir: _builtins.str = ...,
+        entrypoint: _abc.Iterable[_builtins.str] | None = ...,
+        cmd: _abc.Iterable[_builtins.str] | None = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cmd", b"cmd", "entrypoint", b"entrypoint", "env", b"env", "labels", b"labels", "user", b"user", "working_dir", b"working_dir"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImageConfig: _TypeAlias = ImageConfig  # noqa: Y015
+
+@_typing.final
+class Image(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    NAMES_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    CONFIG_FIELD_NUMBER: _builtins.int
+    ARCHITECTURE_FIELD_NUMBER: _builtins.int
+    OS_FIELD_NUMBER: _builtins.int
+    CREATED_FIELD_NUMBER: _builtins.int
+    PULLED_AT_FIELD_NUMBER: _builtins.int
+    USED_AT_FIELD_NUMBER: _builtins.int
+    IN_USE_FIELD_NUMBER: _builtins.int
+    MANIFEST_DIGEST_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """sha256:…, of its config"""
+    architecture: _builtins.str
+    os: _builtins.str
+    created: _builtins.str
+    """as the image says it, RFC 3339"""
+    in_use: _builtins.int
+    """containers and sidecars made of it"""
+    manifest_digest: _builtins.str
+    """of the latest pull; empty for an imported one"""
+    bytes: _builtins.int
+    """on disk, layers that other images share included"""
+    @_builtins.property
+    def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """references that lead to it"""
+
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___ImageLayer]:
+        """lowest first"""
+
+    @_builtins.property
+    def config(self) -> Global___ImageConfig: ...
+    @_builtins.property
+    def pulled_at(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def used_at(self) -> _timestamp_pb2.Timestamp:
+        """last create"""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        names: _abc.Iterable[_builtins.str] | None = ...,
+        layers: _abc.Iterable[Global___ImageLayer] | None = ...,
+        config: Global___ImageConfig | None = ...,
+        architecture: _builtins.str = ...,
+        os: _builtins.str = ...,
+        created: _builtins.str = ...,
+        pulled_at: _timestamp_pb2.Timestamp | None = ...,
+        used_at: _timestamp_pb2.Timestamp | None = ...,
+        in_use: _builtins.int = ...,
+        manifest_digest: _builtins.str = ...,
+        bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "pulled_at", b"pulled_at", "used_at", b"used_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "bytes", b"bytes", "config", b"config", "created", b"created", "id", b"id", "in_use", b"in_use", "layers", b"layers", "manifest_digest", b"manifest_digest", "names", b"names", "os", b"os", "pulled_at", b"pulled_at", "used_at", b"used_at"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Image: _TypeAlias = Image  # noqa: Y015
+
+@_typing.final
+class ImageLayer(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIFF_ID_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    diff_id: _builtins.str
+    """sha256:…, of the uncompressed layer"""
+    bytes: _builtins.int
+    """on disk"""
+    def __init__(
+        self,
+        *,
+        diff_id: _builtins.str = ...,
+        bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "diff_id", b"diff_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImageLayer: _TypeAlias = ImageLayer  # noqa: Y015
+
+@_typing.final
+class PullImageRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IMAGE_FIELD_NUMBER: _builtins.int
+    AUTH_FIELD_NUMBER: _builtins.int
+    image: _builtins.str
+    """as ContainerSpec.image"""
+    @_builtins.property
+    def auth(self) -> Global___RegistryAuth: ...
+    def __init__(
+        self,
+        *,
+        image: _builtins.str = ...,
+        auth: Global___RegistryAuth | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["auth", b"auth"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["auth", b"auth", "image", b"image"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PullImageRequest: _TypeAlias = PullImageRequest  # noqa: Y015
+
+@_typing.final
+class PullImageResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    IMAGE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> Global___PullProgress: ...
+    @_builtins.property
+    def image(self) -> Global___Image:
+        """the last message"""
+
+    def __init__(
+        self,
+        *,
+        progress: Global___PullProgress | None = ...,
+        image: Global___Image | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "message", b"message", "progress", b"progress"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "message", b"message", "progress", b"progress"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["progress", "image"]  # noqa: Y015
+    _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
+
+Global___PullImageResponse: _TypeAlias = PullImageResponse  # noqa: Y015
+
+@_typing.final
+class PullProgress(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PHASE_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    LAYERS_DONE_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    BYTES_DONE_FIELD_NUMBER: _builtins.int
+    phase: _builtins.str
+    """resolving, pulling, unpacking"""
+    layers: _builtins.int
+    layers_done: _builtins.int
+    """those that were in the store already included"""
+    bytes: _builtins.int
+    """compressed, to be fetched; 0: not known"""
+    bytes_done: _builtins.int
+    def __init__(
+        self,
+        *,
+        phase: _builtins.str = ...,
+        layers: _builtins.int = ...,
+        layers_done: _builtins.int = ...,
+        bytes: _builtins.int = ...,
+        bytes_done: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "bytes_done", b"bytes_done", "layers", b"layers", "layers_done", b"layers_done", "phase", b"phase"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PullProgress: _TypeAlias = PullProgress  # noqa: Y015
+
+@_typing.final
+class ImportImageRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """NAME[:TAG], to be used as store:NAME[:TAG]; first message"""
+    data: _builtins.bytes
+    """then the tar, in chunks of at most 4 MiB"""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "message", b"message", "name", b"name"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "message", b"message", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["name", "data"]  # noqa: Y015
+    _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
+
+Global___ImportImageRequest: _TypeAlias = ImportImageRequest  # noqa: Y015
+
+@_typing.final
+class ListImagesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListImagesRequest: _TypeAlias = ListImagesRequest  # noqa: Y015
+
+@_typing.final
+class ListImagesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IMAGES_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    bytes: _builtins.int
+    """on disk, of all layers"""
+    @_builtins.property
+    def images(self) -> _containers.RepeatedCompositeFieldContainer[Global___Image]: ...
+    def __init__(
+        self,
+        *,
+        images: _abc.Iterable[Global___Image] | None = ...,
+        bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "images", b"images"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListImagesResponse: _TypeAlias = ListImagesResponse  # noqa: Y015
+
+@_typing.final
+class GetImageRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IMAGE_FIELD_NUMBER: _builtins.int
+    image: _builtins.str
+    """a reference by which it was fetched, or its id, or at least the first 12 digits of that"""
+    def __init__(
+        self,
+        *,
+        image: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["image", b"image"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetImageRequest: _TypeAlias = GetImageRequest  # noqa: Y015
+
+@_typing.final
+class RemoveImageRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IMAGE_FIELD_NUMBER: _builtins.int
+    image: _builtins.str
+    """as GetImageRequest"""
+    def __init__(
+        self,
+        *,
+        image: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["image", b"image"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemoveImageRequest: _TypeAlias = RemoveImageRequest  # noqa: Y015
+
+@_typing.final
+class RemoveImageResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemoveImageResponse: _TypeAlias = RemoveImageResponse  # noqa: Y015
+
+@_typing.final
+class PruneImagesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ALL_FIELD_NUMBER: _builtins.int
+    all: _builtins.bool
+    """also images that have a name"""
+    def __init__(
+        self,
+        *,
+        all: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all", b"all"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PruneImagesRequest: _TypeAlias = PruneImagesRequest  # noqa: Y015
+
+@_typing.final
+class PruneImagesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IDS_FIELD_NUMBER: _builtins.int
+    FREED_BYTES_FIELD_NUMBER: _builtins.int
+    freed_bytes: _builtins.int
+    @_builtins.property
+    def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        ids: _abc.Iterable[_builtins.str] | None = ...,
+        freed_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["freed_bytes", b"freed_bytes", "ids", b"ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PruneImagesResponse: _TypeAlias = PruneImagesResponse  # noqa: Y015
 
 @_typing.final
 class Agent(_message.Message):
@@ -1475,6 +1951,7 @@ class ProcessSpec(_message.Message):
     LIMITS_FIELD_NUMBER: _builtins.int
     OUTPUT_RETENTION_BYTES_FIELD_NUMBER: _builtins.int
     SIDECAR_FIELD_NUMBER: _builtins.int
+    FROM_IMAGE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """1 to 128 characters as in a handle. Empty: the server makes a UUID."""
     path: _builtins.str
@@ -1485,6 +1962,10 @@ class ProcessSpec(_message.Message):
     """"" (root), "name", "uid", "uid:gid", "name:group"; names are looked up in the container's own files."""
     output_retention_bytes: _builtins.int
     """Output kept per stream, in bytes; 0: the server's default. Floor 64 KiB."""
+    from_image: _builtins.bool
+    """Run what the image says: its entrypoint with `args`, or, without args, with its cmd; as its user and in its working
+    directory unless others are stated. `path` is empty then. INVALID_ARGUMENT if the image states no program.
+    """
     @_builtins.property
     def args(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """argv[1] onwards"""
@@ -1523,10 +2004,11 @@ class ProcessSpec(_message.Message):
         limits: Global___Limits | None = ...,
         output_retention_bytes: _builtins.int = ...,
         sidecar: Global___Sidecar | None = ...,
+        from_image: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "sidecar", b"sidecar", "tty", b"tty"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["args", b"args", "dir", b"dir", "env", b"env", "id", b"id", "limits", b"limits", "output_retention_bytes", b"output_retention_bytes", "path", b"path", "rlimits", b"rlimits", "sidecar", b"sidecar", "tty", b"tty", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["args", b"args", "dir", b"dir", "env", b"env", "from_image", b"from_image", "id", b"id", "limits", b"limits", "output_retention_bytes", b"output_retention_bytes", "path", b"path", "rlimits", b"rlimits", "sidecar", b"sidecar", "tty", b"tty", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1545,22 +2027,28 @@ class Sidecar(_message.Message):
     IMAGE_FIELD_NUMBER: _builtins.int
     BIND_MOUNTS_FIELD_NUMBER: _builtins.int
     OWN_LIMITS_FIELD_NUMBER: _builtins.int
+    IMAGE_AUTH_FIELD_NUMBER: _builtins.int
     image: _builtins.str
     """as ContainerSpec.image, but not empty"""
     own_limits: _builtins.bool
     """ProcessSpec.limits are in force beside the container's, not within them; what is not stated there is unlimited."""
     @_builtins.property
     def bind_mounts(self) -> _containers.RepeatedCompositeFieldContainer[Global___BindMount]: ...
+    @_builtins.property
+    def image_auth(self) -> Global___RegistryAuth:
+        """as ContainerSpec.image_auth"""
+
     def __init__(
         self,
         *,
         image: _builtins.str = ...,
         bind_mounts: _abc.Iterable[Global___BindMount] | None = ...,
         own_limits: _builtins.bool = ...,
+        image_auth: Global___RegistryAuth | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["image_auth", b"image_auth"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bind_mounts", b"bind_mounts", "image", b"image", "own_limits", b"own_limits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bind_mounts", b"bind_mounts", "image", b"image", "image_auth", b"image_auth", "own_limits", b"own_limits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -159,6 +159,36 @@ class GardenStub:
                 request_serializer=garden_dot_v1_dot_garden__pb2.WatchEventsRequest.SerializeToString,
                 response_deserializer=garden_dot_v1_dot_garden__pb2.Event.FromString,
                 _registered_method=True)
+        self.PullImage = channel.unary_stream(
+                '/garden.v1.Garden/PullImage',
+                request_serializer=garden_dot_v1_dot_garden__pb2.PullImageRequest.SerializeToString,
+                response_deserializer=garden_dot_v1_dot_garden__pb2.PullImageResponse.FromString,
+                _registered_method=True)
+        self.ImportImage = channel.stream_unary(
+                '/garden.v1.Garden/ImportImage',
+                request_serializer=garden_dot_v1_dot_garden__pb2.ImportImageRequest.SerializeToString,
+                response_deserializer=garden_dot_v1_dot_garden__pb2.Image.FromString,
+                _registered_method=True)
+        self.ListImages = channel.unary_unary(
+                '/garden.v1.Garden/ListImages',
+                request_serializer=garden_dot_v1_dot_garden__pb2.ListImagesRequest.SerializeToString,
+                response_deserializer=garden_dot_v1_dot_garden__pb2.ListImagesResponse.FromString,
+                _registered_method=True)
+        self.GetImage = channel.unary_unary(
+                '/garden.v1.Garden/GetImage',
+                request_serializer=garden_dot_v1_dot_garden__pb2.GetImageRequest.SerializeToString,
+                response_deserializer=garden_dot_v1_dot_garden__pb2.Image.FromString,
+                _registered_method=True)
+        self.RemoveImage = channel.unary_unary(
+                '/garden.v1.Garden/RemoveImage',
+                request_serializer=garden_dot_v1_dot_garden__pb2.RemoveImageRequest.SerializeToString,
+                response_deserializer=garden_dot_v1_dot_garden__pb2.RemoveImageResponse.FromString,
+                _registered_method=True)
+        self.PruneImages = channel.unary_unary(
+                '/garden.v1.Garden/PruneImages',
+                request_serializer=garden_dot_v1_dot_garden__pb2.PruneImagesRequest.SerializeToString,
+                response_deserializer=garden_dot_v1_dot_garden__pb2.PruneImagesResponse.FromString,
+                _registered_method=True)
         self.CheckLeaks = channel.unary_unary(
                 '/garden.v1.Garden/CheckLeaks',
                 request_serializer=garden_dot_v1_dot_garden__pb2.CheckLeaksRequest.SerializeToString,
@@ -187,8 +217,10 @@ class GardenServicer:
         """Makes a container and returns when its agent answers, its network works and its limits are in force.
         Any failure undoes every step already done; the handle is free again. With `request_id`, a second call with the
         same handle and request id returns the container the first one made.
+        An image that has to be fetched first takes its time: meanwhile GetContainer says CREATING with how far the fetch is in
+        `state_reason`, and DestroyContainer ends it. PullImage beforehand shows progress as a stream.
         Errors: INVALID_ARGUMENT, ALREADY_EXISTS (handle), PERMISSION_DENIED (privileged), RESOURCE_EXHAUSTED (pool),
-        INTERNAL (a host step failed).
+        INTERNAL (a host step failed), and those of PullImage.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -357,6 +389,55 @@ class GardenServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PullImage(self, request, context):
+        """Brings an image into the server's store, or up to date; layers that are there are not fetched again. Progress, then the
+        image. Leaving ends the pull; layers that have come completely are kept.
+        Errors: INVALID_ARGUMENT (reference; no such image), PERMISSION_DENIED, UNAVAILABLE (IMAGE_UNREACHABLE),
+        FAILED_PRECONDITION (IMAGE_INVALID), RESOURCE_EXHAUSTED (IMAGE_TOO_LARGE), UNIMPLEMENTED (no skopeo on the server),
+        INTERNAL (e.g. the disk is full).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ImportImage(self, request_iterator, context):
+        """Makes an image of a tar of a root file system, plain, gzip or zstd. First message: name; then data.
+        Errors: INVALID_ARGUMENT, FAILED_PRECONDITION (IMAGE_INVALID), RESOURCE_EXHAUSTED (IMAGE_TOO_LARGE), INTERNAL.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListImages(self, request, context):
+        """Images in the store, the latest used first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetImage(self, request, context):
+        """One image. Errors: NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveImage(self, request, context):
+        """Removes a name, and with its last name, or by id, the image. Layers that other images have stay.
+        Errors: NOT_FOUND; FAILED_PRECONDITION (IMAGE_IN_USE).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PruneImages(self, request, context):
+        """Removes images that no container uses, and layers that no image has. The server does the same by itself, oldest use
+        first, when its layers take more than --image-gc-bytes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CheckLeaks(self, request, context):
         """Compares the server's journal with its host, both ways: what carries the server's name but belongs to no container
         (ORPHAN), and what a running container should have but has not (MISSING). What is being made or destroyed during
@@ -495,6 +576,36 @@ def add_GardenServicer_to_server(servicer, server):
                     servicer.WatchEvents,
                     request_deserializer=garden_dot_v1_dot_garden__pb2.WatchEventsRequest.FromString,
                     response_serializer=garden_dot_v1_dot_garden__pb2.Event.SerializeToString,
+            ),
+            'PullImage': grpc.unary_stream_rpc_method_handler(
+                    servicer.PullImage,
+                    request_deserializer=garden_dot_v1_dot_garden__pb2.PullImageRequest.FromString,
+                    response_serializer=garden_dot_v1_dot_garden__pb2.PullImageResponse.SerializeToString,
+            ),
+            'ImportImage': grpc.stream_unary_rpc_method_handler(
+                    servicer.ImportImage,
+                    request_deserializer=garden_dot_v1_dot_garden__pb2.ImportImageRequest.FromString,
+                    response_serializer=garden_dot_v1_dot_garden__pb2.Image.SerializeToString,
+            ),
+            'ListImages': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListImages,
+                    request_deserializer=garden_dot_v1_dot_garden__pb2.ListImagesRequest.FromString,
+                    response_serializer=garden_dot_v1_dot_garden__pb2.ListImagesResponse.SerializeToString,
+            ),
+            'GetImage': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetImage,
+                    request_deserializer=garden_dot_v1_dot_garden__pb2.GetImageRequest.FromString,
+                    response_serializer=garden_dot_v1_dot_garden__pb2.Image.SerializeToString,
+            ),
+            'RemoveImage': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveImage,
+                    request_deserializer=garden_dot_v1_dot_garden__pb2.RemoveImageRequest.FromString,
+                    response_serializer=garden_dot_v1_dot_garden__pb2.RemoveImageResponse.SerializeToString,
+            ),
+            'PruneImages': grpc.unary_unary_rpc_method_handler(
+                    servicer.PruneImages,
+                    request_deserializer=garden_dot_v1_dot_garden__pb2.PruneImagesRequest.FromString,
+                    response_serializer=garden_dot_v1_dot_garden__pb2.PruneImagesResponse.SerializeToString,
             ),
             'CheckLeaks': grpc.unary_unary_rpc_method_handler(
                     servicer.CheckLeaks,
@@ -1177,6 +1288,168 @@ class Garden:
             '/garden.v1.Garden/WatchEvents',
             garden_dot_v1_dot_garden__pb2.WatchEventsRequest.SerializeToString,
             garden_dot_v1_dot_garden__pb2.Event.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PullImage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/garden.v1.Garden/PullImage',
+            garden_dot_v1_dot_garden__pb2.PullImageRequest.SerializeToString,
+            garden_dot_v1_dot_garden__pb2.PullImageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ImportImage(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/garden.v1.Garden/ImportImage',
+            garden_dot_v1_dot_garden__pb2.ImportImageRequest.SerializeToString,
+            garden_dot_v1_dot_garden__pb2.Image.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListImages(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/garden.v1.Garden/ListImages',
+            garden_dot_v1_dot_garden__pb2.ListImagesRequest.SerializeToString,
+            garden_dot_v1_dot_garden__pb2.ListImagesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetImage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/garden.v1.Garden/GetImage',
+            garden_dot_v1_dot_garden__pb2.GetImageRequest.SerializeToString,
+            garden_dot_v1_dot_garden__pb2.Image.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveImage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/garden.v1.Garden/RemoveImage',
+            garden_dot_v1_dot_garden__pb2.RemoveImageRequest.SerializeToString,
+            garden_dot_v1_dot_garden__pb2.RemoveImageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PruneImages(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/garden.v1.Garden/PruneImages',
+            garden_dot_v1_dot_garden__pb2.PruneImagesRequest.SerializeToString,
+            garden_dot_v1_dot_garden__pb2.PruneImagesResponse.FromString,
             options,
             channel_credentials,
             insecure,

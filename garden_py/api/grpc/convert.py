@@ -12,6 +12,7 @@ from garden_py.api._pb import garden_pb2 as pb
 from garden_py.model import netrule
 from garden_py.model.errors import InvalidField
 from garden_py.model.files import BindMount, MountMode
+from garden_py.model.image import ImageConfig, ImageInfo, PullProgress, RegistryAuth, UsedImage
 from garden_py.model.leak import LeakReport
 from garden_py.model.lifecycle import State
 from garden_py.model.limits import Limits
@@ -210,7 +211,13 @@ def container_spec_from(message: pb.ContainerSpec, default_egress: netrule.Defau
         ),
         egress=egress,
         hostname=message.hostname,
+        image_auth=auth_from(message.image_auth) if message.HasField("image_auth") else None,
     )
+
+
+def auth_from(message: pb.RegistryAuth) -> RegistryAuth:
+    """A user and password at a registry."""
+    return RegistryAuth(message.username, message.password)
 
 
 def _mounts_from(messages: Iterable[pb.BindMount], field: str) -> tuple[BindMount, ...]:
@@ -227,13 +234,17 @@ def _mounts_to(mounts: Iterable[BindMount]) -> list[pb.BindMount]:
 
 
 def container_to(
-    container: Container, network: NetworkFacts, pid: int, agent: AgentFacts | None
+    container: Container,
+    network: NetworkFacts,
+    pid: int,
+    agent: AgentFacts | None,
+    image: UsedImage | None,
 ) -> pb.Container:
     """A container as a message."""
     return pb.Container(
         handle=container.handle,
         state=_STATES[container.state],
-        state_reason=container.state_reason,
+        state_reason=container.state_reason or container.fetching,
         created_at=timestamp(container.created_ns),
         spec=_container_spec_to(container.spec),
         container_ip=network.container_ip,
@@ -245,6 +256,51 @@ def container_to(
         events=container.notable,
         pid=pid,
         agent=None if agent is None else _agent_to(agent),
+        image=None if image is None else _used_image_to(image),
+    )
+
+
+def _used_image_to(image: UsedImage) -> pb.UsedImage:
+    return pb.UsedImage(id=image.id, name=image.name, config=_image_config_to(image.config))
+
+
+def _image_config_to(config: ImageConfig) -> pb.ImageConfig:
+    return pb.ImageConfig(
+        env=config.env,
+        user=config.user,
+        working_dir=config.working_dir,
+        entrypoint=config.entrypoint,
+        cmd=config.cmd,
+        labels=dict(config.labels),
+    )
+
+
+def image_to(image: ImageInfo) -> pb.Image:
+    """An image of the store as a message."""
+    return pb.Image(
+        id=image.id,
+        names=image.names,
+        layers=[pb.ImageLayer(diff_id=layer.diff_id, bytes=layer.bytes) for layer in image.layers],
+        config=_image_config_to(image.config),
+        architecture=image.architecture,
+        os=image.os,
+        created=image.created,
+        pulled_at=timestamp(image.pulled_ns),
+        used_at=timestamp(image.used_ns),
+        in_use=image.in_use,
+        manifest_digest=image.manifest_digest,
+        bytes=image.bytes,
+    )
+
+
+def progress_to(progress: PullProgress) -> pb.PullProgress:
+    """How far a pull is, as a message."""
+    return pb.PullProgress(
+        phase=progress.phase,
+        layers=progress.layers,
+        layers_done=progress.layers_done,
+        bytes=progress.bytes,
+        bytes_done=progress.bytes_done,
     )
 
 
@@ -312,12 +368,14 @@ def process_spec_from(message: pb.ProcessSpec) -> ProcessSpec:
         limits=limits_from(message.limits),
         output_retention_bytes=message.output_retention_bytes,
         sidecar=_sidecar_from(message.sidecar) if message.HasField("sidecar") else None,
+        from_image=message.from_image,
     )
 
 
 def _sidecar_from(message: pb.Sidecar) -> Sidecar:
     mounts = _mounts_from(message.bind_mounts, "spec.sidecar.bind_mounts")
-    return Sidecar(message.image, mounts, message.own_limits)
+    auth = auth_from(message.image_auth) if message.HasField("image_auth") else None
+    return Sidecar(message.image, mounts, message.own_limits, auth)
 
 
 def process_to(handle: str, process: RunningProcess) -> pb.Process:
@@ -337,6 +395,7 @@ def process_to(handle: str, process: RunningProcess) -> pb.Process:
             rlimits=dict(spec.rlimits),
             limits=limits_to(spec.limits),
             output_retention_bytes=spec.output_retention_bytes,
+            from_image=spec.from_image,
         ),
         started_at=timestamp(process.started_ns),
         pid=process.pid,

@@ -13,6 +13,7 @@ from garden_py.api._pb import garden_pb2 as pb
 from garden_py.api._pb import garden_pb2_grpc
 from garden_py.api.grpc import convert
 from garden_py.api.grpc.chunks import Encoded, encode_chunk
+from garden_py.api.grpc.image_servicer import ImageServicer
 from garden_py.api.grpc.streams import CHUNK_BYTES, ProcessFeed, feed_input
 from garden_py.model.errors import GardenError, InvalidField
 from garden_py.model.process import OutputStream
@@ -24,10 +25,11 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 PAGE_MAX = 1000
 
 
-class GardenServicer(garden_pb2_grpc.GardenServicer):
+class GardenServicer(ImageServicer, garden_pb2_grpc.GardenServicer):
     """Translates; every rule is in the service. Errors become statuses in one place, interceptor.py."""
 
     def __init__(self, core: Core) -> None:
+        super().__init__(core)
         self._core = core
 
     # --- the server
@@ -80,11 +82,12 @@ class GardenServicer(garden_pb2_grpc.GardenServicer):
             agent: AgentFacts | None = self._core.backend.agent(container.handle)
         except GardenError:  # being made, being destroyed, or broken: nothing of it is up
             network, pid, agent = NetworkFacts(), 0, None
-        return convert.container_to(container, network, pid, agent)
+        image = self._core.containers.used_image(container.handle)
+        return convert.container_to(container, network, pid, agent, image)
 
     async def GetContainer(self, request: pb.GetContainerRequest, context: Context) -> pb.Container:
         """See the proto."""
-        return self._encode(self._core.containers.get(request.handle))
+        return self._encode(self._core.containers.get_or_fetching(request.handle))
 
     async def ListContainers(
         self, request: pb.ListContainersRequest, context: Context

@@ -42,6 +42,12 @@ CODES: dict[type[errors.GardenError], StatusCode] = {
     errors.PropertyNotFound: StatusCode.NOT_FOUND,
     errors.NotSupported: StatusCode.UNIMPLEMENTED,
     errors.HostFault: StatusCode.INTERNAL,
+    errors.ImageUnknown: StatusCode.NOT_FOUND,
+    errors.ImageInUse: StatusCode.FAILED_PRECONDITION,
+    errors.ImageAccessDenied: StatusCode.PERMISSION_DENIED,
+    errors.ImageUnreachable: StatusCode.UNAVAILABLE,
+    errors.ImageInvalid: StatusCode.FAILED_PRECONDITION,
+    errors.ImageTooLarge: StatusCode.RESOURCE_EXHAUSTED,
     errors.ContainerRecovering: StatusCode.UNAVAILABLE,
     errors.ShuttingDown: StatusCode.UNAVAILABLE,
 }
@@ -107,6 +113,8 @@ def _details(
         case errors.ProcessNotFound() | errors.ProcessIdInUse():
             name = f"{error.handle}/{error.process_id}"
             found.append(error_details_pb2.ResourceInfo(resource_type="process", resource_name=name))
+        case errors.ImageUnknown() | errors.ImageInUse():
+            found.append(error_details_pb2.ResourceInfo(resource_type="image", resource_name=error.image))
         case errors.PortInUse():
             found.append(
                 error_details_pb2.ResourceInfo(

@@ -9,6 +9,7 @@ from garden_py.api.http.fields import UINT64_MAX, BadJson, Fields, as_fields
 from garden_py.api.http.messages import window_size
 from garden_py.model.errors import GardenError, InvalidField, NotSupported
 from garden_py.model.files import BindMount, MountMode
+from garden_py.model.image import RegistryAuth
 from garden_py.model.limits import UINT63_MAX, Limits
 from garden_py.model.netrule import (
     MAX_PORT,
@@ -44,6 +45,7 @@ def container_spec(fields: Fields, default_egress: DefaultAction) -> ContainerSp
     return ContainerSpec(
         handle=fields.text("handle"),
         image=image(fields.child("image"), fields.text("rootfs")),
+        image_auth=image_auth(fields.child("image")),
         privileged=fields.flag("privileged"),
         env=fields.texts("env"),
         properties=tuple(sorted(fields.text_map("properties").items())),
@@ -61,10 +63,15 @@ def image(found: Fields, rootfs: str) -> str:
     if uri and rootfs:
         raise InvalidField("image", "Cannot provide both Image.URI and RootFSPath")
     reference = uri or rootfs
-    scheme, colon, _ = reference.partition(":")
-    if colon and scheme in ("docker", "oci", "preloaded+layer"):
-        raise NotSupported(f"image: this server does not unpack {scheme} images yet; use raw:///directory")
+    if reference.startswith("preloaded+layer:"):
+        raise NotSupported("image: this server puts no layers on preloaded tars; use oci:///directory:tag")
     return reference
+
+
+def image_auth(found: Fields) -> RegistryAuth | None:
+    """User and password at the image's registry, if any (statement M3)."""
+    username, password = found.text("username"), found.text("password")
+    return RegistryAuth(username, password) if username or password else None
 
 
 def bind_mount(fields: Fields) -> BindMount:
@@ -189,7 +196,8 @@ def _sidecar(fields: Fields) -> Sidecar | None:
     own_image = image(fields.child("image"), "")
     mounts = fields.each("bind_mounts", lambda value, path: bind_mount(as_fields(value, path)))
     if own_image:
-        return Sidecar(own_image, mounts, own_limits=fields.has("limits"))
+        auth = image_auth(fields.child("image"))
+        return Sidecar(own_image, mounts, own_limits=fields.has("limits"), image_auth=auth)
     if mounts:
         problem = "Running a process with bind mounts and no image provided is not allowed"
         raise InvalidField("bind_mounts", problem)

@@ -8,6 +8,8 @@ from garden_py.api.http.exchange import BodyTooLarge
 from garden_py.api.http.fields import BadJson
 from garden_py.model import errors
 
+_IMAGE_STEP = "running image plugin create"  # as the reference begins such messages (statement M11)
+
 
 @dataclass(frozen=True, slots=True)
 class ErrorReply:
@@ -41,6 +43,16 @@ def describe(error: Exception) -> ErrorReply:
             return ErrorReply(500, "ExecutableNotFoundError", str(error))
         case errors.ShuttingDown() | errors.ContainerRecovering():
             return ErrorReply(500, "ServiceUnavailableError", str(error))
+        case errors.ImageNotFound():
+            return ErrorReply(500, "", f"{_IMAGE_STEP}: {error.problem}")
+        case (
+            errors.ImageUnknown()
+            | errors.ImageAccessDenied()
+            | errors.ImageUnreachable()
+            | errors.ImageInvalid()
+            | errors.ImageTooLarge()
+        ):
+            return ErrorReply(500, "", f"{_IMAGE_STEP}: {error}")
         case errors.GardenError() | BadJson() | BodyTooLarge():
             return ErrorReply(500, "", str(error))
         case _:

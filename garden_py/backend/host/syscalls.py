@@ -56,6 +56,12 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
         raise _fail()
 
 
+def sync_file_system(fd: int) -> None:
+    """Write out what is cached of the file system that fd is on. Source: syncfs(2)."""
+    if _libc.syncfs(fd) != 0:
+        raise _fail()
+
+
 def unshare(flags: int) -> None:
     """Leave the namespaces named by CLONE_* flags for new ones.
 

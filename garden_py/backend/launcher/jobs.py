@@ -94,7 +94,13 @@ def _parse_plan(value: dict[str, Any]) -> mounts.MountPlan:
     ranges = value["id_map"]
     id_map = None if ranges is None else IdMap(tuple((first, host, count) for first, host, count in ranges))
     return mounts.MountPlan(
-        **{**value, "directory": Path(value["directory"]), "binds": binds, "id_map": id_map}
+        **{
+            **value,
+            "directory": Path(value["directory"]),
+            "layers": tuple(value["layers"]),
+            "binds": binds,
+            "id_map": id_map,
+        }
     )
 
 

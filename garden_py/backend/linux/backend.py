@@ -15,6 +15,8 @@ import structlog
 from garden_py.backend.cgroup import groups
 from garden_py.backend.cgroup.limits import change_limits, read_limits
 from garden_py.backend.cgroup.stats import read_usage
+from garden_py.backend.images.images import Images, Rootfs
+from garden_py.backend.images.store import ImageStore
 from garden_py.backend.launcher.client import Launcher
 from garden_py.backend.linux import copying
 from garden_py.backend.linux.agent_owner import AgentOwner
@@ -28,7 +30,7 @@ from garden_py.backend.linux.leaks import Ledger, places_of
 from garden_py.backend.linux.network import LinuxNetwork, NetworkLease, check_dns_servers
 from garden_py.backend.linux.process import LinuxProcess
 from garden_py.backend.linux.processes import LinuxProcesses, usage_of, without_sidecars
-from garden_py.backend.linux.sidecars import Sidecars
+from garden_py.backend.linux.sidecars import Sidecars, owner_of, sidecar_directories
 from garden_py.backend.linux.site import Site, check_apparmor, disk_of, make_mount_dir, open_site
 from garden_py.backend.linux.upgrades import Upgrades
 from garden_py.backend.rootfs.embedded import build_embedded_rootfs
@@ -42,7 +44,12 @@ from garden_py.model.errors import (
     InvalidField,
     Unkillable,
 )
-from garden_py.model.files import image_directory
+from garden_py.model.image import (
+    PullProgress,
+    UsedImage,
+    image_problem,
+    parse_image,
+)
 from garden_py.model.leak import Leak
 from garden_py.model.lifecycle import USABLE, State
 from garden_py.model.limits import Limits
@@ -88,6 +95,7 @@ class LinuxBackend:
         self._sidecars: Sidecars
         self._processes: LinuxProcesses
         self._construction: Construction
+        self._images: Images
         self._demolition: Demolition
         self._upgrades: Upgrades
         self._heartbeat: Heartbeat
@@ -109,10 +117,11 @@ class LinuxBackend:
             asyncio.to_thread(open_site, self._config), self._launcher.start()
         )
         self._network = LinuxNetwork(self._config, self._launcher, self._site.facts.uplink_mtu)
-        image = await asyncio.to_thread(self._default_image)
+        self._site.depot.open()
+        self._images = await self._open_images()
         starter = AgentStarter(self._site, self._launcher)
-        self._construction = Construction(self._site, starter, self._network, image)
-        self._processes = LinuxProcesses(self._site, starter, self._events)
+        self._construction = Construction(self._site, starter, self._network, self._images)
+        self._processes = LinuxProcesses(self._site, starter, self._images, self._events)
         self._sidecars = self._processes.sidecars
         self._demolition = Demolition(self._site, self._launcher, self._network)
         site = self._site
@@ -123,8 +132,8 @@ class LinuxBackend:
         self._hold_leases(rows)
         await self._network.ensure_host()
         groups.ensure_parent(self._site.hierarchies, self._config.tag)
-        self._site.depot.open()
         self._discard_orphans({row.handle for row in rows})
+        self._hold_images()
         self._upgrades = Upgrades(self._site.bundle)
         self._heartbeat = Heartbeat(self._agents, period_s=self._config.agent_check_s)
         self._heartbeat.start()
@@ -134,13 +143,29 @@ class LinuxBackend:
             yield container
             yield from container.sidecars.values()
 
-    def _default_image(self) -> Path:
+    async def _open_images(self) -> Images:
+        default = await asyncio.to_thread(self._default_image)
+        store = ImageStore(self._config.state_dir / "images", self._site.depot.throw_away)
+        store.open()
+        return Images(store, self._config, default)
+
+    def _default_image(self) -> str:
         if not self._config.default_rootfs:
-            return build_embedded_rootfs(self._config.state_dir / "rootfs")
-        image = Path(image_directory(self._config.default_rootfs))
-        if not image.is_dir():
-            raise InvalidField("default_rootfs", f"{image} is not a directory")
-        return image
+            return str(build_embedded_rootfs(self._config.state_dir / "rootfs"))
+        if problem := image_problem(self._config.default_rootfs):
+            raise InvalidField("default_rootfs", problem)
+        ref = parse_image(self._config.default_rootfs)
+        if ref.path and not os.path.exists(ref.path):
+            raise InvalidField("default_rootfs", f"{ref.path} does not exist")
+        return str(ref)
+
+    def _hold_images(self) -> None:
+        """Keep the layers of what an earlier server has made, also of what is broken or half destroyed."""
+        depot = self._site.depot
+        for handle in depot.handles():
+            self._images.store.hold_again(handle, depot.directory(handle))
+            for process_id, directory in sidecar_directories(depot.directory(handle)):
+                self._images.store.hold_again(owner_of(handle, process_id), directory)
 
     def _discard_orphans(self, known: set[str]) -> None:
         """Directories without a journal row are from a server killed between two steps; nothing else exists yet."""
@@ -243,6 +268,7 @@ class LinuxBackend:
         await self._upgrades.close()
         for container in self._containers.values():
             container.let_go()
+        await self._images.settle()
         await self._site.depot.settle()
         if not self._containers and not self._site.depot.handles():
             await self._network.remove_host()
@@ -253,6 +279,17 @@ class LinuxBackend:
             ) as error:  # something is in it that no row knows: the ledger's affair, no reason to fail
                 log.warning("cgroup.parent_kept", error=str(error))
         await self._launcher.close()
+
+    # --- images
+
+    @property
+    def images(self) -> Images:
+        """Those of this server."""
+        return self._images
+
+    def used_image(self, handle: str) -> UsedImage | None:
+        """What a container was made of."""
+        return self._images.store.held_by(handle)
 
     # --- containers
 
@@ -272,14 +309,25 @@ class LinuxBackend:
             cpus=len(os.sched_getaffinity(0)),
         )
 
-    async def create(self, spec: ContainerSpec, record: Callable[[dict[str, Any]], None]) -> None:
+    async def create(
+        self,
+        spec: ContainerSpec,
+        record: Callable[[dict[str, Any]], None],
+        report: Callable[[PullProgress], None],
+    ) -> None:
         """Make a container; on failure nothing of it is left."""
+        async with self._images.prepared(spec.image, spec.image_auth, "spec.image", report) as rootfs:
+            await self._create(spec, rootfs, record)
+
+    async def _create(
+        self, spec: ContainerSpec, rootfs: Rootfs, record: Callable[[dict[str, Any]], None]
+    ) -> None:
         facts = self._construction.lease(spec)
         try:
             record(facts.to_json())
             failpoints.reach(Point.CREATE_LEASE)
             async with asyncio.timeout(self._config.create_timeout_s):
-                container = await self._construction.build(spec, facts, record, self._events)
+                container = await self._construction.build(spec, facts, rootfs, record, self._events)
         except BaseException as failure:
             await self._undo(spec.handle, facts, failure)
             raise _as_garden_error("create", failure) from failure
@@ -288,6 +336,7 @@ class LinuxBackend:
     async def _undo(self, handle: str, facts: ContainerFacts, failure: BaseException) -> None:
         try:
             await asyncio.shield(self._demolition.demolish(handle, facts))
+            self._images.store.let_go(handle)
         except (GardenError, OSError, ExceptionGroup) as error:
             reason = (
                 f"create failed ({failure}), and undoing it failed too ({_as_garden_error('undo', error)})"
@@ -307,6 +356,7 @@ class LinuxBackend:
                 await self._demolition.demolish(handle, ContainerFacts.from_json(facts))
             else:
                 self._site.depot.discard(handle)
+            self._images.store.let_go(handle)
         except (OSError, ExceptionGroup) as error:
             raise _as_garden_error("destroy", error) from error
         finally:

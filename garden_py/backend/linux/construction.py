@@ -12,8 +12,9 @@ from typing import Any
 from garden_py.backend.cgroup import groups
 from garden_py.backend.host import apparmor
 from garden_py.backend.host.pids import read_start_time
+from garden_py.backend.images.images import Images, Rootfs
 from garden_py.backend.linux.container import ContainerFacts, LinuxContainer
-from garden_py.backend.linux.launching import AgentStarter, Launch, check_bind_sources, find_image, listen
+from garden_py.backend.linux.launching import AgentStarter, Launch, check_bind_sources, listen
 from garden_py.backend.linux.network import LinuxNetwork
 from garden_py.backend.linux.site import NO_SLOT, Site
 from garden_py.backend.rootfs.names import build_hosts, build_resolv_conf
@@ -31,11 +32,11 @@ Record = Callable[[dict[str, Any]], None]
 class Construction:
     """How containers are made at one site."""
 
-    def __init__(self, site: Site, starter: AgentStarter, network: LinuxNetwork, default_image: Path) -> None:
+    def __init__(self, site: Site, starter: AgentStarter, network: LinuxNetwork, images: Images) -> None:
         self._site = site
         self._starter = starter
         self._network = network
-        self._default_image = default_image
+        self._images = images
 
     def lease(self, spec: ContainerSpec) -> ContainerFacts:
         """Check what the spec points at on the host, then take what the container needs from the pools.
@@ -46,7 +47,6 @@ class Construction:
         profile = self._site.config.apparmor
         if profile and not spec.privileged and apparmor.is_known_missing(profile):
             raise ProfileNotLoaded(profile)
-        self._image(spec)
         self._site.depot.refuse_foreign(spec.handle)
         check_bind_sources(spec.bind_mounts, "spec.bind_mounts")
         lease = self._network.lease(spec.port_mappings)
@@ -59,7 +59,12 @@ class Construction:
         return ContainerFacts(secrets.token_hex(8), spec.privileged, lease, slot, isolation=isolation)
 
     async def build(
-        self, spec: ContainerSpec, facts: ContainerFacts, record: Record, events: BackendEvents
+        self,
+        spec: ContainerSpec,
+        facts: ContainerFacts,
+        rootfs: Rootfs,
+        record: Record,
+        events: BackendEvents,
     ) -> LinuxContainer:
         """Make the container that facts were leased for.
 
@@ -68,7 +73,9 @@ class Construction:
         site = self._site
         directory = site.depot.claim(spec.handle)
         container = LinuxContainer(spec.handle, facts, site.cgroup(spec.handle), directory, events)
-        launch = self._launch(spec, facts, directory)
+        if rootfs.used is not None:
+            self._images.store.hold(spec.handle, directory, rootfs.used)
+        launch = self._launch(spec, facts, rootfs, directory)
         self._write_names(launch, facts)
         self._starter.prepare(launch)
         failpoints.reach(Point.CREATE_DIRECTORY)
@@ -99,17 +106,14 @@ class Construction:
     def _shares_ids(self, spec: ContainerSpec) -> bool:
         return spec.privileged or self._site.config.compat == "garden"
 
-    def _image(self, spec: ContainerSpec) -> Path:
-        return find_image(spec.image, "spec.image", self._default_image)
-
-    def _launch(self, spec: ContainerSpec, facts: ContainerFacts, directory: Path) -> Launch:
+    def _launch(self, spec: ContainerSpec, facts: ContainerFacts, rootfs: Rootfs, directory: Path) -> Launch:
         site = self._site
         return Launch(
             handle=spec.handle,
             runtime_id=facts.runtime_id,
             directory=directory,
             etc=directory / "etc",
-            image=self._image(spec),
+            layers=rootfs.directories,
             isolation=facts.isolation or site.isolation(privileged=spec.privileged, slot=facts.uid_slot),
             hostname=spec.hostname or hostname_for(spec.handle),
             cgroup_path=site.cgroup(spec.handle).runtime_path,

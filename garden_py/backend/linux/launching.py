@@ -20,8 +20,8 @@ from garden_py.backend.oci.data import load_runc_config
 from garden_py.backend.oci.request import BundleRequest
 from garden_py.backend.rootfs.mounts import BindSource, MountPlan
 from garden_py.backend.runtime.command import AGENT_FILTER_FD
-from garden_py.model.errors import FieldViolation, HostFault, ImageNotFound, InvalidRequest
-from garden_py.model.files import BindMount, MountMode, image_directory
+from garden_py.model.errors import FieldViolation, HostFault, InvalidRequest
+from garden_py.model.files import BindMount, MountMode
 
 NAME_FILES = ("hosts", "resolv.conf")
 
@@ -35,6 +35,7 @@ class Launch:
         directory: its own; bundle, logs and writable layer are in it.
         etc: directory with its hosts and resolv.conf.
         joins: namespaces of others, by the OCI's names, to the paths they are entered by.
+        layers: directories of its image, lowest first.
         fail_points: to be reached in the worker (observe/failpoints.py).
     """
 
@@ -42,7 +43,7 @@ class Launch:
     runtime_id: str
     directory: Path
     etc: Path
-    image: Path
+    layers: tuple[Path, ...]
     isolation: Isolation
     hostname: str
     cgroup_path: str
@@ -105,7 +106,7 @@ class AgentStarter:
         binds += [BindSource(str(launch.etc / name), name, read_only=False) for name in NAME_FILES]
         return MountPlan(
             directory=self._site.mount_dir / launch.runtime_id,
-            image=str(launch.image),
+            layers=tuple(map(str, launch.layers)),
             upper=str(launch.directory / "upper"),
             work=str(launch.directory / "work"),
             id_map=launch.isolation.id_map(self._site.facts.highest_id),
@@ -140,6 +141,7 @@ def _plan_json(plan: MountPlan) -> dict[str, Any]:
     return {
         **asdict(plan),
         "directory": str(plan.directory),
+        "layers": list(plan.layers),
         "binds": [asdict(bind) for bind in plan.binds],
         "id_map": None if plan.id_map is None else [list(each) for each in plan.id_map.ranges],
     }
@@ -148,30 +150,11 @@ def _plan_json(plan: MountPlan) -> dict[str, Any]:
 def _make_layer(plan: MountPlan, directory: Path) -> None:
     for name in ("upper", "work"):
         (directory / name).mkdir()
-    image = os.stat(plan.image)
+    image = os.stat(plan.layers[-1])
     # The root directory that processes see is the upper one: it takes mode and (mapped) owner of the image's.
     os.chmod(directory / "upper", image.st_mode & 0o7777)
     owners = (image.st_uid, image.st_gid)
     os.chown(directory / "upper", *(map(plan.id_map.host_id, owners) if plan.id_map else owners))
-
-
-def find_image(reference: str, field: str, default: Path) -> Path:
-    """The directory of an image.
-
-    Args:
-        reference: as in a spec; empty for the default.
-        field: of the spec, for errors.
-        default: the server's.
-
-    Raises:
-        ImageNotFound: it does not exist, or is no directory.
-    """
-    image = Path(image_directory(reference)) if reference else default
-    if not image.exists():
-        raise ImageNotFound(field, f"{image} does not exist")
-    if not image.is_dir():
-        raise ImageNotFound(field, f"{image} is not a directory")
-    return image
 
 
 def check_bind_sources(mounts: Sequence[BindMount], field: str) -> None:

@@ -5,23 +5,26 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import structlog
 
 from garden_py.backend.cgroup import groups
 from garden_py.backend.cgroup.stats import read_usage, without
+from garden_py.backend.images.images import Images
 from garden_py.backend.linux.agent_owner import AgentOwner
 from garden_py.backend.linux.container import LinuxContainer, may_be_gone
 from garden_py.backend.linux.launching import AgentStarter
 from garden_py.backend.linux.process import LinuxProcess
-from garden_py.backend.linux.sidecars import Sidecar, Sidecars
+from garden_py.backend.linux.sidecars import Sidecar, Sidecars, owner_of
 from garden_py.backend.linux.site import Site
 from garden_py.backend.oci.data import load_runc_config
 from garden_py.backend.streams.agent_link import AgentLink
 from garden_py.backend.streams.agent_replies import Spawned
 from garden_py.model.codec import load_exit
-from garden_py.model.errors import ContainerBroken, ProcessNotFound, ProcessStartFailed
+from garden_py.model.errors import ContainerBroken, InvalidField, ProcessNotFound, ProcessStartFailed
+from garden_py.model.image import ImageConfig
 from garden_py.model.process import ProcessSpec
 from garden_py.model.process import Sidecar as SidecarSpec
 from garden_py.service.ports import BackendEvents, ProcessRow, Usage
@@ -32,10 +35,11 @@ log = structlog.get_logger()
 class LinuxProcesses:
     """The verbs about processes at one site."""
 
-    def __init__(self, site: Site, starter: AgentStarter, events: BackendEvents) -> None:
+    def __init__(self, site: Site, starter: AgentStarter, images: Images, events: BackendEvents) -> None:
         self._site = site
+        self._images = images
         self._events = events
-        self.sidecars = Sidecars(site, starter, self._sidecar_lost)
+        self.sidecars = Sidecars(site, starter, images, self._sidecar_lost)
 
     # --- start
 
@@ -61,6 +65,9 @@ class LinuxProcesses:
     ) -> LinuxProcess:
         try:
             sidecar = await self.sidecars.launch(container, spec, apart)
+            spec = replace(
+                spec, sidecar=replace(apart, image_auth=None)
+            )  # nobody needs the password any more
             try:
                 return await self._spawn(container, sidecar, spec, env, record)
             except BaseException:
@@ -79,7 +86,8 @@ class LinuxProcesses:
         env: tuple[str, ...],
         record: Callable[[], None],
     ) -> LinuxProcess:
-        leaf = container.leaf_of(spec)
+        image = self._config_of(container, spec)
+        leaf, told = container.leaf_of(spec), run_from_image(spec, image) if spec.from_image else spec
         try:
             if spec.has_own_group:
                 with may_be_gone(container.handle):
@@ -92,7 +100,11 @@ class LinuxProcesses:
 
             with container.group_fds(leaf) as cgroup_fds:
                 spawned = await owner.link.spawn(
-                    spec, env, cgroup_fds, bounding=self._bounding(container, spec), before_exec=prepare
+                    told,
+                    (*image.env, *env),
+                    cgroup_fds,
+                    bounding=self._bounding(container, told),
+                    before_exec=prepare,
                 )
             (process,) = made
             try:
@@ -108,6 +120,12 @@ class LinuxProcesses:
                 container.drop_process_group(leaf)
             raise
         return process
+
+    def _config_of(self, container: LinuxContainer, spec: ProcessSpec) -> ImageConfig:
+        """What the image that a process is run in says; nothing if that is a directory."""
+        owner = container.handle if spec.sidecar is None else owner_of(container.handle, spec.id)
+        used = self._images.store.held_by(owner)
+        return ImageConfig() if used is None else used.config
 
     def _make(
         self, container: LinuxContainer, spec: ProcessSpec, link: AgentLink | None, **facts: Any
@@ -211,6 +229,26 @@ class LinuxProcesses:
         for output in process.logs.values():
             output.delete()
         process.exit_recorded()
+
+
+def run_from_image(spec: ProcessSpec, image: ImageConfig) -> ProcessSpec:
+    """The process that an image's config describes, as far as spec does not say otherwise.
+
+    Raises:
+        InvalidField: the image names no program.
+
+    Source: OCI image-spec config.md (Entrypoint, Cmd, User, WorkingDir).
+    """
+    command = (*image.entrypoint, *(spec.args or image.cmd))
+    if not command or not command[0]:
+        raise InvalidField("spec.path", "is empty, and the image states neither an entrypoint nor a command")
+    return replace(
+        spec,
+        path=command[0],
+        args=command[1:],
+        user=spec.user or image.user,
+        dir=spec.dir or image.working_dir,
+    )
 
 
 def usage_of(container: LinuxContainer, process_id: str) -> Usage:

@@ -26,12 +26,14 @@ from pathlib import Path
 import structlog
 
 from garden_py.backend.cgroup import groups
+from garden_py.backend.images.images import Images, Rootfs
 from garden_py.backend.linux.agent_owner import AgentOwner
 from garden_py.backend.linux.container import LinuxContainer
-from garden_py.backend.linux.launching import AgentStarter, Launch, check_bind_sources, find_image, listen
+from garden_py.backend.linux.launching import AgentStarter, Launch, check_bind_sources, listen
 from garden_py.backend.linux.site import Site
 from garden_py.backend.streams.agent_replies import AgentExit
 from garden_py.model.errors import ContainerBroken, HostFault, ProcessStartFailed, Unkillable
+from garden_py.model.image import PullProgress
 from garden_py.model.process import ProcessSpec
 from garden_py.model.process import Sidecar as SidecarSpec
 
@@ -48,6 +50,20 @@ _SHARED = {"user": "user", "pid": "pid", "network": "net", "ipc": "ipc", "uts": 
 def runtime_id_of(container_runtime_id: str, process_id: str) -> str:
     """The runtime's id of a sidecar; the part before the dash tells whose it is (ledger/files.py)."""
     return f"{container_runtime_id}-{hashlib.sha256(process_id.encode()).hexdigest()[:12]}"
+
+
+def sidecar_directories(container_directory: Path) -> list[tuple[str, Path]]:
+    """The process and the directory of each sidecar that a container has."""
+    place = container_directory / DIRECTORY
+    try:
+        return [(name, place / name) for name in os.listdir(place)]
+    except FileNotFoundError:
+        return []
+
+
+def owner_of(handle: str, process_id: str) -> str:
+    """Under which name the store of images knows a sidecar; a container's is its handle."""
+    return f"{handle}/{process_id}"
 
 
 class Sidecar(AgentOwner):
@@ -86,10 +102,15 @@ class Sidecars:
     """
 
     def __init__(
-        self, site: Site, starter: AgentStarter, on_lost: Callable[[LinuxContainer, str, str], None]
+        self,
+        site: Site,
+        starter: AgentStarter,
+        images: Images,
+        on_lost: Callable[[LinuxContainer, str, str], None],
     ) -> None:
         self._site = site
         self._starter = starter
+        self._images = images
         self._on_lost = on_lost
 
     # --- start
@@ -98,12 +119,11 @@ class Sidecars:
         """Start the agent of a sidecar; on failure nothing of it is left.
 
         Raises:
-            ImageNotFound, InvalidRequest: nothing was begun.
+            InvalidRequest, and the errors of Images.prepared: nothing was begun.
             HostFault, ContainerBroken.
         """
-        image = find_image(sidecar.image, "spec.sidecar.image", Path())
         check_bind_sources(sidecar.bind_mounts, "spec.sidecar.bind_mounts")
-        job = asyncio.ensure_future(self._launch(container, spec.id, sidecar, image))
+        job = asyncio.ensure_future(self._prepare_and_launch(container, spec.id, sidecar))
         container.track(job)
         try:
             return await job
@@ -113,13 +133,23 @@ class Sidecars:
                 raise
             raise ContainerBroken(container.handle, "it is being destroyed") from None
 
+    async def _prepare_and_launch(
+        self, container: LinuxContainer, process_id: str, spec: SidecarSpec
+    ) -> Sidecar:
+        def report(progress: PullProgress) -> None:
+            log.debug("sidecar.image", handle=container.handle, process_id=process_id, progress=str(progress))
+
+        images = self._images
+        async with images.prepared(spec.image, spec.image_auth, "spec.sidecar.image", report) as rootfs:
+            return await self._launch(container, process_id, spec, rootfs)
+
     async def _launch(
-        self, container: LinuxContainer, process_id: str, spec: SidecarSpec, image: Path
+        self, container: LinuxContainer, process_id: str, spec: SidecarSpec, rootfs: Rootfs
     ) -> Sidecar:
         timeout_s = self._site.config.create_timeout_s
         try:
             async with asyncio.timeout(timeout_s):
-                sidecar = await self._make(container, process_id, spec, image)
+                sidecar = await self._make(container, process_id, spec, rootfs)
                 await sidecar.greet(timeout_s=timeout_s)
         except BaseException as failure:
             await asyncio.shield(self._remove(container, process_id))
@@ -132,7 +162,7 @@ class Sidecars:
         return sidecar
 
     async def _make(
-        self, container: LinuxContainer, process_id: str, spec: SidecarSpec, image: Path
+        self, container: LinuxContainer, process_id: str, spec: SidecarSpec, rootfs: Rootfs
     ) -> Sidecar:
         facts, directory = container.facts, self._directory(container, process_id)
         if (removal := container.retiring.get(process_id)) is not None:
@@ -143,13 +173,15 @@ class Sidecars:
             await self._remove(container, process_id)
         directory.parent.mkdir(mode=0o700, exist_ok=True)
         directory.mkdir(mode=0o700)
+        if rootfs.used is not None:
+            self._images.store.hold(owner_of(container.handle, process_id), directory, rootfs.used)
         with _namespaces(container) as joins, _short_path(directory) as place:
             launch = Launch(
                 handle=container.handle,
                 runtime_id=runtime_id_of(facts.runtime_id, process_id),
                 directory=directory,
                 etc=container.directory / "etc",
-                image=image,
+                layers=rootfs.directories,
                 isolation=facts.isolation
                 or self._site.isolation(privileged=facts.privileged, slot=facts.uid_slot),
                 hostname="",
@@ -193,10 +225,7 @@ class Sidecars:
         return sidecar
 
     def _names(self, container: LinuxContainer) -> list[str]:
-        try:
-            return os.listdir(container.directory / DIRECTORY)
-        except FileNotFoundError:
-            return []
+        return [name for name, _ in sidecar_directories(container.directory)]
 
     def tidy(self, container: LinuxContainer) -> None:
         """Begin to remove what belongs to no running process."""
@@ -242,6 +271,7 @@ class Sidecars:
         with suppress(FileNotFoundError):
             shutil.rmtree(record)
         self._site.depot.throw_away(self._directory(container, process_id))
+        self._images.store.let_go(owner_of(container.handle, process_id))
 
     def _try_to_remove(self, container: LinuxContainer, process_id: str) -> bool:
         try:

@@ -2,8 +2,9 @@
 
 Everything lies below one directory on a tmpfs that only the launcher sees:
 
-    <mount_dir>/<id>/lower     the image, its owners mapped to the container's ids (nothing is chowned)
-    <mount_dir>/<id>/rootfs    overlay of the container's own upper directory over it
+    <mount_dir>/<id>/0 …       the image's layers, lowest first, owners mapped to the container's ids (nothing is
+    chowned)
+    <mount_dir>/<id>/rootfs    overlay of the container's own upper directory over them
     <mount_dir>/<id>/b0 …      bind sources: copies of the mounts, read-only or not, for the runtime to bind
 
 The runtime clones the namespace, pivots into `rootfs`, and the launcher lets go of its copy. No mount is ever visible
@@ -52,11 +53,12 @@ class MountPlan:
 
     Attributes:
         directory: `<mount_dir>/<id>`, made by `apply` and gone after `release`.
+        layers: directories of the image, lowest first.
         id_map: of the container; None for a privileged one.
     """
 
     directory: Path
-    image: str
+    layers: tuple[str, ...]
     upper: str
     work: str
     id_map: IdMap | None
@@ -96,7 +98,9 @@ def apply(plan: MountPlan) -> None:
 def release(directory: Path) -> None:
     """Detach and remove everything below a plan's directory; gone, or going by another worker's hand, is fine."""
     try:
-        entries = sorted(os.scandir(directory), key=lambda e: e.name, reverse=True)  # rootfs before lower
+        entries = sorted(
+            os.scandir(directory), key=lambda e: e.name, reverse=True
+        )  # rootfs before its layers
     except FileNotFoundError:
         return
     for entry in entries:
@@ -117,21 +121,27 @@ def _gone_is_fine(
 
 
 def _mount_rootfs(plan: MountPlan, userns_fd: int | None) -> None:
-    lower, rootfs = plan.directory / "lower", plan.rootfs
-    lower.mkdir()
-    rootfs.mkdir()
+    names = [str(number) for number in range(len(plan.layers))]
+    for name, layer in zip(names, plan.layers, strict=True):
+        lower = plan.directory / name
+        lower.mkdir()
+        try:
+            _clone(Path(layer), lower, attributes=0, userns_fd=userns_fd)
+        except OSError as error:
+            step = f"id-mapped mount of image {layer}"
+            if error.errno == errno.EINVAL:
+                step += " (its file system does not support id-mapped mounts; see `garden doctor`)"
+            raise MountStepFailed(step, error) from error
+    plan.rootfs.mkdir()
+    # By names as short as can be, seen from where they are: mount(2) takes 4096 bytes of options.
+    data = f"lowerdir={':'.join(reversed(names))},upperdir={plan.upper},workdir={plan.work},volatile"
     try:
-        _clone(Path(plan.image), lower, attributes=0, userns_fd=userns_fd)
-    except OSError as error:
-        step = f"id-mapped mount of image {plan.image}"
-        if error.errno == errno.EINVAL:
-            step += " (its file system does not support id-mapped mounts; see `garden doctor`)"
-        raise MountStepFailed(step, error) from error
-    data = f"lowerdir={lower},upperdir={plan.upper},workdir={plan.work},volatile"
-    try:
-        syscalls.mount("garden", rootfs, "overlay", 0, data)
+        os.chdir(plan.directory)
+        syscalls.mount("garden", plan.rootfs, "overlay", 0, data)
     except OSError as error:
         raise MountStepFailed("overlay of the root file system", error) from error
+    finally:
+        os.chdir("/")
 
 
 def _clone_bind(directory: Path, bind: BindSource, userns_fd: int | None) -> None:

@@ -12,6 +12,7 @@ from garden_py.client import calls
 from garden_py.client import values as v
 from garden_py.client.address import DEFAULT_CALL_TIMEOUT, Tls
 from garden_py.client.aio.container import AsyncContainer
+from garden_py.client.aio.images import AsyncImages
 from garden_py.client.aio.link import AsyncLink
 from garden_py.client.errors import GardenError
 from garden_py.client.retry import Patience, RetryPolicy
@@ -31,6 +32,9 @@ class AsyncGardenClient:
         call_timeout: limit of a call that does not wait for something by its nature.
         retry: how hard to try to resume a stream after the connection broke.
 
+    Attributes:
+        images: what the server has to make containers of.
+
     Raises:
         BadAddress: address has none of these forms. (Whether a server is there is seen at the first call.)
     """
@@ -45,6 +49,7 @@ class AsyncGardenClient:
     ) -> None:
         self._link = AsyncLink(address, tls, call_timeout)
         self._retry = retry or RetryPolicy()
+        self.images = AsyncImages(self._link)
 
     @property
     def target(self) -> str:

@@ -203,7 +203,7 @@ class AsyncContainer:
 
     async def stream_in(self, chunks: AsyncIterable[bytes], *, path: str, user: str = "") -> None:
         """Unpack a tar stream into a directory of the container, as a user of the container."""
-        await self._link.stream_in(calls.stream_in_target(self.handle, path, user), chunks)
+        await self._link.upload(calls.stream_in(self.handle, path, user), chunks)
 
     def stream_out(self, path: str, *, user: str = "") -> AsyncIterator[bytes]:
         """A tar stream of a file or directory; with a trailing slash of the directory's contents."""

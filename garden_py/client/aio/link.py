@@ -174,32 +174,32 @@ class AsyncLink:
         finally:
             stream.cancel()
 
-    async def stream_in(self, target: pb.StreamInRequest, chunks: AsyncIterable[bytes]) -> None:
-        """Send a tar in pieces of at most CHUNK_BYTES; what the iterable raises reaches the caller."""
+    async def upload(self, call: calls.Upload[Value], chunks: AsyncIterable[bytes]) -> Value:
+        """Send bytes in pieces of at most CHUNK_BYTES; the answer. What the iterable raises reaches the caller."""
         method: Any = self._channel.stream_unary(
-            calls.method_path("StreamIn"),
-            request_serializer=pb.StreamInRequest.SerializeToString,
-            response_deserializer=pb.StreamInResponse.FromString,
+            calls.method_path(call.rpc),
+            request_serializer=type(call.first).SerializeToString,
+            response_deserializer=call.reply_type.FromString,
         )
         stream = method()
         try:
-            await stream.write(target)
+            await stream.write(call.first)
             async for chunk in chunks:
-                for request in calls.stream_in_data(chunk, CHUNK_BYTES):
+                for request in call.pieces(chunk, CHUNK_BYTES):
                     await stream.write(request)
             await stream.done_writing()
-            await stream
+            return call.decode(await stream)
         except asyncio.InvalidStateError:
-            await self._raise_end_of(stream)
+            return call.decode(await self._end_of(stream))
         except grpc.aio.AioRpcError as failure:
             raise _stream_error(failure) from None
         finally:
             stream.cancel()
 
-    async def _raise_end_of(self, stream: Any) -> None:
+    async def _end_of(self, stream: Any) -> Any:
         """A write found the call finished: the server answered before it had read everything."""
         try:
-            await stream
+            return await stream
         except grpc.aio.AioRpcError as failure:
             raise _stream_error(failure) from None
 

@@ -14,6 +14,7 @@ from garden_py.client.address import DEFAULT_CALL_TIMEOUT, Tls
 from garden_py.client.errors import GardenError
 from garden_py.client.retry import Patience, RetryPolicy
 from garden_py.client.sync.container import Container
+from garden_py.client.sync.images import Images
 from garden_py.client.sync.link import Link
 
 
@@ -30,6 +31,9 @@ class GardenClient:
         call_timeout: limit of a call that does not wait for something by its nature.
         retry: how hard to try to resume a stream after the connection broke.
 
+    Attributes:
+        images: what the server has to make containers of.
+
     Raises:
         BadAddress: address has none of these forms. (Whether a server is there is seen at the first call.)
     """
@@ -44,6 +48,7 @@ class GardenClient:
     ) -> None:
         self._link = Link(address, tls, call_timeout)
         self._retry = retry or RetryPolicy()
+        self.images = Images(self._link)
 
     @property
     def target(self) -> str:

@@ -211,7 +211,7 @@ class Container:
 
     def stream_in(self, chunks: Iterable[bytes], *, path: str, user: str = "") -> None:
         """Unpack a tar stream into a directory of the container, as a user of the container."""
-        self._link.stream_in(calls.stream_in_target(self.handle, path, user), chunks)
+        self._link.upload(calls.stream_in(self.handle, path, user), chunks)
 
     def stream_out(self, path: str, *, user: str = "") -> Iterator[bytes]:
         """A tar stream of a file or directory; with a trailing slash of the directory's contents."""

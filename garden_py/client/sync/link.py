@@ -161,8 +161,8 @@ class Link:
         finally:
             stream.cancel()
 
-    def stream_in(self, target: pb.StreamInRequest, chunks: Iterable[bytes]) -> None:
-        """Send a tar in pieces of at most CHUNK_BYTES.
+    def upload(self, call: calls.Upload[Value], chunks: Iterable[bytes]) -> Value:
+        """Send bytes in pieces of at most CHUNK_BYTES; the answer.
 
         Raises:
             GardenError: the server refused.
@@ -170,23 +170,23 @@ class Link:
         """
         source_failures: list[BaseException] = []
 
-        def requests() -> Iterator[pb.StreamInRequest]:
-            yield target
+        def requests() -> Iterator[Message]:
+            yield call.first
             try:
                 for chunk in chunks:
-                    yield from calls.stream_in_data(chunk, CHUNK_BYTES)
+                    yield from call.pieces(chunk, CHUNK_BYTES)
             except Exception as failure:  # noqa: BLE001 - kept for the caller's thread
                 source_failures.append(failure)
                 stream.cancel()
 
         method = self._channel.stream_unary(
-            calls.method_path("StreamIn"),
-            request_serializer=pb.StreamInRequest.SerializeToString,
-            response_deserializer=pb.StreamInResponse.FromString,
+            calls.method_path(call.rpc),
+            request_serializer=type(call.first).SerializeToString,
+            response_deserializer=call.reply_type.FromString,
         )
         started = threading.Event()
 
-        def begin() -> Iterator[pb.StreamInRequest]:
+        def begin() -> Iterator[Message]:
             # gRPC's sending thread may run before `stream` is bound; the first request must not.
             started.wait()
             yield from requests()
@@ -194,7 +194,7 @@ class Link:
         stream: Any = method.future(begin())
         started.set()
         try:
-            stream.result()
+            return call.decode(stream.result())
         except (grpc.RpcError, grpc.FutureCancelledError) as failure:
             if source_failures:
                 raise source_failures[0] from None

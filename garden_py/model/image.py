@@ -1,0 +1,302 @@
+"""References to images, and what an image says of itself.
+
+One syntax for every door (docs/images.md):
+
+    /dir, raw:///dir, file:///dir     a directory on the server, used as it is and never written
+    /file.tar, file:///file.tar       a tar of a root file system on the server, read again when the file changes
+    oci:///dir[:tag]                  an OCI image layout
+    oci-archive:///file[:tag]         a tar of one
+    docker-archive:///file[:name]     what `docker save` writes
+    docker://host/repo[:tag|@digest]  in a registry; `docker:///repo` on Docker Hub; Garden's `#tag` is taken for `:tag`
+    store:name, store:sha256:…        in the server's own store: by the name it was imported under, or by its id
+
+Source: OCI image-spec config.md, distribution-spec (names), Garden statement M2.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from enum import Enum
+
+DOCKER_HUB = "docker.io"
+_PATH_COMPONENT = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
+_REPOSITORY = re.compile(rf"{_PATH_COMPONENT}(?:/{_PATH_COMPONENT})*")
+_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+_LOCAL_TAG = re.compile(
+    r"[A-Za-z0-9_][A-Za-z0-9._/:-]*"
+)  # a layout's ref.name may be a whole name with its tag
+_HOST = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9a-fA-F:]+\])(?::[0-9]{1,5})?")
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_NAME_MAX = 255
+_LENGTH_MAX = 4096
+
+
+class Transport(Enum):
+    """How an image is reached; the values are those of containers-transports(5) where it has one."""
+
+    PATH = "path"
+    OCI = "oci"
+    OCI_ARCHIVE = "oci-archive"
+    DOCKER_ARCHIVE = "docker-archive"
+    REGISTRY = "docker"
+    STORE = "store"
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRef:
+    """A well-formed reference.
+
+    Attributes:
+        path: on the server; of PATH, OCI and the archives.
+        host: of a registry, as the caller wrote it, `docker.io` for Docker Hub; REGISTRY only.
+        name: the repository (REGISTRY), the name or id in the store (STORE).
+        tag: of one image among several; empty: `latest` in a registry, else the only one there is.
+        digest: `sha256:…` of the manifest; then tag does not count.
+    """
+
+    transport: Transport
+    path: str = ""
+    host: str = ""
+    name: str = ""
+    tag: str = ""
+    digest: str = ""
+
+    def __str__(self) -> str:
+        """The canonical text, which parses to the same reference."""
+        match self.transport:
+            case Transport.PATH:
+                return self.path
+            case Transport.STORE:
+                return f"store:{self.name}"
+            case Transport.REGISTRY:
+                end = f"@{self.digest}" if self.digest else f":{self.tag or 'latest'}"
+                return f"docker://{self.host}/{self.name}{end}"
+            case _:
+                return f"{self.transport.value}://{self.path}" + (f":{self.tag}" if self.tag else "")
+
+    @property
+    def id(self) -> str:
+        """The image id that a reference into the store states itself; else empty."""
+        return self.name if self.transport is Transport.STORE and _DIGEST.fullmatch(self.name) else ""
+
+
+@dataclass(frozen=True, slots=True)
+class RegistryAuth:
+    """A user's name and password at a registry. Never written down, and not shown."""
+
+    username: str
+    password: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageConfig:
+    """What processes may take from an image. Source: OCI image-spec config.md.
+
+    Attributes:
+        env: NAME=VALUE.
+        labels: free pairs, sorted.
+    """
+
+    env: tuple[str, ...] = ()
+    user: str = ""
+    working_dir: str = ""
+    entrypoint: tuple[str, ...] = ()
+    cmd: tuple[str, ...] = ()
+    labels: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LayerInfo:
+    """One layer of an image in the store.
+
+    Attributes:
+        diff_id: digest of the uncompressed layer.
+        bytes: unpacked, on disk.
+    """
+
+    diff_id: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInfo:
+    """An image in the store.
+
+    Attributes:
+        id: digest of its config, `sha256:…`.
+        names: references by which it was pulled or imported; none any more if all have moved on to other images.
+        layers: lowest first.
+        pulled_ns, used_ns: CLOCK_REALTIME; the latest pull, and the latest create.
+        in_use: by how many containers and sidecars.
+        manifest_digest: `sha256:…`, of the latest pull; empty for an imported one.
+    """
+
+    id: str
+    names: tuple[str, ...]
+    layers: tuple[LayerInfo, ...]
+    config: ImageConfig
+    architecture: str
+    os: str
+    created: str
+    pulled_ns: int
+    used_ns: int
+    in_use: int
+    manifest_digest: str = ""
+
+    @property
+    def bytes(self) -> int:
+        """On disk, layers shared with other images included."""
+        return sum(layer.bytes for layer in self.layers)
+
+
+@dataclass(frozen=True, slots=True)
+class UsedImage:
+    """What a container or sidecar was started from.
+
+    Attributes:
+        id: as ImageInfo.id.
+        name: the reference as it was given.
+        diff_ids: of its layers, lowest first.
+        bytes: of all layers on disk.
+    """
+
+    id: str
+    name: str
+    diff_ids: tuple[str, ...]
+    config: ImageConfig
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PullProgress:
+    """How far a pull is.
+
+    Attributes:
+        phase: "resolving", "pulling", "unpacking" or "done".
+        layers, layers_done: of the image; those in the store already count as done.
+        bytes, bytes_done: compressed, of the layers that have to be fetched; 0 while not known.
+    """
+
+    phase: str
+    layers: int = 0
+    layers_done: int = 0
+    bytes: int = 0
+    bytes_done: int = 0
+
+    def __str__(self) -> str:
+        """For people."""
+        if self.phase == "resolving" or not self.layers:
+            return f"{self.phase} image"
+        layers = f"{self.layers_done} of {self.layers} layers"
+        return f"{self.phase} image: {layers}, {self.bytes_done} of {self.bytes} bytes"
+
+
+class BadReference(ValueError):
+    """A text is no image reference; the message says what would be."""
+
+
+def parse_image(text: str) -> ImageRef:
+    """Read a reference.
+
+    Raises:
+        BadReference: says what is wrong.
+    """
+    if "\0" in text or len(text) > _LENGTH_MAX:
+        raise BadReference(f"must be at most {_LENGTH_MAX} characters without NUL")
+    scheme, colon, rest = text.partition(":")
+    if text.startswith("/") or not colon:
+        return _parse_path(text)
+    match scheme:
+        case "raw" | "file":
+            return _parse_path(_after_slashes(scheme, rest))
+        case "oci" | "oci-archive" | "docker-archive":
+            return _parse_local(Transport(scheme), _after_slashes(scheme, rest))
+        case "docker":
+            return _parse_registry(rest)
+        case "store":
+            return _parse_store(rest)
+        case _:
+            raise BadReference(
+                f"{scheme}: is not known here; known are a directory or tar file (/path, raw:///path, file:///path), "
+                "oci:///dir:tag, oci-archive:///file, docker-archive:///file, docker://host/repo:tag and store:name"
+            )
+
+
+def image_problem(image: str) -> str | None:
+    """What is wrong with an image reference; None if it is well-formed."""
+    try:
+        parse_image(image)
+    except BadReference as error:
+        return str(error)
+    return None
+
+
+def _after_slashes(scheme: str, rest: str) -> str:
+    """The path of `scheme:///path` and of `scheme:/path`."""
+    path = rest[2:] if rest.startswith("//") else rest
+    if not path.startswith("/"):
+        raise BadReference(f"must be an absolute path: {scheme}:///path")
+    return path
+
+
+def _parse_path(path: str) -> ImageRef:
+    if not path.startswith("/"):
+        raise BadReference(
+            "must be an absolute directory, or a reference with its kind in front, e.g. docker:///busybox"
+        )
+    return ImageRef(Transport.PATH, path=path)
+
+
+def _parse_local(transport: Transport, rest: str) -> ImageRef:
+    """`/path[:tag]`; the tag may be a whole name, and have colons of its own."""
+    path, _, tag = rest.partition(":")
+    if tag and not _LOCAL_TAG.fullmatch(tag):
+        raise BadReference(f"{tag!r} is not a tag")
+    return ImageRef(transport, path=path, tag=tag)
+
+
+def _parse_registry(rest: str) -> ImageRef:
+    if not rest.startswith("//"):
+        raise BadReference("must be docker://host/repository:tag, or docker:///repository:tag for Docker Hub")
+    text = rest[2:].replace("#", ":", 1)  # Garden statement M2
+    host, name = _split_host(text)
+    name, at, digest = name.partition("@")
+    if at and not _DIGEST.fullmatch(digest):
+        raise BadReference("a digest must be sha256: and 64 hexadecimal digits in lower case")
+    name, colon, tag = name.partition(":")
+    if colon and not _TAG.fullmatch(tag):
+        raise BadReference(f"{tag!r} is not a tag: at most 128 of A-Z a-z 0-9 . _ -")
+    if host == DOCKER_HUB and "/" not in name:
+        name = f"library/{name}"
+    if not _REPOSITORY.fullmatch(name) or len(name) > _NAME_MAX:
+        raise BadReference(
+            f"{name!r} is not a repository: lower-case letters, digits, and single . _ - between them"
+        )
+    if not _HOST.fullmatch(host):
+        raise BadReference(f"{host!r} is not a registry's HOST or HOST:PORT")
+    return ImageRef(
+        Transport.REGISTRY, host=host, name=name, tag="" if digest else tag or "latest", digest=digest
+    )
+
+
+def _split_host(text: str) -> tuple[str, str]:
+    """Host and rest; without a host, Docker Hub. A first part with neither dot nor port is none, but `localhost`."""
+    if text.startswith("/"):
+        return DOCKER_HUB, text[1:]
+    first, slash, rest = text.partition("/")
+    if slash and (set(first) & set(".:[") or first == "localhost"):
+        known = {"index.docker.io", "registry-1.docker.io"}
+        return (DOCKER_HUB if first in known else first), rest
+    return DOCKER_HUB, text
+
+
+def _parse_store(name: str) -> ImageRef:
+    base, colon, tag = name.partition(":")
+    if _DIGEST.fullmatch(name):
+        return ImageRef(Transport.STORE, name=name)
+    if not _REPOSITORY.fullmatch(base) or (colon and not _TAG.fullmatch(tag)) or len(base) > _NAME_MAX:
+        raise BadReference(
+            "must be store:name[:tag] with a lower-case name, or store:sha256:… with an image's id"
+        )
+    return ImageRef(Transport.STORE, name=f"{base}:{tag or 'latest'}")
