@@ -223,6 +223,7 @@ class ImageInvalid(GardenError):
     def __init__(self, image: str, problem: str) -> None:
         super().__init__(f"image {image} is invalid: {problem}")
         self.image = image
+        self.problem = problem
 
 
 class ImageTooLarge(GardenError):

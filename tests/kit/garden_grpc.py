@@ -58,9 +58,14 @@ class GrpcGarden(GardenClientBase):
 
     def create(self, **spec: Any) -> str:
         grace_ns, limits = spec.pop("grace_time", None), spec.pop("limits", {})
+        image = spec.pop("image", {})
         found = pb.ContainerSpec(
             bind_mounts=[bind_mount(**mount) for mount in spec.pop("bind_mounts", ())], **spec
         )
+        if image:
+            found.image = image.get("uri", "")
+            if (auth := auth_of(image)) is not None:
+                found.image_auth.CopyFrom(auth)
         if grace_ns is not None:
             found.grace_time.FromNanoseconds(grace_ns)
         if limits:
@@ -135,7 +140,12 @@ class GrpcGarden(GardenClientBase):
         found = pb.ProcessSpec(path=path, args=args, **spec)
         if image:
             found.sidecar.CopyFrom(
-                pb.Sidecar(image=image["uri"], bind_mounts=mounts, own_limits=limits is not None)
+                pb.Sidecar(
+                    image=image["uri"],
+                    bind_mounts=mounts,
+                    own_limits=limits is not None,
+                    image_auth=auth_of(image),
+                )
             )
         if limits:
             found.limits.CopyFrom(limits_of(**limits))
@@ -219,6 +229,13 @@ class GrpcProcess(ProcessBase):
 def bind_mount(src_path: str, dst_path: str, mode: int = 0) -> pb.BindMount:
     """A mount in gRPC's words; the modes have the same numbers."""
     return pb.BindMount(source=src_path, destination=dst_path, mode=mode)
+
+
+def auth_of(image: dict[str, str]) -> pb.RegistryAuth | None:
+    """User and password of a Garden image, if it has some."""
+    if "username" not in image:
+        return None
+    return pb.RegistryAuth(username=image["username"], password=image["password"])
 
 
 def limits_of(

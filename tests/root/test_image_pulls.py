@@ -8,6 +8,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -423,6 +424,44 @@ def test_what_is_no_image_is_refused_and_leaves_nothing(
     assert caught.value.code == "IMAGE_INVALID", caught.value
     assert layers_on_disk(server) == before
     assert list((server.place / "state/images/staging").iterdir()) == []
+
+
+@pytest.mark.parametrize("what", ["dev", "proc", "sys", "etc"])
+@pytest.mark.parametrize("as_sidecar", [False, True], ids=["container", "sidecar"])
+def test_links_in_the_way_of_the_runtime_are_refused(
+    garden: GardenClient, tmp_path: Path, what: str, as_sidecar: bool
+) -> None:
+    """The runtime would mount where they lead to; and as a file it could not mount at all."""
+    layout, canary = Layout(tmp_path / "layout"), tmp_path / "canary"
+    canary.mkdir()
+    for tag, member in (("link", link(what, f"../../../..{canary}")), ("file", entry(what, b"x"))):
+        layout.add(tag, [busybox_layer(), tar_layer(member)])
+        spec = ProcessSpec("true", sidecar=Sidecar(layout.reference(tag)))
+        start = (
+            partial(garden.create().run, spec)
+            if as_sidecar
+            else partial(made_of, garden, layout.reference(tag))
+        )
+        with pytest.raises(FailedPrecondition, match=f"its /{what} is") as caught:
+            start()
+        assert caught.value.code == "IMAGE_INVALID"
+    assert list(canary.iterdir()) == []
+
+
+def test_links_that_images_do_have(garden: GardenClient, tmp_path: Path) -> None:
+    """resolv.conf and hosts as links, also out of the root: they are followed within it."""
+    layout, canary = Layout(tmp_path / "layout"), tmp_path / "canary"
+    canary.mkdir()
+    top = tar_layer(
+        link("etc/resolv.conf", "../run/systemd/resolve/stub-resolv.conf"),
+        link("etc/hosts", f"../../../../..{canary}/hosts"),
+        link("tmp", "/var/tmp"),
+    )
+    layout.add("links", [busybox_layer(), top])
+    with made_of(garden, layout.reference("links")) as container:
+        assert "nameserver" in text_of(container, "cat /etc/resolv.conf")
+        assert container.handle[-12:] in text_of(container, "cat /etc/hosts")
+    assert list(canary.iterdir()) == []
 
 
 # --- the store

@@ -23,7 +23,7 @@ class NoStore:
 
     @asynccontextmanager
     async def prepared(self, text: str, *_: object) -> AsyncIterator[Rootfs]:
-        yield Rootfs((Path(text),))
+        yield Rootfs(text, (Path(text),))
 
 
 class Failing(Sidecars):

@@ -58,10 +58,12 @@ class Rootfs:
     """What a root file system is made of.
 
     Attributes:
+        name: the reference.
         directories: on the host, lowest first.
         used: the image in the store; None for a plain directory.
     """
 
+    name: str
     directories: tuple[Path, ...]
     used: UsedImage | None = None
 
@@ -104,12 +106,12 @@ class Images:
         text = text or self._default
         ref = parse_image(text)
         if ref.transport is Transport.PATH and not is_tar(ref.path, field):
-            yield Rootfs((Path(ref.path),))
+            yield Rootfs(text, (Path(ref.path),))
             return
         image = await self._find_or_fetch(ref, auth, field, report)
         with self.store.pinned(image.diff_ids):
             directories = tuple(map(self.store.directory, topmost(image.diff_ids)))
-            yield Rootfs(directories, self.store.use(image, text))
+            yield Rootfs(text, directories, self.store.use(image, text))
         self._collect()
 
     async def _find_or_fetch(

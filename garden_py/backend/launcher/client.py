@@ -14,7 +14,7 @@ import structlog
 
 from garden_py.backend.host.framed import FramedLink, LinkClosed, Reply, RequestRefused
 from garden_py.backend.launcher import MODULE
-from garden_py.model.errors import GardenError, HostFault, InvalidField, NotSupported, PortInUse
+from garden_py.model.errors import GardenError, HostFault, ImageInvalid, InvalidField, NotSupported, PortInUse
 
 log = structlog.get_logger()
 START_TIMEOUT_S = 20.0
@@ -181,6 +181,8 @@ def _rebuild(op: str, refused: RequestRefused) -> GardenError:
     match refused.code:
         case InvalidField.code if "field" in facts:
             return InvalidField(facts["field"], facts["problem"])
+        case ImageInvalid.code:
+            return ImageInvalid(facts["image"], facts["problem"])
         case PortInUse.code:
             return PortInUse(facts["port"])
         case NotSupported.code:

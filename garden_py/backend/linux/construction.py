@@ -114,6 +114,7 @@ class Construction:
             directory=directory,
             etc=directory / "etc",
             layers=rootfs.directories,
+            image=rootfs.name,
             isolation=facts.isolation or site.isolation(privileged=spec.privileged, slot=facts.uid_slot),
             hostname=spec.hostname or hostname_for(spec.handle),
             cgroup_path=site.cgroup(spec.handle).runtime_path,

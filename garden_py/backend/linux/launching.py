@@ -36,6 +36,7 @@ class Launch:
         etc: directory with its hosts and resolv.conf.
         joins: namespaces of others, by the OCI's names, to the paths they are entered by.
         layers: directories of its image, lowest first.
+        image: what to call that in errors.
         fail_points: to be reached in the worker (observe/failpoints.py).
     """
 
@@ -44,6 +45,7 @@ class Launch:
     directory: Path
     etc: Path
     layers: tuple[Path, ...]
+    image: str
     isolation: Isolation
     hostname: str
     cgroup_path: str
@@ -111,6 +113,7 @@ class AgentStarter:
             work=str(launch.directory / "work"),
             id_map=launch.isolation.id_map(self._site.facts.highest_id),
             binds=tuple(binds),
+            image=launch.image,
         )
 
     def _request(self, launch: Launch, plan: MountPlan) -> BundleRequest:

@@ -182,6 +182,7 @@ class Sidecars:
                 directory=directory,
                 etc=container.directory / "etc",
                 layers=rootfs.directories,
+                image=rootfs.name,
                 isolation=facts.isolation
                 or self._site.isolation(privileged=facts.privileged, slot=facts.uid_slot),
                 hostname="",

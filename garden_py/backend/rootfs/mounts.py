@@ -27,8 +27,10 @@ from pathlib import Path
 from garden_py.backend.host import syscalls
 from garden_py.backend.host.idmap import IdMap
 from garden_py.backend.host.userns import make_userns
+from garden_py.model.errors import ImageInvalid
 
 _USERNS_CACHE_MAX = 64
+_PLACES = ("dev", "etc", "proc", "sys")  # where the runtime mounts
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,7 @@ class MountPlan:
     Attributes:
         directory: `<mount_dir>/<id>`, made by `apply` and gone after `release`.
         layers: directories of the image, lowest first.
+        image: what to call it in errors.
         id_map: of the container; None for a privileged one.
     """
 
@@ -63,6 +66,7 @@ class MountPlan:
     work: str
     id_map: IdMap | None
     binds: tuple[BindSource, ...] = ()
+    image: str = ""
 
     @property
     def rootfs(self) -> Path:
@@ -83,14 +87,16 @@ def apply(plan: MountPlan) -> None:
 
     Raises:
         MountStepFailed: naming the mount that failed.
+        ImageInvalid: the image has something in the way of what every container gets.
     """
     plan.directory.mkdir(mode=0o711)
     try:
         userns_fd = None if plan.id_map is None else _userns_fds.get(plan.id_map)
         _mount_rootfs(plan, userns_fd)
+        _check_places(plan)
         for bind in plan.binds:
             _clone_bind(plan.directory, bind, userns_fd)
-    except OSError:
+    except (OSError, ImageInvalid):
         release(plan.directory)
         raise
 
@@ -142,6 +148,18 @@ def _mount_rootfs(plan: MountPlan, userns_fd: int | None) -> None:
         raise MountStepFailed("overlay of the root file system", error) from error
     finally:
         os.chdir("/")
+
+
+def _check_places(plan: MountPlan) -> None:
+    """Refuse an image that would have the runtime mount elsewhere than where it says (runc CVE-2019-19921 class)."""
+    for name in _PLACES:
+        try:
+            mode = (plan.rootfs / name).lstat().st_mode
+        except FileNotFoundError:
+            continue
+        if not stat.S_ISDIR(mode):
+            what = "a symbolic link" if stat.S_ISLNK(mode) else "not a directory"
+            raise ImageInvalid(plan.image, f"its /{name} is {what}; a container needs a directory there")
 
 
 def _clone_bind(directory: Path, bind: BindSource, userns_fd: int | None) -> None:
