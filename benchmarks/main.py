@@ -25,6 +25,7 @@ import agent
 import bare_runtime
 import garden
 import garden_load
+import images
 import lifecycle
 import processes
 import queries
@@ -45,6 +46,7 @@ MEASUREMENTS: dict[str, Callable[[Setting], Iterator[Row]]] = {
     "agent": agent.measure_agent,
     "load": lifecycle.measure_load,
     "restart": restart.measure_restart,
+    "images": images.measure_images,
     "garden": garden.measure_garden,
     "garden_load": garden_load.measure_garden_load,
 }

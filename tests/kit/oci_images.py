@@ -112,20 +112,30 @@ class Layout:
         diff_ids: Sequence[str] | None = None,
     ) -> dict[str, Any]:
         """Add an image under a tag; its manifest."""
-        descriptors = [self._layer(layer, compress) for layer in layers]
+        blobs = [self._layer(layer, compress) for layer in layers]
         wanted = diff_ids or [f"sha256:{hashlib.sha256(layer).hexdigest()}" for layer in layers]
+        return self.add_blobs(tag, blobs, wanted, config)
+
+    def add_blobs(
+        self,
+        tag: str,
+        blobs: Sequence[dict[str, Any]],
+        diff_ids: Sequence[str],
+        config: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Add an image of layers that are there already; its manifest."""
         full = {
             "architecture": "amd64",
             "os": "linux",
             "created": "2026-01-02T03:04:05Z",
             "config": dict(config or {}),
-            "rootfs": {"type": "layers", "diff_ids": list(wanted)},
+            "rootfs": {"type": "layers", "diff_ids": list(diff_ids)},
         }
         manifest = {
             "schemaVersion": 2,
             "mediaType": f"{OCI}.manifest.v1+json",
             "config": self.put(json.dumps(full).encode(), f"{OCI}.config.v1+json"),
-            "layers": descriptors,
+            "layers": list(blobs),
         }
         self.tag(tag, self.put(json.dumps(manifest).encode(), f"{OCI}.manifest.v1+json"))
         return manifest

@@ -24,12 +24,16 @@ class Registry:
     Args:
         directory: for its files.
         users: names and passwords; with any it asks for one (Basic, from an htpasswd file).
+
+    Attributes:
+        small: what stands in the log for the fetch of a blob that a test watches.
     """
 
     def __init__(self, directory: Path, users: dict[str, str] | None = None) -> None:
         self.directory = directory
         self.users = users or {}
         self.port = free_port()
+        self.small = ""
         self._process: subprocess.Popen[bytes] | None = None
         directory.mkdir(parents=True)
         self._log = directory / "log"

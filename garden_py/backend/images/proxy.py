@@ -26,7 +26,7 @@ _PROTOCOL = re.compile(r"0\.2\.\d+")
 _MESSAGE_MAX = 1 << 20
 METADATA_MAX = 16 << 20
 _OPEN_TIMEOUT_S = 60.0
-_EXIT_TIMEOUT_S = 5.0
+_LAST_WORDS_S = 1.0
 
 
 class ProxyFailed(Exception):
@@ -168,6 +168,8 @@ class ImageProxy:
 
         Raises:
             ProxyFailed: the blob cannot be fetched, or is not what its digest says.
+
+        After a failure, only `close` is left to call.
         """
         _, fd, pipe = self._request("GetBlob", self._image, digest, size)
         self._socket.settimeout(None)  # a large blob may take any time; the server watches the progress
@@ -175,8 +177,11 @@ class ImageProxy:
         try:
             consume(fd)
         except BaseException as error:
+            self._socket.settimeout(_LAST_WORDS_S)  # it may be waiting for a registry that says nothing more
             try:
                 self._finished()
+            except TimeoutError:
+                raise error from None
             except ProxyFailed as cause:
                 if "broken pipe" not in str(cause):  # which is consume's own end, as skopeo sees it
                     raise cause from error
@@ -184,13 +189,10 @@ class ImageProxy:
         self._finished()
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, at once: it keeps nothing."""
         self._socket.close()
-        try:
-            self._process.wait(_EXIT_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._process.kill()
+        self._process.wait()
 
 
 def _auth_file(source: Source) -> int:

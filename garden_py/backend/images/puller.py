@@ -138,9 +138,10 @@ class _Lane(threading.Thread):
                 answer = self._fetch(job)
             except ProxyFailed as error:
                 answer = {"failed": _describe(str(error))}
-                self.proxy = None
             except TimeoutError:
                 answer = {"failed": {"kind": "unreachable", "message": "the registry does not answer"}}
+            if "failed" in answer and self.proxy is not None:
+                self.proxy.close()
                 self.proxy = None
             _say({"layer": job["layer"], **answer})
 
