@@ -25,6 +25,7 @@ import agent
 import bare_runtime
 import garden
 import garden_load
+import images
 import lifecycle
 import processes
 import queries
@@ -47,6 +48,7 @@ MEASUREMENTS: dict[str, Callable[[Setting], Iterator[Row]]] = {
     "restart": restart.measure_restart,
     "garden": garden.measure_garden,
     "garden_load": garden_load.measure_garden_load,
+    "unpack": images.measure_unpack,
 }
 
 

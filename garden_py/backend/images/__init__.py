@@ -1,0 +1,1 @@
+"""Images: layers fetched, checked, unpacked and kept."""
