@@ -26,6 +26,7 @@ import bare_runtime
 import garden
 import garden_load
 import images
+import layers
 import lifecycle
 import processes
 import queries
@@ -49,6 +50,7 @@ MEASUREMENTS: dict[str, Callable[[Setting], Iterator[Row]]] = {
     "images": images.measure_images,
     "garden": garden.measure_garden,
     "garden_load": garden_load.measure_garden_load,
+    "unpack": layers.measure_unpack,
 }
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+
+from kit import hostile_layers as build
 
 from garden_py import wire
 
@@ -68,6 +71,22 @@ SEEDS: dict[str, tuple[bytes, ...]] = {
         wire.encode_frame(wire.EVENT, 0, {"event": "exited", "process": "p", "status": 0, "ended_ns": 1})
         + wire.encode_frame(wire.ERROR, 2, {"code": "internal", "message": "m", "x": None, "y": {"z": [True]}}),
     ),
+    "layers": (
+        build.layer(build.file(b"./d/f", b"x")),
+        build.pax({b"path": b"p/f", b"mtime": b"-1.5", b"uid": b"70000", b"SCHILY.xattr.user.a": b"b"})
+        + build.file(b"f"),
+        build.pax({b"GNU.sparse.map": b"512,1", b"GNU.sparse.size": b"1024"})[512:] + build.file(b"f", b"x"),
+        build.long_name(b"n" * 120)[:1024] + build.hard_link(b"h", b"f")[:400],
+        build.header(b"s", b"S", size=1, tail=(bytes(41) + build.octal(512, 12) + build.octal(1, 12)).ljust(138, b"\0")
+                     + build.octal(513, 12)) + b"x".ljust(512, b"\0"),
+        build.header(b"b", size=1 << 40, mtime=-1, uid=1 << 30),
+    ),
+    "compressed": (
+        gzip.compress(b"text " * 50, mtime=0) + gzip.compress(b"", mtime=0) + bytes(9),
+        build.zstd_frames(b"text " * 50),
+        build.zstd_frames(bytes(300_000), pieces=1),
+        b"plain",
+    ),
 }  # fmt: skip
 
 WORDS: dict[str, tuple[bytes, ...]] = {
@@ -87,5 +106,15 @@ WORDS: dict[str, tuple[bytes, ...]] = {
         b"GA\x01\x01", b"GA", b"N", b"T", b"F", b"i" + bytes(8), b"y\x01\0\0\0x", b"s\x02\0\0\0\xc3\xa9",
         b"l\x01\0\0\0", b"d\x01\0\0\0\x01\0\0\0a", b"\xff\xff\xff\xff", bytes(4), b"\x01\0\0\0",
         b"\x04\0\0\0wire", b"\x09\0\0\0processes",
+    ),
+    "layers": (
+        bytes(512), b"0" * 12, b"\x80" + bytes(11), b"\xff" * 12, b"00000001000\0", b"ustar\0", b"ustar  \0", b"x",
+        b"L", b"S", b"5", b"2", b"1", b"11 path=a/b\n", b"10 size=5\n", b"15 mtime=1.5\n", b"../", b"/", b"\n",
+        b"22 GNU.sparse.major=1\n", b"22 GNU.sparse.minor=0\n", b"25 GNU.sparse.realsize=9\n", b"1\n0\n1\n",
+    ),
+    "compressed": (
+        b"\x1f\x8b\x08", bytes(8), b"\x28\xb5\x2f\xfd", b"\x50\x2a\x4d\x18", b"\x01\0\0", b"\x03\0\x10",
+        b"\x02\0\x10",
+        b"\x04\0", b"\x24\0", b"\xff\xff\xff\xff", gzip.compress(b"", mtime=0),
     ),
 }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import re
 import zlib
@@ -17,6 +18,8 @@ import h11
 from garden_py import wire
 from garden_py.agent import fields as agent_fields
 from garden_py.api.http import decode, exchange, fields, messages, routes
+from garden_py.backend.images import decompress, layer_paths, tar_numbers, tar_reader
+from garden_py.backend.images.layer_failures import LayerError
 from garden_py.backend.streams import agent_replies
 from garden_py.model import errors
 from garden_py.model.netrule import DefaultAction
@@ -193,6 +196,49 @@ def check_requests(data: bytes) -> object:
     return same_however_cut(data, read_requests)
 
 
+# --- layers of images
+
+_PLAIN_MAX = 4 << 20
+_PIECE_MAX = 10 * (128 << 10)  # zstd: a block that was cut before, and the eight that are decoded at once
+
+
+def read_layer(pieces: Iterable[bytes]) -> object:
+    """The entries of a tar archive with their content, and what ended them; checksums are taken as right."""
+    stream = tar_reader.PlainStream(iter([piece for piece in pieces if piece]), max_bytes=_PLAIN_MAX)
+    reader, found = tar_reader.TarReader(stream), []
+    has_checksum, tar_reader.has_checksum = tar_reader.has_checksum, lambda header: True
+    try:
+        for entry in reader:
+            found.append((repr(entry), b"".join(reader.content())))
+            assert 0 <= entry.stored_size <= entry.size or entry.segments is None
+            assert sum(length for _, length in entry.segments or ()) in (0, entry.stored_size)
+            with suppress(LayerError):
+                parts = layer_paths.split_name(entry.name)
+                assert not {b"", b".", b".."}.intersection(parts)
+    except LayerError as error:
+        return found, str(error)
+    finally:
+        tar_reader.has_checksum = has_checksum
+    return found, ""
+
+
+def read_compressed(pieces: Iterable[bytes]) -> object:
+    """The plain bytes; None if they are damaged or too many."""
+    pieces = [piece for piece in pieces if piece]
+    head = b"".join(pieces)[: decompress.DETECT_BYTES]
+    made, plain = decompress.decompressor_for(head), b""
+    try:
+        for piece in itertools.chain.from_iterable(map(made.feed, pieces)):
+            assert len(piece) <= _PIECE_MAX
+            plain += piece
+            if len(plain) > _PLAIN_MAX:
+                return None
+        made.finish()
+    except LayerError:
+        return None
+    return plain
+
+
 @dataclass(frozen=True)
 class Target:
     """What is fuzzed.
@@ -214,5 +260,11 @@ TARGETS = {
     "messages": Target(check_messages, read_messages, (messages, fields)),
     "frames": Target(
         check_frames, lambda pieces: check_frames(b"".join(pieces)), (wire, agent_replies, agent_fields)
+    ),
+    "layers": Target(
+        lambda data: same_however_cut(data, read_layer), read_layer, (tar_reader, tar_numbers, layer_paths)
+    ),
+    "compressed": Target(
+        lambda data: same_however_cut(data, read_compressed), read_compressed, (decompress,)
     ),
 }

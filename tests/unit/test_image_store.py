@@ -206,6 +206,24 @@ def test_what_was_half_done_is_thrown_away(bench: Bench) -> None:
         assert not staged.exists()
 
 
+def test_directories_are_given_once_and_none_below_one_that_hides_all(bench: Bench) -> None:
+    for letter in "1245":
+        bench.layer(letter)
+    with bench.store.staging() as staged:
+        (staged / "fs").mkdir()
+        bench.store.commit_layer(staged, Layer(digest("3"), 1, read_boot_id(), hides_lower=True))
+    for wanted, found in (
+        ("12", "12"),
+        ("121", "21"),
+        ("1324", "324"),
+        ("13", "3"),
+        ("31", "31"),
+        ("1334345", "345"),
+    ):
+        directories = bench.store.directories(map(digest, wanted))
+        assert "".join(path.parent.name[0] for path in directories) == found
+
+
 def test_a_second_commit_of_a_layer_changes_nothing(bench: Bench) -> None:
     bench.layer("1", 100)
     bench.layer("1", 999)

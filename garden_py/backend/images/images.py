@@ -11,7 +11,7 @@ import errno
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -110,8 +110,7 @@ class Images:
             return
         image = await self._find_or_fetch(ref, auth, field, report)
         with self.store.pinned(image.diff_ids):
-            directories = tuple(map(self.store.directory, topmost(image.diff_ids)))
-            yield Rootfs(text, directories, self.store.use(image, text))
+            yield Rootfs(text, self.store.directories(image.diff_ids), self.store.use(image, text))
         self._collect()
 
     async def _find_or_fetch(
@@ -209,7 +208,8 @@ class Images:
         account.done(number)
 
     def _commit(self, staged: Path, done: dict[str, Any]) -> None:
-        self.store.commit_layer(staged, Layer(done["diff_id"], done["bytes"], read_boot_id()))
+        layer = Layer(done["diff_id"], done["bytes"], read_boot_id(), hides_lower=done["opaque_root"])
+        self.store.commit_layer(staged, layer)
 
     async def _fetch_tar(self, ref: ImageRef, report: Report) -> Image:
         """A tar of a root file system, on the server's disk."""
@@ -471,15 +471,6 @@ class _Account:
     def _tell(self) -> None:
         done = self._base.layers - len(self._todo)
         self._report(replace(self._base, layers_done=done, bytes_done=sum(self._fetched.values())))
-
-
-def topmost(diff_ids: Iterable[str]) -> list[str]:
-    """Each layer once, where it lies highest: what a lower one shows or hides, the higher one does again.
-
-    overlayfs refuses a lower directory that is there twice (ELOOP).
-    """
-    last = list(dict.fromkeys(reversed(list(diff_ids))))
-    return last[::-1]
 
 
 def is_tar(path: str, field: str) -> bool:

@@ -46,12 +46,14 @@ class Layer:
         bytes: on disk.
         boot: of the machine when it was unpacked.
         synced: it has been written out; else it is worth nothing after another boot.
+        hides_lower: nothing of the layers below it is to be seen. overlayfs does not look at an opaque root.
     """
 
     diff_id: str
     bytes: int
     boot: str
     synced: bool = False
+    hides_lower: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +163,18 @@ class ImageStore:
 
     def _layer(self, diff_id: str) -> Path:
         return self._root / "layers" / _hex(diff_id)
+
+    def directories(self, diff_ids: Iterable[str]) -> tuple[Path, ...]:
+        """What overlayfs is to be given for layers, lowest first: each once, and nothing that is hidden as a whole.
+
+        It refuses a lower directory that is there twice (ELOOP); what a layer shows or hides, it does again higher up.
+        """
+        seen: dict[str, Path] = {}
+        for diff_id in reversed(list(diff_ids)):
+            seen.setdefault(diff_id, self.directory(diff_id))
+            if self._layers[diff_id].hides_lower:
+                break
+        return tuple(reversed(seen.values()))
 
     def has_layer(self, diff_id: str) -> bool:
         """Whether a layer is there, complete."""
