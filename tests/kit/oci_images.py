@@ -110,11 +110,12 @@ class Layout:
         config: Mapping[str, Any] | None = None,
         compress: str = "gzip",
         diff_ids: Sequence[str] | None = None,
+        architecture: str = "amd64",
     ) -> dict[str, Any]:
         """Add an image under a tag; its manifest."""
         blobs = [self._layer(layer, compress) for layer in layers]
         wanted = diff_ids or [f"sha256:{hashlib.sha256(layer).hexdigest()}" for layer in layers]
-        return self.add_blobs(tag, blobs, wanted, config)
+        return self.add_blobs(tag, blobs, wanted, config, architecture)
 
     def add_blobs(
         self,
@@ -122,10 +123,11 @@ class Layout:
         blobs: Sequence[dict[str, Any]],
         diff_ids: Sequence[str],
         config: Mapping[str, Any] | None = None,
+        architecture: str = "amd64",
     ) -> dict[str, Any]:
         """Add an image of layers that are there already; its manifest."""
         full = {
-            "architecture": "amd64",
+            "architecture": architecture,
             "os": "linux",
             "created": "2026-01-02T03:04:05Z",
             "config": dict(config or {}),
