@@ -136,6 +136,9 @@ class Config(BaseModel):
             "unused for longest first; 0: never.",
         ),
     ] = 64 << 30
+    no_image_plugin: Annotated[
+        bool, Field(description="Make containers of directories only; other kinds of images are refused.")
+    ] = False
     docker_registry: Annotated[
         str, Field(description="Registry that stands for Docker Hub in docker:///repository.")
     ] = "docker.io"

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from garden_image import any_client, garden_server_with
-from kit.garden_http import GardenClientBase, GardenHttpError
+from garden_image import any_client, garden_door_of, garden_server_with
+from kit.garden_http import GardenClientBase, GardenHttp, GardenHttpError
 from kit.oci_images import Layout, busybox_layer, entry, tar_layer
 from kit.registry import Registry
 from kit.server import ServerProcess
@@ -170,6 +170,16 @@ def test_M11_as_the_reference_begins_them(
         with pytest.raises(GardenHttpError) as caught:
             garden.create(image=image)
         assert caught.value.message.startswith(WRAPPED)
+
+
+@pytest.mark.garden_only("the server's setting is the same for all doors")
+def test_M1_without_images_only_directories(tmp_path: Path, layout: Layout) -> None:
+    with garden_server_with(tmp_path, "--no-image-plugin") as server:
+        garden = GardenHttp(garden_door_of(server))
+        with pytest.raises(GardenHttpError, match="no image plugin configured"):
+            garden.create(image={"uri": layout.reference("all")})
+        with garden.container(image={"uri": f"raw://{tmp_path}/image"}) as handle:
+            assert garden.text_of(handle, "echo x") == "x\n"
 
 
 def test_PE4_a_peas_environment_is_its_images(garden: GardenClientBase, layout: Layout) -> None:

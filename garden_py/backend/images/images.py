@@ -108,10 +108,15 @@ class Images:
         if ref.transport is Transport.PATH and not is_tar(ref.path, field):
             yield Rootfs(text, (Path(ref.path),))
             return
+        self._allow_images()
         image = await self._find_or_fetch(ref, auth, field, report)
         with self.store.pinned(image.diff_ids):
             yield Rootfs(text, self.store.directories(image.diff_ids), self.store.use(image, text))
         self._collect()
+
+    def _allow_images(self) -> None:
+        if self._config.no_image_plugin:  # the reference's words come first (statement M1)
+            raise NotSupported("no image plugin configured: this server makes containers of directories only")
 
     async def _find_or_fetch(
         self, ref: ImageRef, auth: RegistryAuth | None, field: str, report: Report
@@ -269,6 +274,7 @@ class Images:
 
     async def pull(self, ref: ImageRef, auth: RegistryAuth | None, report: Report) -> ImageInfo:
         """As `fetch`, for callers."""
+        self._allow_images()
         if ref.transport is Transport.PATH and not is_tar(ref.path, "image"):
             raise InvalidField(
                 "image", f"{ref.path} is a directory, which is used as it is; there is nothing to fetch"
@@ -281,6 +287,7 @@ class Images:
 
     async def import_image(self, ref: ImageRef, chunks: AsyncIterator[bytes]) -> ImageInfo:
         """Make an image of a tar that comes in pieces; see service.ports."""
+        self._allow_images()
         reading, writing = os.pipe()
         feeding = asyncio.ensure_future(_feed(writing, chunks))
         try:

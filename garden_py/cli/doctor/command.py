@@ -16,7 +16,7 @@ import typer
 
 from garden_py.cli import options as opt
 from garden_py.cli import parse, render
-from garden_py.cli.doctor import identity, kernel, network, runtimes, storage
+from garden_py.cli.doctor import identity, images, kernel, network, runtimes, storage
 from garden_py.cli.doctor.finding import Finding, Level
 from garden_py.cli.doctor.leaks import report_leaks
 
@@ -140,6 +140,7 @@ def run_checks(plan: Plan) -> list[Finding]:
         network.check_conntrack,
         lambda: storage.check_state_directory(plan.state_dir),
         lambda: storage.check_disk_quota(plan.state_dir),
+        images.check_images,
         identity.check_capabilities,
         lambda: identity.check_uid_pool(plan.uid_start, plan.uid_ranges * _UIDS_PER_CONTAINER),
         identity.check_memory,
