@@ -34,6 +34,7 @@ from garden_py.model.errors import (
     ImageNotFound,
     ImageTooLarge,
     InvalidField,
+    NotSupported,
 )
 from garden_py.model.image import (
     ImageInfo,
