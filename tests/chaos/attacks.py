@@ -25,6 +25,7 @@ OTHER_WEIGHTS = {
     "worker-kill": 2,
     "launcher-stop": 1,
     "runtime-kill": 3,
+    "puller-kill": 2,
     "nft-table": 1,
     "disk-full": 2,
     "agent-kill": 4,
@@ -132,6 +133,16 @@ class Attacker:
                 await asyncio.sleep(0.002)
             await asyncio.sleep(plan.victim * 0.03)
             for pid in found[:1]:
+                _kill(pid)
+
+    async def _puller_kill(self, plan: AttackPlan) -> None:
+        """As above, for what fetches and unpacks an image."""
+        with self._board.attack(plan.kind):
+            deadline = time.monotonic() + _WATCH_S
+            while not (found := self._cell.pullers()) and time.monotonic() < deadline:  # noqa: ASYNC110
+                await asyncio.sleep(0.002)
+            await asyncio.sleep(plan.victim * 0.1)
+            for pid in found[int(plan.victim * len(found)) :][:1]:
                 _kill(pid)
 
     async def _disk_full(self, plan: AttackPlan) -> None:

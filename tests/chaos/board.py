@@ -70,11 +70,13 @@ class Board:
 
     Args:
         image: a root file system for sidecars.
+        images: references that containers may be made of.
         notes: a directory in which sidecars write their names, into a file of their container's name.
     """
 
-    def __init__(self, image: Path, notes: Path) -> None:
+    def __init__(self, image: Path, images: list[str], notes: Path) -> None:
         self.image = image
+        self.images = images
         self.notes = notes
         self.subjects: dict[str, Subject] = {}
         self.windows: list[Window] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -15,8 +16,10 @@ from ipaddress import IPv4Network
 from pathlib import Path
 
 from kit.addresses import first_free
+from kit.oci_images import Layout, entry, tar_layer
 from kit.server import ServerProcess, destroy_all
 
+from chaos.plan import IMAGES
 from garden_py.config import Config
 
 START_S = 40.0
@@ -46,6 +49,8 @@ class Cell:
             # A stopped agent is found out sooner than by default, or its client would do nothing for most of the run,
             # or give up waiting for an exit (patience.ANSWER_S).
             "--agent-patience-s", "5",
+            # Less than all images need: what nobody uses goes, and is fetched again.
+            "--image-gc-bytes", "3000000",
             "--agent-check-s", "15",
         ]  # fmt: skip
         self._server = ServerProcess(place, flags, f"unix:{self.run}/garden.sock")
@@ -119,6 +124,22 @@ class Cell:
                     found.append(int(entry.name))
         return found
 
+    def pullers(self) -> list[int]:
+        """Processes that fetch and unpack images for this server: pullers, skopeo, unpackers."""
+        pullers = [pid for pid in self.children() if b"garden_py.backend.images" in _command_line(pid)]
+        return [*pullers, *(pid for puller in pullers for pid in self.children(of=puller))]
+
+    def make_images(self) -> list[str]:
+        """References to images that share their lowest layer with each other."""
+        packed = subprocess.run(
+            ["tar", "-C", str(self.image), "-c", "."], capture_output=True, check=True, timeout=60
+        )
+        layout = Layout(self.place / "images")
+        for number in range(IMAGES):
+            noise = random.Random(number).randbytes(300_000)
+            layout.add(str(number), [packed.stdout, tar_layer(entry(f"noise-{number}", noise))])
+        return [layout.reference(str(number)) for number in range(IMAGES)]
+
     def fill_disk(self) -> Path:
         """Take all room of the state directory's disk; remove the file to give it back."""
         filler = self.state / "filler"
@@ -170,6 +191,13 @@ def _make_place() -> Path:
     place = Path(tempfile.mkdtemp(prefix="gchaos-", dir="/var/tmp"))
     place.chmod(0o755)
     return place
+
+
+def _command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def _mount(image: Path, target: Path) -> None:

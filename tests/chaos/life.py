@@ -7,6 +7,7 @@ import hashlib
 import random
 from collections.abc import Awaitable
 from contextlib import suppress
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 
@@ -75,10 +76,12 @@ class Life:
         return await persist(self._board, self._subject, what, act)
 
     async def _create(self) -> None:
-        handle = self._subject.handle
+        handle, spec = self._subject.handle, self._plan.spec
+        if self._plan.image is not None:
+            spec = replace(spec, image=self._board.images[self._plan.image])
 
         def ask() -> Awaitable[AsyncContainer]:
-            return self._ask("create", lambda: self._garden.create(self._plan.spec, request_id=handle))
+            return self._ask("create", lambda: self._garden.create(spec, request_id=handle))
 
         made = await asyncio.gather(*(ask() for _ in range(1 + self._plan.twin)))
         pids = {container.created.pid for container in made if container.created is not None}

@@ -23,7 +23,8 @@ DISK: Final = frozenset({"disk-full"})
 EXCUSES: Final[dict[str, frozenset[str]]] = {
     "": SERVER,  # no details: the connection broke
     "SHUTTING_DOWN": SERVER,
-    "HOST_FAULT": LAUNCHER | DISK | {"runtime-kill", "nft-table"},
+    "HOST_FAULT": LAUNCHER | DISK | {"runtime-kill", "puller-kill", "nft-table"},
+    "IMAGE_UNREACHABLE": LAUNCHER | {"puller-kill"},
     "UNKILLABLE": LAUNCHER | DISK | {"nft-table"},
     "COPY_FAILED": DISK,
     # A create that was cut short is being removed by the next server.

@@ -12,6 +12,7 @@ from garden_py.client.values import PortMapping, PortRange
 WORKS = ("count", "blob", "crash", "trap", "stdin", "late", "terminal", "tight", "long", "long")
 STYLES = ("run", "slow", "vanish", "detached", "twice", "crowd")
 CHANGES = ("properties", "egress", "limits", "port", "look", "copy")
+IMAGES = 6
 ENDINGS = ("destroy", "destroy", "destroy", "stop", "expire", "twice", "busy")
 
 
@@ -45,6 +46,7 @@ class LifePlan:
         parallel: the steps are taken at the same time.
         ending: of ENDINGS.
         checks_broken: if it is broken on purpose, look whether that is reported.
+        image: number of an image to make it of (see Board); None: the server's default.
     """
 
     spec: ContainerSpec
@@ -53,6 +55,7 @@ class LifePlan:
     parallel: bool
     ending: str
     checks_broken: bool
+    image: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,7 @@ def plan_life(seed: int, client: int, number: int) -> LifePlan:
         egress=draw_policy(draw) if draw.random() < 0.3 else None,
         grace_time=timedelta(minutes=5) if draw.random() < 0.3 else None,
     )
+    fetch = random.Random(f"{seed}/image/{client}/{number}")
     steps = tuple(draw_step(draw) for _ in range(draw.randint(1, 3)))
     return LifePlan(
         spec,
@@ -87,6 +91,7 @@ def plan_life(seed: int, client: int, number: int) -> LifePlan:
         parallel=draw.random() < 0.2,
         ending=draw.choice(ENDINGS),
         checks_broken=draw.random() < 0.5,
+        image=fetch.randrange(IMAGES) if fetch.random() < 0.25 else None,
     )
 
 

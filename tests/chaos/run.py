@@ -40,7 +40,7 @@ async def run(settings: Settings) -> int:
     before = snapshot()
     print(f"seed {settings.seed}, {settings.clients} clients, {settings.minutes:g} minutes", flush=True)
     async with open_cell(settings.clients) as cell:
-        board = Board(cell.image, cell.notes)
+        board = Board(cell.image, await asyncio.to_thread(cell.make_images), cell.notes)
         try:
             await _attack(board, cell, settings)
             await _check_empty(board, cell)
