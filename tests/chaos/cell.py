@@ -117,11 +117,11 @@ class Cell:
     def runtimes(self) -> list[int]:
         """Runtime processes at work for this server."""
         found = []
-        for entry in Path("/proc").iterdir():
+        for place in Path("/proc").iterdir():
             with suppress(OSError, ValueError):
-                words = (entry / "cmdline").read_bytes().split(b"\0")
+                words = (place / "cmdline").read_bytes().split(b"\0")
                 if words[0].endswith(b"runc") and os.fsencode(self.run / "runc") in words:
-                    found.append(int(entry.name))
+                    found.append(int(place.name))
         return found
 
     def pullers(self) -> list[int]:

@@ -31,7 +31,7 @@ def seen_of(stdout: bytes, stderr: bytes) -> Seen:
 
 def judge(step: Step, seen: Seen, status: ExitStatus) -> None:
     container: Any = None
-    Work(Board(Path(), Path()), SUBJECT, container, step, "p")._judge(seen, status)
+    Work(Board(Path(), [], Path()), SUBJECT, container, step, "p")._judge(seen, status)
 
 
 def test_seed_decides_lives_and_attacks() -> None:
@@ -97,20 +97,20 @@ async def test_errors_without_an_attack_are_failures() -> None:
     host_fault = ServerFault("no", ErrorDetails(code="HOST_FAULT"))
     for error in (Unavailable("gone"), host_fault, ServerFault("bug")):
         with pytest.raises(Failure):
-            await raised_by(error, SUBJECT, Board(Path(), Path()))
+            await raised_by(error, SUBJECT, Board(Path(), [], Path()))
     broken = FailedPrecondition("no", ErrorDetails(code="CONTAINER_BROKEN"))
     hurt = Subject(ContainerSpec(handle="box"), hurt=["agent-kill"])
     with pytest.raises(Failure):
-        await raised_by(broken, SUBJECT, Board(Path(), Path()))
+        await raised_by(broken, SUBJECT, Board(Path(), [], Path()))
     with pytest.raises(Hurt):
-        await raised_by(broken, hurt, Board(Path(), Path()))
+        await raised_by(broken, hurt, Board(Path(), [], Path()))
     with pytest.raises(Failure, match="untyped"):
-        await raised_by(ServerFault("bug"), hurt, Board(Path(), Path()))
+        await raised_by(ServerFault("bug"), hurt, Board(Path(), [], Path()))
 
 
 async def test_attack_excuses_what_it_causes_for_a_while() -> None:
     """And nothing else."""
-    board = Board(Path(), Path())
+    board = Board(Path(), [], Path())
     with board.attack("server-kill"):
         pass
     assert board.overlapped(frozenset({"server-kill"}), time.monotonic())
