@@ -14,6 +14,7 @@ from garden_py.backend.images.store import ImageStore
 from garden_py.backend.linux import backend as module
 from garden_py.backend.linux.backend import LinuxBackend
 from garden_py.backend.linux.container import LinuxContainer
+from garden_py.backend.linux.network import _Namespaces
 from garden_py.backend.linux.processes import LinuxProcesses
 from garden_py.config import Config
 from garden_py.model.errors import ContainerBroken
@@ -89,3 +90,11 @@ async def measure(backend: LinuxBackend, number: int, monkeypatch: pytest.Monkey
     container: Any = SimpleNamespace(cgroup=None, sidecars={}, facts=SimpleNamespace(lease=None))
     backend._containers["box"] = container
     await backend.usage("box")
+
+
+def test_namespaces_of_a_container_whose_pid_1_has_just_ended() -> None:
+    """Once an internal error of the server's (found by chaos); of a create it is the host's fault still."""
+    with pytest.raises(ContainerBroken), _Namespaces("box", 2**22 + 1, privileged=False):
+        raise AssertionError("there is no such process")
+    with pytest.raises(FileNotFoundError), _Namespaces("", 2**22 + 1, privileged=False):
+        raise AssertionError("there is no such process")

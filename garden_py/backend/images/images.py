@@ -12,7 +12,7 @@ import os
 import re
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -110,19 +110,15 @@ class Images:
             yield Rootfs(text, (Path(ref.path),))
             return
         self._allow_images()
-        image = await self._find_or_fetch(ref, auth, field, report)
-        with self.store.pinned(image.diff_ids):
+        with ExitStack() as pins:
+            image = self._find(ref, auth) or await self.fetch(ref, auth, field, report, pins)
+            pins.enter_context(self.store.pinned(image.diff_ids))
             yield Rootfs(text, self.store.directories(image.diff_ids), self.store.use(image, text))
         self._collect()
 
     def _allow_images(self) -> None:
         if self._config.no_image_plugin:  # the reference's words come first (statement M1)
             raise NotSupported("no image plugin configured: this server makes containers of directories only")
-
-    async def _find_or_fetch(
-        self, ref: ImageRef, auth: RegistryAuth | None, field: str, report: Report
-    ) -> Image:
-        return self._find(ref, auth) or await self.fetch(ref, auth, field, report)
 
     def _find(self, ref: ImageRef, auth: RegistryAuth | None) -> Image | None:
         """What the store has and may give out without asking again.
@@ -144,8 +140,17 @@ class Images:
 
     # --- fetch
 
-    async def fetch(self, ref: ImageRef, auth: RegistryAuth | None, field: str, report: Report) -> Image:
+    async def fetch(
+        self, ref: ImageRef, auth: RegistryAuth | None, field: str, report: Report, pins: ExitStack
+    ) -> Image:
         """Bring an image into the store, or up to date; layers that are there are not fetched again.
+
+        Args:
+            ref: which.
+            auth: for a registry.
+            field: of the request, for errors.
+            report: is told how it gets on.
+            pins: is given what keeps the layers there until it is closed.
 
         Raises:
             As `prepared`.
@@ -156,14 +161,14 @@ class Images:
             if ref.transport is Transport.PATH:
                 return await self._fetch_tar(ref, report)
             with self.store.staging() as scratch:
-                return await self._fetch_image(ref, auth, field, scratch, report)
+                return await self._fetch_image(ref, auth, scratch, report, pins)
         except Failed as failure:
             raise failure.as_garden_error(str(ref), field) from failure
         except OSError as error:
             raise _host_fault(error) from error
 
     async def _fetch_image(
-        self, ref: ImageRef, auth: RegistryAuth | None, field: str, scratch: Path, report: Report
+        self, ref: ImageRef, auth: RegistryAuth | None, scratch: Path, report: Report, pins: ExitStack
     ) -> Image:
         stamp = stamp_of(ref)  # before it is read, so that a change meanwhile is seen
         report(PullProgress("resolving"))
@@ -172,18 +177,18 @@ class Images:
         async with pulling(sources, scratch, limits, stall_s=self._config.image_stall_s) as puller:
             told = await puller.image()
             plan = plan_of(str(ref), told)
-            with self.store.pinned(plan.diff_ids):
-                await self._fetch_layers(str(ref), plan, puller, report)
-                self._check_size(str(ref), plan)
-                image = Image(
-                    id=plan.id,
-                    diff_ids=plan.diff_ids,
-                    manifest_digest=told["manifest_digest"],
-                    pulled_ns=time.time_ns(),
-                    **parse_config(told["config"]),
-                )
-                name = Name(str(ref), image.id, stamp, self.store.fingerprint(auth))
-                image = self.store.save_image(image, name)
+            pins.enter_context(self.store.pinned(plan.diff_ids))
+            await self._fetch_layers(plan, puller, scratch, report)
+            self._check_size(str(ref), plan)
+            image = Image(
+                id=plan.id,
+                diff_ids=plan.diff_ids,
+                manifest_digest=told["manifest_digest"],
+                pulled_ns=time.time_ns(),
+                **parse_config(told["config"]),
+            )
+            name = Name(str(ref), image.id, stamp, self.store.fingerprint(auth))
+            image = self.store.save_image(image, name)
         log.info("image.fetched", image=str(ref), id=image.id, source=told["source"])
         self.start_writing_out()
         return image
@@ -194,23 +199,25 @@ class Images:
         if found > most:
             raise ImageTooLarge(image, f"{found} bytes unpacked, {most} are allowed", "--image-max-bytes")
 
-    async def _fetch_layers(self, image: str, plan: ImagePlan, puller: Puller, report: Report) -> None:
+    async def _fetch_layers(self, plan: ImagePlan, puller: Puller, scratch: Path, report: Report) -> None:
         account = _Account(plan, self.store, report)
         try:
             async with asyncio.TaskGroup() as group:
                 for number, layer in plan.distinct():
-                    group.create_task(self._fetch_layer(number, layer, puller, account))
+                    staged = scratch / str(number)
+                    group.create_task(self._fetch_layer(number, layer, puller, staged, account))
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
 
-    async def _fetch_layer(self, number: int, layer: PlannedLayer, puller: Puller, account: _Account) -> None:
+    async def _fetch_layer(
+        self, number: int, layer: PlannedLayer, puller: Puller, staged: Path, account: _Account
+    ) -> None:
         async with self._fetching.hold(layer.diff_id):
             if not self.store.has_layer(layer.diff_id):
-                with self.store.staging() as staged:
-                    target = staged / _ROOT_FS
-                    target.mkdir()
-                    job = layer.job(target)
-                    self._commit(staged, await puller.layer(number, job, partial(account.fetched, number)))
+                target = staged / _ROOT_FS
+                target.mkdir(mode=0o755, parents=True)
+                job = layer.job(target)
+                self._commit(staged, await puller.layer(number, job, partial(account.fetched, number)))
         account.done(number)
 
     def _commit(self, staged: Path, done: dict[str, Any]) -> None:
@@ -280,8 +287,9 @@ class Images:
             raise InvalidField(
                 "image", f"{ref.path} is a directory, which is used as it is; there is nothing to fetch"
             )
-        image = await self.fetch(ref, auth, "image", report)
-        self._collect(keep=image.id)
+        with ExitStack() as pins:
+            image = await self.fetch(ref, auth, "image", report, pins)
+            self._collect(keep=image.id)
         return self.store.describe(image)
 
     # --- for callers

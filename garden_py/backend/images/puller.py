@@ -220,9 +220,12 @@ def _describe(message: str) -> dict[str, Any]:
 
 def _say(value: dict[str, Any]) -> None:
     line = json.dumps(value).encode() + b"\n"
-    with _output:
-        sys.stdout.buffer.write(line)
-        sys.stdout.buffer.flush()
+    try:
+        with _output:
+            sys.stdout.buffer.write(line)
+            sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        os._exit(1)  # the server has gone, and with it whoever wanted the image
 
 
 if __name__ == "__main__":

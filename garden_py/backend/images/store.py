@@ -300,7 +300,10 @@ class ImageStore:
         """Note that a container is made of an image."""
         now = time.time_ns()
         self._images[image.id] = replace(image, used_ns=now)
-        os.utime(self._root / "images" / f"{_hex(image.id)}.json", ns=(now, now))
+        try:
+            os.utime(self._root / "images" / f"{_hex(image.id)}.json", ns=(now, now))
+        except OSError as error:  # it only orders what is removed first
+            log.warning("images.use_not_noted", image=image.id, error=str(error))
         return UsedImage(image.id, name, image.diff_ids, image.config, self.layer_bytes(image.diff_ids))
 
     def hold(self, owner: str, directory: Path, used: UsedImage) -> None:
@@ -331,6 +334,10 @@ class ImageStore:
     def _uses(self, image_id: str) -> int:
         return sum(used.id == image_id for used in self._users.values())
 
+    def _is_needed(self, image: Image) -> bool:
+        """Something is made of it, or is about to be."""
+        return bool(self._uses(image.id)) or any(diff_id in self._pins for diff_id in image.diff_ids)
+
     # --- removal
 
     def forget(self, text: str) -> Image:
@@ -344,8 +351,8 @@ class ImageStore:
         if text in self._names and len(names) > 1:
             self._forget_name(text)
             return image
-        if uses := self._uses(image.id):
-            raise ImageInUse(text, uses)
+        if self._is_needed(image):
+            raise ImageInUse(text, max(1, self._uses(image.id)))
         self._remove(image)
         return image
 
@@ -375,7 +382,7 @@ class ImageStore:
         for image in sorted(self._images.values(), key=lambda each: each.used_ns):
             if above_bytes and self.total_bytes() <= above_bytes:
                 break
-            if image.id == keep or self._uses(image.id) or (image.id in held and not named):
+            if image.id == keep or self._is_needed(image) or (image.id in held and not named):
                 continue
             self._remove(image)
             gone.append(image)

@@ -137,7 +137,10 @@ class _Teller:
 
     def tell(self, message: dict[str, Any]) -> None:
         # One write a line: two threads write.
-        os.write(1, json.dumps(message).encode() + b"\n")
+        try:
+            os.write(1, json.dumps(message).encode() + b"\n")
+        except BrokenPipeError:
+            os._exit(1)  # whoever wanted the layer has gone
 
 
 def main() -> int:

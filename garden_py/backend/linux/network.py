@@ -22,7 +22,7 @@ from garden_py.backend.net.messages import Attachment
 from garden_py.backend.net.plan import HostPlan, LinkPlan, plan_link
 from garden_py.backend.net.pools import AddressPool, PortPool
 from garden_py.config import Config
-from garden_py.model.errors import HostFault, InvalidField
+from garden_py.model.errors import ContainerBroken, HostFault, InvalidField
 from garden_py.model.netrule import DefaultAction, EgressPolicy
 from garden_py.model.spec import PortMapping, Transport
 from garden_py.service.ports import EgressCounts, RuleCount
@@ -237,7 +237,7 @@ class LinuxNetwork:
             "attachment": Attachment(link, host_rules, container_rules).to_json(),
             "mappings": [mapping.to_json() for mapping in self._mappings(lease)],
         }
-        with _Namespaces(pid, privileged=privileged) as fds:
+        with _Namespaces("", pid, privileged=privileged) as fds:
             await self.job("attach", params, fds)
         self._attached[handle] = _Attached(lease, policy if privileged else None)
 
@@ -269,7 +269,7 @@ class LinuxNetwork:
             await self.job("set_egress", {"host_side": True, "rules": rules})
             self._attached[handle] = _Attached(lease, policy)
             return
-        with _Namespaces(pid, privileged=False) as fds:
+        with _Namespaces(handle, pid, privileged=False) as fds:
             rules = firewall.compile_container_ruleset(policy)
             await self.job("set_egress", {"host_side": False, "rules": rules}, fds)
 
@@ -278,7 +278,7 @@ class LinuxNetwork:
     ) -> EgressCounts:
         """What each of a policy's rules has decided."""
         params = {"host_side": privileged, "link": self._link(lease, handle).to_json()}
-        with _Namespaces(pid, privileged=privileged) as fds:
+        with _Namespaces(handle, pid, privileged=privileged) as fds:
             answer = await self.job("egress_counters", params, fds)
         counts = {c["rule"]: RuleCount(c["packets"], c["bytes"]) for c in answer["counters"]}
         per_rule = tuple(counts.get(index, RuleCount()) for index in range(rules))
@@ -295,9 +295,14 @@ class LinuxNetwork:
 
 
 class _Namespaces:
-    """Descriptors of a container's network and user namespace, for the length of a job."""
+    """Descriptors of a container's network and user namespace, for the length of a job.
 
-    def __init__(self, pid: int, *, privileged: bool) -> None:
+    Args:
+        handle: of a container that is up, whose PID 1 may just have ended; empty: of one that is being made.
+    """
+
+    def __init__(self, handle: str, pid: int, *, privileged: bool) -> None:
+        self._handle = handle
         self._paths = [f"/proc/{pid}/ns/net"] + ([] if privileged else [f"/proc/{pid}/ns/user"])
         self._fds: list[int] = []
 
@@ -305,8 +310,10 @@ class _Namespaces:
         try:
             for path in self._paths:
                 self._fds.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-        except OSError:
+        except OSError as error:
             self.__exit__()
+            if self._handle and isinstance(error, FileNotFoundError | ProcessLookupError):
+                raise ContainerBroken(self._handle, "its PID 1 has ended") from error
             raise
         return self._fds
 
