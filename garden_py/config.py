@@ -8,12 +8,21 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from garden_py.model.errors import FieldViolation, InvalidRequest
 from garden_py.observe.failpoints import parse_fail_point
@@ -22,6 +31,15 @@ ENV_PREFIX = "GARDEN_"
 # systemd leaves 0x70000000 to 0x7fffffff unassigned (UIDS-GIDS.md), above its own and subuid(5)'s ranges.
 UID_POOL_START = 0x7000_0000
 UIDS_PER_CONTAINER = 65_536
+
+
+_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+
+
+def _parse_bytes(value: Any) -> Any:
+    """A number of bytes, or text such as 512M or 20G (powers of 1024)."""
+    found = re.fullmatch(r"([0-9]+)([KMGT]?)(?:i?B)?", value) if isinstance(value, str) else None
+    return int(found[1]) << _UNITS[found[2]] if found else value
 
 
 class RegistrySettings(BaseModel):
@@ -103,6 +121,16 @@ class Config(BaseModel):
     run_dir: Annotated[Path, Field(description="Sockets, runtime state, mount points. A tmpfs is fine.")] = (
         Path("/run/garden")
     )
+    store_size: Annotated[
+        int,
+        BeforeValidator(_parse_bytes),
+        Field(
+            ge=0,
+            description="Size of a store of its own for images and writable layers: a btrfs in a sparse file below "
+            "--state-dir, in bytes or as 20G. It lets disk space be limited on any file system, and bounds it in all. "
+            "It grows with this setting, and never shrinks. 0: none, unless there is one already.",
+        ),
+    ] = 0
     default_rootfs: Annotated[
         str,
         Field(

@@ -16,6 +16,8 @@ from typing import Any
 
 from garden_py.backend.cgroup.layout import probe_hierarchies
 from garden_py.backend.depot import Depot
+from garden_py.backend.disk.store import LoopStore
+from garden_py.backend.disk.volumes import Volumes, find_driver
 from garden_py.backend.journal import read_journal
 from garden_py.backend.linux.hands import StoppedHands
 from garden_py.backend.linux.leaks import Ledger, places_of
@@ -96,8 +98,12 @@ def _config_of(state_dir: Path, settings: dict[str, Any]) -> Config:
 
 async def _check(config: Config, rows: list[ContainerRow], *, remove: bool) -> list[LeakReport]:
     host = HostPlan(config.tag, config.network_pool, AddressPool(config.network_pool).gateway)
-    depot = Depot(config.state_dir, config.run_dir)
-    places = places_of(config, host, depot, probe_hierarchies(probe_host_facts().cgroup_version))
+    store = LoopStore(config.state_dir)
+    root = store.root if store.root.is_mount() else config.state_dir
+    depot = Depot(config.state_dir, config.run_dir, store.root if store.root.is_mount() else None)
+    volumes = Volumes(root, find_driver(root), depot.throw_away)
+    hierarchies = probe_hierarchies(probe_host_facts().cgroup_version)
+    places = places_of(config, host, depot, volumes, hierarchies)
     ledger = Ledger(places, StoppedHands(host))
     janitor = Janitor(ledger, _Rows(rows), Guard(), EventHub(), Metrics())
     try:

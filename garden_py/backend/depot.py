@@ -58,17 +58,23 @@ def why_foreign(path: Path) -> str:
 
 
 class Depot:
-    """The directories of one server. All are 0700: what is in them belongs to containers, not to host users."""
+    """The directories of one server. All are 0700: what is in them belongs to containers, not to host users.
 
-    def __init__(self, state_dir: Path, run_dir: Path) -> None:
+    Args:
+        state_dir, run_dir: the server's.
+        store: where images and volumes are, if that is a file system of its own; it has a trash of its own.
+    """
+
+    def __init__(self, state_dir: Path, run_dir: Path, store: Path | None = None) -> None:
         self.containers = state_dir / "containers"
         self.trash = state_dir / "trash"
+        self._store = store
         self.agents = run_dir / "agents"
         self._sweeping: set[asyncio.Task[None]] = set()
 
     def open(self) -> None:
         """Make the directories, and start deleting what an earlier server had no time for."""
-        for directory in (self.containers, self.trash, self.agents):
+        for directory in (self.containers, *self._trashes, self.agents):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.sweep()
 
@@ -112,10 +118,18 @@ class Depot:
     def throw_away(self, directory: Path) -> None:
         """Take a directory of ours away at once; gone is fine. Its contents are deleted in the background."""
         try:
-            os.rename(directory, self.trash / uuid.uuid4().hex)
+            os.rename(directory, self._trash_for(directory) / uuid.uuid4().hex)
         except FileNotFoundError:
             return
         self.sweep()
+
+    @property
+    def _trashes(self) -> tuple[Path, ...]:
+        """One for each file system: rename(2) does not leave one."""
+        return (self.trash,) if self._store is None else (self.trash, self._store / "trash")
+
+    def _trash_for(self, directory: Path) -> Path:
+        return self._trashes[-1] if self._store in directory.parents else self.trash
 
     def handles(self) -> list[str]:
         """Every container directory there is; what somebody else has put beside them is not one."""
@@ -142,15 +156,20 @@ class Depot:
         elif self._rubbish():
             self.sweep()
 
-    def _rubbish(self) -> list[str]:
-        return [name for name in os.listdir(self.trash) if TRASH_NAME.fullmatch(name)]
+    def _rubbish(self) -> list[Path]:
+        return [
+            trash / name
+            for trash in self._trashes
+            for name in os.listdir(trash)
+            if TRASH_NAME.fullmatch(name)
+        ]
 
     def _empty_trash(self) -> None:
         """Delete what is there; one that cannot be deleted does not keep the others."""
         failure: OSError | None = None
-        for name in self._rubbish():
+        for path in self._rubbish():
             try:
-                shutil.rmtree(self.trash / name)
+                shutil.rmtree(path)
             except OSError as error:
                 failure = error
         if failure is not None:

@@ -57,6 +57,9 @@ def create(
     cpu_weight: opt.CpuWeightOption = None,
     cpu_quota: opt.CpuQuotaOption = None,
     pids: opt.PidsOption = None,
+    disk: opt.DiskOption = None,
+    disk_inodes: opt.DiskInodesOption = None,
+    disk_scope: opt.DiskScopeOption = None,
     grace_time: Annotated[
         str | None,
         typer.Option(
@@ -115,7 +118,7 @@ def create(
         env=parse.parse_pairs(env or [], "environment variable"),
         properties=parse.parse_pairs(properties or [], "property"),
         bind_mounts=tuple(parse.parse_mount(text) for text in mounts or []),
-        limits=opt.limits_of(memory, cpu_weight, cpu_quota, pids),
+        limits=opt.limits_of(memory, cpu_weight, cpu_quota, pids, disk, disk_inodes, disk_scope),
         grace_time=opt.given("--grace-time", parse.parse_grace_time, grace_time),
         port_mappings=tuple(parse.parse_port(text) for text in publish or []),
         egress=policy,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -29,6 +30,13 @@ def given(name: str, parser: Callable[[str], Value], text: str | None) -> Value 
         return None if text is None else parser(text)
     except parse.BadInput as error:
         raise parse.BadInput(f"{name}: {error}") from error
+
+
+class Scope(StrEnum):
+    """Values of --disk-scope."""
+
+    EXCLUSIVE = "exclusive"
+    TOTAL = "total"
 
 
 @dataclass(frozen=True)
@@ -60,11 +68,22 @@ def connect(context: typer.Context, address: str | None) -> GardenClient:
     return GardenClient(address if address is not None else settings.address, tls=tls)
 
 
-def limits_of(memory: str | None, cpu_weight: int | None, cpu_quota: str | None, pids: int | None) -> Limits:
+def limits_of(
+    memory: str | None,
+    cpu_weight: int | None,
+    cpu_quota: str | None,
+    pids: int | None,
+    disk: str | None = None,
+    disk_inodes: int | None = None,
+    disk_scope: Scope | None = None,
+) -> Limits:
     """Limits from the shared limit options."""
-    from garden_py.client.values import Limits
+    from garden_py.client.values import DiskScope, Limits
 
     return Limits(
+        disk_bytes=given("--disk", parse.parse_size, disk),
+        disk_inodes=disk_inodes,
+        disk_scope=None if disk_scope is None else DiskScope[disk_scope.name],
         memory_bytes=given("--memory", parse.parse_size, memory),
         cpu_weight=cpu_weight,
         cpu_quota_us=given("--cpu-quota", parse.parse_cpu_quota, cpu_quota),
@@ -146,6 +165,33 @@ PidsOption = Annotated[
     int | None,
     typer.Option(
         "--pids", metavar="N", min=0, help="Processes and threads at most; 0: unlimited.", show_default=False
+    ),
+]
+DiskOption = Annotated[
+    str | None,
+    typer.Option(
+        "--disk",
+        metavar="SIZE",
+        help="Disk space of what it writes, e.g. 500M; 0: unlimited.",
+        show_default=False,
+    ),
+]
+DiskInodesOption = Annotated[
+    int | None,
+    typer.Option(
+        "--disk-inodes",
+        metavar="N",
+        min=0,
+        help="Files and directories that it writes; 0: unlimited. Not on btrfs.",
+        show_default=False,
+    ),
+]
+DiskScopeOption = Annotated[
+    Scope | None,
+    typer.Option(
+        "--disk-scope",
+        help="Whether --disk counts the image as well.  [default: exclusive]",
+        show_default=False,
     ),
 ]
 EnvOption = Annotated[

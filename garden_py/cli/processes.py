@@ -83,6 +83,9 @@ def run(
     cpu_weight: opt.CpuWeightOption = None,
     cpu_quota: opt.CpuQuotaOption = None,
     pids: opt.PidsOption = None,
+    disk: opt.DiskOption = None,
+    disk_inodes: opt.DiskInodesOption = None,
+    disk_scope: opt.DiskScopeOption = None,
     retention: Annotated[
         str | None,
         typer.Option(
@@ -115,8 +118,10 @@ def run(
 
     if detach and interactive:
         raise parse.BadInput("-d leaves the process alone, -i stays with it: give one of them")
-    if not image and (mounts or own_limits):
-        raise parse.BadInput("--mount and --own-limits are for processes with an --image of their own")
+    if not image and (mounts or own_limits or disk or disk_inodes):
+        raise parse.BadInput(
+            "--mount, --own-limits and --disk are for processes with an --image of their own"
+        )
     terminal = tty and not detach and sys.stdin.isatty()
     rows, columns = _window_size() if terminal else (0, 0)
     argv = command or []
@@ -134,7 +139,7 @@ def run(
         user=user,
         tty=Tty(rows, columns) if tty else None,
         rlimits=parse.parse_rlimits(rlimits or []),
-        limits=opt.limits_of(memory, cpu_weight, cpu_quota, pids),
+        limits=opt.limits_of(memory, cpu_weight, cpu_quota, pids, disk, disk_inodes, disk_scope),
         output_retention_bytes=opt.given("--retention", parse.parse_size, retention) or 0,
         id=process_id,
         sidecar=sidecar,

@@ -90,8 +90,14 @@ def limits_text(limits: Limits) -> str:
         "cpu quota": "" if not limits.cpu_quota_us else f"{limits.cpu_quota_us} µs",
         "cpu period": "" if not limits.cpu_quota_us else f"{limits.cpu_period_us or CPU_PERIOD_US} µs",
         "pids": "" if not limits.pids else str(limits.pids),
+        "disk": "" if not limits.disk_bytes else format_size(limits.disk_bytes) + _scope_text(limits),
+        "inodes": "" if not limits.disk_inodes else str(limits.disk_inodes),
     }
     return ", ".join(f"{name} {text}" for name, text in parts.items() if text) or "none"
+
+
+def _scope_text(limits: Limits) -> str:
+    return " with the image" if limits.disk_scope else ""
 
 
 def note(message: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import BeforeValidator
 
 from garden_py.cli.reference_flags import REFERENCE_FLAGS, translate
 from garden_py.config import Config, load_config
@@ -60,13 +61,19 @@ def _parameters() -> list[inspect.Parameter]:
         if typing.get_origin(field.annotation) is dict:
             continue  # a table of the configuration file
         default = "" if field.default in ("", (), None) else f" [default: {field.default}]"
-        found.append(_option(name, _flag_type(field.annotation), f"{field.description}{default}", None))
+        # What is parsed before it is checked comes as text.
+        kind = str | None if field.metadata and _is_parsed(field.metadata) else _flag_type(field.annotation)
+        found.append(_option(name, kind, f"{field.description}{default}", None))
     for flag in REFERENCE_FLAGS:
         default = flag.default and f" [default: {flag.default}]"
         found.append(
             _option(flag.name, str | None, f"Name in other Garden servers. {flag.text}{default}", None)
         )
     return found
+
+
+def _is_parsed(metadata: list[Any]) -> bool:
+    return any(isinstance(each, BeforeValidator) for each in metadata)
 
 
 def _flag_type(annotation: Any) -> Any:

@@ -19,6 +19,9 @@ def limits(
     cpu_weight: opt.CpuWeightOption = None,
     cpu_quota: opt.CpuQuotaOption = None,
     pids: opt.PidsOption = None,
+    disk: opt.DiskOption = None,
+    disk_inodes: opt.DiskInodesOption = None,
+    disk_scope: opt.DiskScopeOption = None,
     output: opt.FormatOption = render.OutputFormat.TABLE,
     address: opt.AddressOption = None,
 ) -> None:
@@ -30,7 +33,7 @@ def limits(
     """
     from garden_py.client.values import Limits
 
-    changed = opt.limits_of(memory, cpu_weight, cpu_quota, pids)
+    changed = opt.limits_of(memory, cpu_weight, cpu_quota, pids, disk, disk_inodes, disk_scope)
     with opt.connect(context, address) as garden:
         container = garden.container(handle)
         in_force = container.limits() if changed == Limits() else container.update_limits(changed)

@@ -27,6 +27,9 @@ def limits_to_pb(limits: v.Limits) -> pb.Limits:
         cpu_quota_us=limits.cpu_quota_us,
         cpu_period_us=limits.cpu_period_us,
         pids=limits.pids,
+        disk_bytes=limits.disk_bytes,
+        disk_inodes=limits.disk_inodes,
+        disk_scope=None if limits.disk_scope is None else pb.Limits.DiskScope.ValueType(limits.disk_scope),
     )
 
 
@@ -38,6 +41,9 @@ def limits_from_pb(message: pb.Limits) -> v.Limits:
         cpu_quota_us=message.cpu_quota_us if message.HasField("cpu_quota_us") else None,
         cpu_period_us=message.cpu_period_us if message.HasField("cpu_period_us") else None,
         pids=message.pids if message.HasField("pids") else None,
+        disk_bytes=message.disk_bytes if message.HasField("disk_bytes") else None,
+        disk_inodes=message.disk_inodes if message.HasField("disk_inodes") else None,
+        disk_scope=v.DiskScope(message.disk_scope) if message.HasField("disk_scope") else None,
     )
 
 
@@ -296,6 +302,9 @@ def metrics_from_pb(message: pb.ContainerMetrics) -> v.ContainerMetrics:
         network_rx_packets=message.network_rx_packets,
         network_tx_packets=message.network_tx_packets,
         memory_stat=dict(message.memory_stat),
+        disk_exclusive_bytes=message.disk_exclusive_bytes,
+        disk_total_bytes=message.disk_total_bytes,
+        disk_exclusive_inodes=message.disk_exclusive_inodes,
     )
 
 

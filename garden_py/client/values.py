@@ -37,6 +37,13 @@ class MountMode(IntEnum):
     READ_WRITE = 1
 
 
+class DiskScope(IntEnum):
+    """What a limit on disk space counts: what the container wrote, or its image as well."""
+
+    EXCLUSIVE = 0
+    TOTAL = 1
+
+
 class PortProtocol(IntEnum):
     """Protocol of a mapped port."""
 
@@ -133,6 +140,9 @@ class Limits:
         cpu_quota_us: CPU time per period, at least 1000 µs.
         cpu_period_us: 1000 to 1000000 µs.
         pids: processes and threads.
+        disk_bytes: disk space of a container or sidecar, as disk_scope counts it; floor 256 KiB.
+        disk_inodes: files and directories that it wrote; not on btrfs.
+        disk_scope: what disk_bytes counts; None: what it wrote.
     """
 
     memory_bytes: int | None = None
@@ -140,6 +150,9 @@ class Limits:
     cpu_quota_us: int | None = None
     cpu_period_us: int | None = None
     pids: int | None = None
+    disk_bytes: int | None = None
+    disk_inodes: int | None = None
+    disk_scope: DiskScope | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -420,6 +433,9 @@ class ContainerMetrics:
     network_rx_packets: int
     network_tx_packets: int
     memory_stat: Mapping[str, int]
+    disk_exclusive_bytes: int = 0
+    disk_total_bytes: int = 0
+    disk_exclusive_inodes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

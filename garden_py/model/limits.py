@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
 
 from .errors import FieldViolation
 
@@ -11,12 +12,21 @@ from .errors import FieldViolation
 # before it starts (tests/root/test_limits.py starts one at the floor).
 MEMORY_FLOOR_BYTES = 4 << 20
 PIDS_FLOOR = 1
+DISK_FLOOR_INODES = 16
+DISK_FLOOR_BYTES = 256 << 10  # Garden statement D8; an empty layer takes some of it
 CPU_WEIGHT_RANGE = (1, 10_000)
 CPU_SHARES_RANGE = (2, 262_144)
 CPU_QUOTA_FLOOR_US = 1_000
 CPU_PERIOD_RANGE_US = (1_000, 1_000_000)
 CPU_PERIOD_DEFAULT_US = 100_000
 UINT63_MAX = (1 << 63) - 1
+
+
+class DiskScope(Enum):
+    """What a limit on disk space counts: what the container wrote, or its image as well."""
+
+    EXCLUSIVE = "exclusive"
+    TOTAL = "total"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +41,9 @@ class Limits:
         cpu_quota_us: CPU time in µs per period, cgroup v2's cpu.max.
         cpu_period_us: length of the period in µs.
         pids: processes and threads together.
+        disk_bytes: disk space, as disk_scope counts it.
+        disk_inodes: files, directories and whatever else has an inode, of what the container wrote.
+        disk_scope: what disk_bytes counts; None with disk_bytes stated: what the container wrote.
     """
 
     memory_bytes: int | None = None
@@ -39,6 +52,9 @@ class Limits:
     cpu_period_us: int | None = None
     pids: int | None = None
     cpu_shares: int | None = None
+    disk_bytes: int | None = None
+    disk_inodes: int | None = None
+    disk_scope: DiskScope | None = None
 
     def over(self, older: Limits) -> Limits:
         """These limits, with older's value wherever this has no statement."""
@@ -50,7 +66,19 @@ class Limits:
             cpu_quota_us=older.cpu_quota_us if self.cpu_quota_us is None else self.cpu_quota_us,
             cpu_period_us=older.cpu_period_us if self.cpu_period_us is None else self.cpu_period_us,
             pids=older.pids if self.pids is None else self.pids,
+            disk_bytes=older.disk_bytes if self.disk_bytes is None else self.disk_bytes,
+            disk_inodes=older.disk_inodes if self.disk_inodes is None else self.disk_inodes,
+            disk_scope=older.disk_scope if self.disk_scope is None else self.disk_scope,
         )
+
+    @property
+    def states_disk(self) -> bool:
+        """Whether anything is said about disk space."""
+        return any(value is not None for value in (self.disk_bytes, self.disk_inodes, self.disk_scope))
+
+    def without_disk(self) -> Limits:
+        """The same without a word about disk space: what is left is the processes'."""
+        return replace(self, disk_bytes=None, disk_inodes=None, disk_scope=None)
 
     def empty(self) -> bool:
         """Whether no field states anything."""
@@ -73,6 +101,10 @@ def limit_violations(limits: Limits, prefix: str) -> list[FieldViolation]:
     check("cpu_quota_us", limits.cpu_quota_us, CPU_QUOTA_FLOOR_US, UINT63_MAX // 1000, zero_is_unlimited=True)
     check("cpu_period_us", limits.cpu_period_us, *CPU_PERIOD_RANGE_US, zero_is_unlimited=False)
     check("pids", limits.pids, PIDS_FLOOR, 4_194_304, zero_is_unlimited=True)  # PID_MAX_LIMIT, proc(5)
+    check("disk_bytes", limits.disk_bytes, DISK_FLOOR_BYTES, UINT63_MAX, zero_is_unlimited=True)
+    check("disk_inodes", limits.disk_inodes, DISK_FLOOR_INODES, UINT63_MAX, zero_is_unlimited=True)
+    if limits.disk_scope is not None and limits.disk_bytes is None:
+        found.append(FieldViolation(f"{prefix}.disk_scope", "needs disk_bytes"))
     return found
 
 

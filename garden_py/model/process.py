@@ -105,7 +105,7 @@ class ProcessSpec:
     @property
     def has_own_group(self) -> bool:
         """Whether it and its children are counted by themselves."""
-        return self.sidecar is not None or not self.limits.empty()
+        return self.sidecar is not None or not self.limits.without_disk().empty()
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +185,8 @@ def check_process(spec: ProcessSpec, prefix: str = "spec") -> None:
     found += limit_violations(spec.limits, f"{prefix}.limits")
     if spec.limits.cpu_period_us is not None and spec.limits.cpu_quota_us is None:
         bad("limits.cpu_period_us", "needs cpu_quota_us")
+    if spec.limits.states_disk and spec.sidecar is None:
+        bad("limits.disk_bytes", "only containers and sidecars have disk space of their own")
     if (sidecar := spec.sidecar) is not None:
         if problem := image_problem(sidecar.image):
             bad("sidecar.image", problem)

@@ -139,6 +139,18 @@ class Usage:
     network_tx_bytes: int = 0
     network_rx_packets: int = 0
     network_tx_packets: int = 0
+    disk_exclusive_bytes: int = 0
+    disk_total_bytes: int = 0
+    disk_exclusive_inodes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DiskUsage:
+    """Disk space of a container: what it wrote, and that with its image; 0 where nothing is counted."""
+
+    exclusive_bytes: int = 0
+    total_bytes: int = 0
+    exclusive_inodes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

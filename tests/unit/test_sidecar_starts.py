@@ -33,7 +33,8 @@ class Failing(Sidecars):
         site: Any = type("OneConfig", (), {"config": Config(create_timeout_s=1)})
         nobody: Any = None
         store: Any = NoStore()
-        super().__init__(site, nobody, store, nobody)
+        disk: Any = type("NoDisk", (), {"check": staticmethod(lambda limits: None)})
+        super().__init__(site, nobody, store, disk, nobody)
         self._failure = failure
         self.removed: list[str] = []
 

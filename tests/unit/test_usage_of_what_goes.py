@@ -10,16 +10,29 @@ from typing import Any
 import pytest
 
 from garden_py.backend.cgroup.layout import ContainerCgroup, Hierarchies
+from garden_py.backend.disk.volumes import Volumes
 from garden_py.backend.images.store import ImageStore
 from garden_py.backend.linux import backend as module
 from garden_py.backend.linux.backend import LinuxBackend
 from garden_py.backend.linux.container import LinuxContainer
+from garden_py.backend.linux.disk import ContainerDisk
 from garden_py.backend.linux.network import _Namespaces
 from garden_py.backend.linux.processes import LinuxProcesses
 from garden_py.config import Config
 from garden_py.model.errors import ContainerBroken
 from garden_py.model.limits import Limits
 from garden_py.model.process import ProcessSpec
+from garden_py.service.ports import DiskUsage
+
+
+class NoDisk(ContainerDisk):
+    """Of a host that counts nothing."""
+
+    async def limits(self, container: LinuxContainer) -> Limits:
+        return Limits()
+
+    async def usage(self, container: LinuxContainer) -> DiskUsage:
+        return DiskUsage()
 
 
 @pytest.fixture
@@ -32,7 +45,8 @@ def backend(tmp_path: Path) -> LinuxBackend:
     nobody: Any = None
     images: Any = SimpleNamespace(store=ImageStore(tmp_path / "images", nobody))
     backend._containers["box"] = LinuxContainer("box", nobody, cgroup, tmp_path, nobody)
-    backend._processes = LinuxProcesses(nobody, nobody, images, nobody)
+    backend._disk = NoDisk(Volumes(tmp_path, None, nobody), images, str(tmp_path))
+    backend._processes = LinuxProcesses(nobody, nobody, images, nobody, nobody)
     return backend
 
 

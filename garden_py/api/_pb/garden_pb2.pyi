@@ -385,11 +385,31 @@ class Limits(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    class _DiskScope:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _DiskScopeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Limits._DiskScope.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        EXCLUSIVE: Limits._DiskScope.ValueType  # 0
+        """what the container wrote"""
+        TOTAL: Limits._DiskScope.ValueType  # 1
+        """its image as well; an image larger than the limit is INVALID_ARGUMENT"""
+
+    class DiskScope(_DiskScope, metaclass=_DiskScopeEnumTypeWrapper): ...
+    EXCLUSIVE: Limits.DiskScope.ValueType  # 0
+    """what the container wrote"""
+    TOTAL: Limits.DiskScope.ValueType  # 1
+    """its image as well; an image larger than the limit is INVALID_ARGUMENT"""
+
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     CPU_WEIGHT_FIELD_NUMBER: _builtins.int
     CPU_QUOTA_US_FIELD_NUMBER: _builtins.int
     CPU_PERIOD_US_FIELD_NUMBER: _builtins.int
     PIDS_FIELD_NUMBER: _builtins.int
+    DISK_BYTES_FIELD_NUMBER: _builtins.int
+    DISK_INODES_FIELD_NUMBER: _builtins.int
+    DISK_SCOPE_FIELD_NUMBER: _builtins.int
     memory_bytes: _builtins.int
     """all processes together, no swap on top; 0 = unlimited; floor 4 MiB"""
     cpu_weight: _builtins.int
@@ -400,6 +420,14 @@ class Limits(_message.Message):
     """1000 to 1000000 µs, default 100000"""
     pids: _builtins.int
     """processes and threads; 0 = unlimited"""
+    disk_bytes: _builtins.int
+    """Disk space of the writable layer, of containers and sidecars only; 0 = unlimited; floor 256 KiB. Beyond it a writer gets
+    EDQUOT. UNIMPLEMENTED where the server's file system cannot enforce it (see --store-size).
+    """
+    disk_inodes: _builtins.int
+    """of the writable layer; 0 = unlimited; not on btrfs (UNIMPLEMENTED)"""
+    disk_scope: Global___Limits.DiskScope.ValueType
+    """what disk_bytes counts"""
     def __init__(
         self,
         *,
@@ -408,10 +436,13 @@ class Limits(_message.Message):
         cpu_quota_us: _builtins.int | None = ...,
         cpu_period_us: _builtins.int | None = ...,
         pids: _builtins.int | None = ...,
+        disk_bytes: _builtins.int | None = ...,
+        disk_inodes: _builtins.int | None = ...,
+        disk_scope: Global___Limits.DiskScope.ValueType | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_cpu_period_us", b"_cpu_period_us", "_cpu_quota_us", b"_cpu_quota_us", "_cpu_weight", b"_cpu_weight", "_memory_bytes", b"_memory_bytes", "_pids", b"_pids", "cpu_period_us", b"cpu_period_us", "cpu_quota_us", b"cpu_quota_us", "cpu_weight", b"cpu_weight", "memory_bytes", b"memory_bytes", "pids", b"pids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cpu_period_us", b"_cpu_period_us", "_cpu_quota_us", b"_cpu_quota_us", "_cpu_weight", b"_cpu_weight", "_disk_bytes", b"_disk_bytes", "_disk_inodes", b"_disk_inodes", "_disk_scope", b"_disk_scope", "_memory_bytes", b"_memory_bytes", "_pids", b"_pids", "cpu_period_us", b"cpu_period_us", "cpu_quota_us", b"cpu_quota_us", "cpu_weight", b"cpu_weight", "disk_bytes", b"disk_bytes", "disk_inodes", b"disk_inodes", "disk_scope", b"disk_scope", "memory_bytes", b"memory_bytes", "pids", b"pids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cpu_period_us", b"_cpu_period_us", "_cpu_quota_us", b"_cpu_quota_us", "_cpu_weight", b"_cpu_weight", "_memory_bytes", b"_memory_bytes", "_pids", b"_pids", "cpu_period_us", b"cpu_period_us", "cpu_quota_us", b"cpu_quota_us", "cpu_weight", b"cpu_weight", "memory_bytes", b"memory_bytes", "pids", b"pids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cpu_period_us", b"_cpu_period_us", "_cpu_quota_us", b"_cpu_quota_us", "_cpu_weight", b"_cpu_weight", "_disk_bytes", b"_disk_bytes", "_disk_inodes", b"_disk_inodes", "_disk_scope", b"_disk_scope", "_memory_bytes", b"_memory_bytes", "_pids", b"_pids", "cpu_period_us", b"cpu_period_us", "cpu_quota_us", b"cpu_quota_us", "cpu_weight", b"cpu_weight", "disk_bytes", b"disk_bytes", "disk_inodes", b"disk_inodes", "disk_scope", b"disk_scope", "memory_bytes", b"memory_bytes", "pids", b"pids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cpu_period_us: _TypeAlias = _typing.Literal["cpu_period_us"]  # noqa: Y015
     _WhichOneofArgType__cpu_period_us: _TypeAlias = _typing.Literal["_cpu_period_us", b"_cpu_period_us"]  # noqa: Y015
@@ -419,6 +450,12 @@ class Limits(_message.Message):
     _WhichOneofArgType__cpu_quota_us: _TypeAlias = _typing.Literal["_cpu_quota_us", b"_cpu_quota_us"]  # noqa: Y015
     _WhichOneofReturnType__cpu_weight: _TypeAlias = _typing.Literal["cpu_weight"]  # noqa: Y015
     _WhichOneofArgType__cpu_weight: _TypeAlias = _typing.Literal["_cpu_weight", b"_cpu_weight"]  # noqa: Y015
+    _WhichOneofReturnType__disk_bytes: _TypeAlias = _typing.Literal["disk_bytes"]  # noqa: Y015
+    _WhichOneofArgType__disk_bytes: _TypeAlias = _typing.Literal["_disk_bytes", b"_disk_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__disk_inodes: _TypeAlias = _typing.Literal["disk_inodes"]  # noqa: Y015
+    _WhichOneofArgType__disk_inodes: _TypeAlias = _typing.Literal["_disk_inodes", b"_disk_inodes"]  # noqa: Y015
+    _WhichOneofReturnType__disk_scope: _TypeAlias = _typing.Literal["disk_scope"]  # noqa: Y015
+    _WhichOneofArgType__disk_scope: _TypeAlias = _typing.Literal["_disk_scope", b"_disk_scope"]  # noqa: Y015
     _WhichOneofReturnType__memory_bytes: _TypeAlias = _typing.Literal["memory_bytes"]  # noqa: Y015
     _WhichOneofArgType__memory_bytes: _TypeAlias = _typing.Literal["_memory_bytes", b"_memory_bytes"]  # noqa: Y015
     _WhichOneofReturnType__pids: _TypeAlias = _typing.Literal["pids"]  # noqa: Y015
@@ -429,6 +466,12 @@ class Limits(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__cpu_quota_us) -> _WhichOneofReturnType__cpu_quota_us | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__cpu_weight) -> _WhichOneofReturnType__cpu_weight | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__disk_bytes) -> _WhichOneofReturnType__disk_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__disk_inodes) -> _WhichOneofReturnType__disk_inodes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__disk_scope) -> _WhichOneofReturnType__disk_scope | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_bytes) -> _WhichOneofReturnType__memory_bytes | None: ...
     @_typing.overload
@@ -1632,6 +1675,9 @@ class ContainerMetrics(_message.Message):
     NETWORK_RX_PACKETS_FIELD_NUMBER: _builtins.int
     NETWORK_TX_PACKETS_FIELD_NUMBER: _builtins.int
     MEMORY_STAT_FIELD_NUMBER: _builtins.int
+    DISK_EXCLUSIVE_BYTES_FIELD_NUMBER: _builtins.int
+    DISK_TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    DISK_EXCLUSIVE_INODES_FIELD_NUMBER: _builtins.int
     PROCESS_ID_FIELD_NUMBER: _builtins.int
     handle: _builtins.str
     error: _builtins.str
@@ -1656,6 +1702,12 @@ class ContainerMetrics(_message.Message):
     network_tx_bytes: _builtins.int
     network_rx_packets: _builtins.int
     network_tx_packets: _builtins.int
+    disk_exclusive_bytes: _builtins.int
+    """what the container wrote; 0 if the server's file system cannot count it"""
+    disk_total_bytes: _builtins.int
+    """that and its image"""
+    disk_exclusive_inodes: _builtins.int
+    """as disk_exclusive_bytes; 0 on btrfs"""
     process_id: _builtins.str
     """set: these are of that process and its children; network fields are 0"""
     @_builtins.property
@@ -1686,11 +1738,14 @@ class ContainerMetrics(_message.Message):
         network_rx_packets: _builtins.int = ...,
         network_tx_packets: _builtins.int = ...,
         memory_stat: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        disk_exclusive_bytes: _builtins.int = ...,
+        disk_total_bytes: _builtins.int = ...,
+        disk_exclusive_inodes: _builtins.int = ...,
         process_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["age", b"age"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "cpu_system_ns", b"cpu_system_ns", "cpu_throttled_ns", b"cpu_throttled_ns", "cpu_usage_ns", b"cpu_usage_ns", "cpu_user_ns", b"cpu_user_ns", "error", b"error", "handle", b"handle", "memory_bytes", b"memory_bytes", "memory_limit_bytes", b"memory_limit_bytes", "memory_peak_bytes", b"memory_peak_bytes", "memory_stat", b"memory_stat", "memory_working_set_bytes", b"memory_working_set_bytes", "network_rx_bytes", b"network_rx_bytes", "network_rx_packets", b"network_rx_packets", "network_tx_bytes", b"network_tx_bytes", "network_tx_packets", b"network_tx_packets", "oom_kills", b"oom_kills", "pids", b"pids", "pids_limit", b"pids_limit", "process_id", b"process_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "cpu_system_ns", b"cpu_system_ns", "cpu_throttled_ns", b"cpu_throttled_ns", "cpu_usage_ns", b"cpu_usage_ns", "cpu_user_ns", b"cpu_user_ns", "disk_exclusive_bytes", b"disk_exclusive_bytes", "disk_exclusive_inodes", b"disk_exclusive_inodes", "disk_total_bytes", b"disk_total_bytes", "error", b"error", "handle", b"handle", "memory_bytes", b"memory_bytes", "memory_limit_bytes", b"memory_limit_bytes", "memory_peak_bytes", b"memory_peak_bytes", "memory_stat", b"memory_stat", "memory_working_set_bytes", b"memory_working_set_bytes", "network_rx_bytes", b"network_rx_bytes", "network_rx_packets", b"network_rx_packets", "network_tx_bytes", b"network_tx_bytes", "network_tx_packets", b"network_tx_packets", "oom_kills", b"oom_kills", "pids", b"pids", "pids_limit", b"pids_limit", "process_id", b"process_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

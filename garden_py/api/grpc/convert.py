@@ -15,7 +15,7 @@ from garden_py.model.files import BindMount, MountMode
 from garden_py.model.image import ImageConfig, ImageInfo, PullProgress, RegistryAuth, UsedImage
 from garden_py.model.leak import LeakReport
 from garden_py.model.lifecycle import State
-from garden_py.model.limits import Limits
+from garden_py.model.limits import DiskScope, Limits
 from garden_py.model.process import ExitStatus, OutputStream, ProcessSpec, Sidecar, WindowSize, parse_signal
 from garden_py.model.spec import ContainerSpec, PortMapping, Transport
 from garden_py.service.containers import egress_etag
@@ -47,6 +47,13 @@ def duration(value_s: float) -> Duration:
 # --- limits
 
 
+_SCOPES: dict[int, DiskScope] = {
+    pb.Limits.EXCLUSIVE: DiskScope.EXCLUSIVE,
+    pb.Limits.TOTAL: DiskScope.TOTAL,
+}
+_SCOPES_OUT = {DiskScope.EXCLUSIVE: pb.Limits.EXCLUSIVE, DiskScope.TOTAL: pb.Limits.TOTAL}
+
+
 def limits_from(message: pb.Limits) -> Limits:
     """Limits; unset fields are None."""
     return Limits(
@@ -55,7 +62,16 @@ def limits_from(message: pb.Limits) -> Limits:
         cpu_quota_us=message.cpu_quota_us if message.HasField("cpu_quota_us") else None,
         cpu_period_us=message.cpu_period_us if message.HasField("cpu_period_us") else None,
         pids=message.pids if message.HasField("pids") else None,
+        disk_bytes=message.disk_bytes if message.HasField("disk_bytes") else None,
+        disk_inodes=message.disk_inodes if message.HasField("disk_inodes") else None,
+        disk_scope=_scope_from(message.disk_scope) if message.HasField("disk_scope") else None,
     )
+
+
+def _scope_from(value: int) -> DiskScope:
+    if value not in _SCOPES:
+        raise InvalidField("limits.disk_scope", f"unknown value {value}")
+    return _SCOPES[value]
 
 
 def limits_to(limits: Limits) -> pb.Limits:
@@ -66,6 +82,9 @@ def limits_to(limits: Limits) -> pb.Limits:
         cpu_quota_us=limits.cpu_quota_us,
         cpu_period_us=limits.cpu_period_us,
         pids=limits.pids,
+        disk_bytes=limits.disk_bytes,
+        disk_inodes=limits.disk_inodes,
+        disk_scope=None if limits.disk_scope is None else _SCOPES_OUT[limits.disk_scope],
     )
 
 

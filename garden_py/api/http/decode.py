@@ -10,7 +10,7 @@ from garden_py.api.http.messages import window_size
 from garden_py.model.errors import GardenError, InvalidField, NotSupported
 from garden_py.model.files import BindMount, MountMode
 from garden_py.model.image import RegistryAuth
-from garden_py.model.limits import UINT63_MAX, Limits
+from garden_py.model.limits import DISK_FLOOR_BYTES, UINT63_MAX, DiskScope, Limits
 from garden_py.model.netrule import (
     MAX_PORT,
     AddressRange,
@@ -83,17 +83,25 @@ def bind_mount(fields: Fields) -> BindMount:
 
 def container_limits(fields: Fields) -> Limits:
     """Limits of a container; 0 and absent are the same: none."""
-    disk = fields.child("disk_limits")
-    for name in ("byte_hard", "byte_soft", "inode_hard", "inode_soft"):
-        if disk.number(name):
-            raise NotSupported(f"limits.disk_limits.{name}: this server cannot limit disk space yet")
-    disk.number("scope", most=1)
     bandwidth = fields.child("bandwidth_limits")
     for name in ("rate", "burst"):
         if bandwidth.number(name):
             raise NotSupported(f"limits.bandwidth_limits.{name}: this server cannot limit bandwidth yet")
     pids = fields.child("pid_limits").number("max")
-    return _process_limits(fields, pids or None)
+    return _disk_limits(fields.child("disk_limits")).over(_process_limits(fields, pids or None))
+
+
+def _disk_limits(disk: Fields) -> Limits:
+    """`byte_hard` in its scope; soft limits and inodes are accepted and ignored, small limits raised (D1, D8)."""
+    for ignored in ("byte_soft", "inode_hard", "inode_soft"):
+        disk.number(ignored)
+    most, scope = disk.number("byte_hard"), disk.number("scope", most=1)
+    if not most:
+        return Limits()
+    return Limits(
+        disk_bytes=min(max(most, DISK_FLOOR_BYTES), UINT63_MAX),
+        disk_scope=DiskScope.EXCLUSIVE if scope else DiskScope.TOTAL,
+    )
 
 
 def _process_limits(fields: Fields, pids: int | None) -> Limits:

@@ -56,6 +56,18 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
         raise _fail()
 
 
+class _StatFs(ctypes.Structure):
+    _fields_ = (("type", ctypes.c_long), ("rest", ctypes.c_char * 256))
+
+
+def file_system_magic(path: Path) -> int:
+    """What kind of file system a path is on, by its number in linux/magic.h. Source: statfs(2)."""
+    found = _StatFs()
+    if _libc.statfs(os.fsencode(path), ctypes.byref(found)) != 0:
+        raise _fail(path)
+    return int(found.type) & 0xFFFF_FFFF
+
+
 def sync_file_system(fd: int) -> None:
     """Write out what is cached of the file system that fd is on. Source: syncfs(2)."""
     if _libc.syncfs(fd) != 0:

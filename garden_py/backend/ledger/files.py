@@ -28,6 +28,7 @@ class Sight:
         trash: below `trash/`, unless it is being emptied.
         sockets: by file name.
         runtimes: by `<runtime>/<id>`.
+        volumes: by the runtime's id of what they belong to.
         socket_names: file name of each claimed container's socket, by handle.
     """
 
@@ -35,15 +36,17 @@ class Sight:
     trash: dict[str, str] = field(default_factory=dict)
     sockets: dict[str, str] = field(default_factory=dict)
     runtimes: dict[str, str] = field(default_factory=dict)
+    volumes: dict[str, str] = field(default_factory=dict)
     socket_names: dict[str, str] = field(default_factory=dict)
 
 
-def look(depot: Depot, runtime_roots: Iterable[Path], handles: set[str]) -> Sight:
+def look(depot: Depot, runtime_roots: Iterable[Path], volumes: Path, handles: set[str]) -> Sight:
     """Read the directories.
 
     Args:
         depot: of the server.
         runtime_roots: state directories of OCI runtimes; those that do not exist are empty.
+        volumes: directory of volumes; if it does not exist there are none.
         handles: claimed when the look began.
     """
     return Sight(
@@ -55,6 +58,7 @@ def look(depot: Depot, runtime_roots: Iterable[Path], handles: set[str]) -> Sigh
             for root in runtime_roots
             for name, why in _examine(root, _why_no_runtime).items()
         },
+        volumes=_examine(volumes, _why_no_runtime),
         socket_names={handle: depot.socket(handle).name for handle in handles},
     )
 
@@ -109,6 +113,9 @@ def judge(book: Book, seen: Sight) -> list[Leak]:
     for path, why in seen.runtimes.items():
         if book_id(path.rpartition("/")[2]) not in book.runtime_ids:
             orphan(LeakKind.RUNTIME, path, why)
+    for name, why in seen.volumes.items():
+        if book_id(name) not in book.runtime_ids:
+            orphan(LeakKind.DIRECTORY, f"volumes/{name}", why)
     return orphans + _missing(book, seen)
 
 

@@ -15,6 +15,7 @@ import structlog
 from garden_py.backend.cgroup import groups
 from garden_py.backend.cgroup.limits import change_limits, read_limits
 from garden_py.backend.cgroup.stats import read_usage
+from garden_py.backend.disk.store import LoopStore
 from garden_py.backend.images.images import Images, Rootfs
 from garden_py.backend.images.store import ImageStore
 from garden_py.backend.launcher.client import Launcher
@@ -23,6 +24,7 @@ from garden_py.backend.linux.agent_owner import AgentOwner
 from garden_py.backend.linux.construction import Construction
 from garden_py.backend.linux.container import ContainerFacts, LinuxContainer, may_be_gone
 from garden_py.backend.linux.demolition import Demolition
+from garden_py.backend.linux.disk import ContainerDisk
 from garden_py.backend.linux.hands import ServerHands
 from garden_py.backend.linux.heartbeat import Heartbeat
 from garden_py.backend.linux.launching import AgentStarter
@@ -31,7 +33,7 @@ from garden_py.backend.linux.network import LinuxNetwork, NetworkLease, check_dn
 from garden_py.backend.linux.process import LinuxProcess
 from garden_py.backend.linux.processes import LinuxProcesses, usage_of, without_sidecars
 from garden_py.backend.linux.sidecars import Sidecars, owner_of, sidecar_directories
-from garden_py.backend.linux.site import Site, check_apparmor, disk_of, make_mount_dir, open_site
+from garden_py.backend.linux.site import Site, check_apparmor, disk_of, make_mount_dir, open_site, open_store
 from garden_py.backend.linux.upgrades import Upgrades
 from garden_py.backend.rootfs.embedded import build_embedded_rootfs
 from garden_py.config import Config
@@ -94,6 +96,8 @@ class LinuxBackend:
         self._network: LinuxNetwork
         self._sidecars: Sidecars
         self._processes: LinuxProcesses
+        self._store: LoopStore | None = None
+        self._disk: ContainerDisk
         self._construction: Construction
         self._images: Images
         self._demolition: Demolition
@@ -108,25 +112,28 @@ class LinuxBackend:
         check_dns_servers(self._config.dns_server)
         check_apparmor(self._config.apparmor)
         self._events = events
+        self._store = await asyncio.to_thread(open_store, self._config)
         self._launcher = Launcher(
             make_mount_dir(self._config),
             workers=self._config.launchers,
             without_hybrid_cgroup=Path(self._config.runtime).name == "crun",
         )
         self._site, _ = await asyncio.gather(
-            asyncio.to_thread(open_site, self._config), self._launcher.start()
+            asyncio.to_thread(open_site, self._config, self._store), self._launcher.start()
         )
         self._network = LinuxNetwork(self._config, self._launcher, self._site.facts.uplink_mtu)
         self._site.depot.open()
-        self._images = await self._open_images()
+        default_image = await asyncio.to_thread(self._default_image)
+        self._images = self._open_images(default_image)
+        self._disk = ContainerDisk(self._site.volumes, self._images, default_image)
         starter = AgentStarter(self._site, self._launcher)
-        self._construction = Construction(self._site, starter, self._network, self._images)
-        self._processes = LinuxProcesses(self._site, starter, self._images, self._events)
+        self._construction = Construction(self._site, starter, self._network, self._images, self._disk)
+        self._processes = LinuxProcesses(self._site, starter, self._images, self._disk, self._events)
         self._sidecars = self._processes.sidecars
-        self._demolition = Demolition(self._site, self._launcher, self._network)
+        self._demolition = Demolition(self._site, self._launcher, self._network, self._disk)
         site = self._site
         self._ledger = Ledger(
-            places_of(self._config, self._network.host, site.depot, site.hierarchies),
+            places_of(self._config, self._network.host, site.depot, site.volumes, site.hierarchies),
             ServerHands(site, self._launcher, self._network),
         )
         self._hold_leases(rows)
@@ -143,9 +150,13 @@ class LinuxBackend:
             yield container
             yield from container.sidecars.values()
 
-    async def _open_images(self) -> Images:
-        default = await asyncio.to_thread(self._default_image)
-        store = ImageStore(self._config.state_dir / "images", self._site.depot.throw_away)
+    def _open_images(self, default: str) -> Images:
+        place = self._config.state_dir / "images"
+        if (
+            not place.exists()
+        ):  # of a time before the store; else containers of before would lose their layers
+            place = self._site.store_root / "images"
+        store = ImageStore(place, self._site.depot.throw_away)
         store.open()
         return Images(store, self._config, default)
 
@@ -221,6 +232,8 @@ class LinuxBackend:
         container = LinuxContainer(
             row.handle, facts, site.cgroup(row.handle), site.depot.directory(row.handle), self._events
         )
+        spec = load_container_spec(row.spec)
+        container.image, container.disk_scope = spec.image, spec.limits.disk_scope
         container.watch(pidfd)
         try:
             container.connect(site.depot.socket(row.handle), patience_s=self._config.agent_patience_s)
@@ -279,6 +292,8 @@ class LinuxBackend:
             ) as error:  # something is in it that no row knows: the ledger's affair, no reason to fail
                 log.warning("cgroup.parent_kept", error=str(error))
         await self._launcher.close()
+        if self._store is not None and not self._containers and not self._site.depot.handles():
+            await asyncio.to_thread(self._store.close)
 
     # --- images
 
@@ -295,7 +310,7 @@ class LinuxBackend:
 
     def capacity(self) -> HostCapacity:
         """What host and pools offer."""
-        size, free = disk_of(self._config.state_dir)
+        size, free = disk_of(self._site.store_root)
         addresses = self._network.addresses.size
         uids = addresses if self._config.compat == "garden" else self._site.uids.size
         return HostCapacity(
@@ -407,8 +422,12 @@ class LinuxBackend:
         with may_be_gone(handle):
             found = without_sidecars(container, read_usage(container.cgroup))
             traffic = self._network.read_traffic(handle, container.facts.lease)
+        disk = await self._disk.usage(container)
         return replace(
             found,
+            disk_exclusive_bytes=disk.exclusive_bytes,
+            disk_total_bytes=disk.total_bytes,
+            disk_exclusive_inodes=disk.exclusive_inodes,
             network_rx_bytes=traffic.rx_bytes,
             network_tx_bytes=traffic.tx_bytes,
             network_rx_packets=traffic.rx_packets,
@@ -417,15 +436,26 @@ class LinuxBackend:
 
     async def limits(self, handle: str) -> Limits:
         """The limits in force."""
+        container = self._get(handle)
         with may_be_gone(handle):
-            return read_limits(self._get(handle).cgroup)
+            found = read_limits(container.cgroup)
+        return found.over(await self._disk.limits(container))
 
     async def update_limits(self, handle: str, limits: Limits) -> Limits:
         """Change limits; those in force afterwards."""
-        cgroup = self._get(handle).cgroup
-        with may_be_gone(handle):
-            change_limits(cgroup, limits.over(_period_of(limits, read_limits(cgroup))))
-            return read_limits(cgroup)
+        container = self._get(handle)
+        before = await self._disk.limits(container)
+        await self._disk.update(container, limits)
+        try:
+            with may_be_gone(handle):
+                now = read_limits(container.cgroup)
+                change_limits(container.cgroup, limits.over(_period_of(limits, now)))
+                now = read_limits(container.cgroup)
+        except BaseException:
+            if limits.states_disk:
+                await self._disk.update(container, before)
+            raise
+        return now.over(await self._disk.limits(container))
 
     async def map_port(
         self, handle: str, mapping: PortMapping, record: Callable[[dict[str, Any]], None]

@@ -14,6 +14,7 @@ from garden_py.backend.host import apparmor
 from garden_py.backend.host.pids import read_start_time
 from garden_py.backend.images.images import Images, Rootfs
 from garden_py.backend.linux.container import ContainerFacts, LinuxContainer
+from garden_py.backend.linux.disk import ContainerDisk
 from garden_py.backend.linux.launching import AgentStarter, Launch, check_bind_sources, listen
 from garden_py.backend.linux.network import LinuxNetwork
 from garden_py.backend.linux.site import NO_SLOT, Site
@@ -32,8 +33,16 @@ Record = Callable[[dict[str, Any]], None]
 class Construction:
     """How containers are made at one site."""
 
-    def __init__(self, site: Site, starter: AgentStarter, network: LinuxNetwork, images: Images) -> None:
+    def __init__(
+        self,
+        site: Site,
+        starter: AgentStarter,
+        network: LinuxNetwork,
+        images: Images,
+        disk: ContainerDisk,
+    ) -> None:
         self._site = site
+        self._disk = disk
         self._starter = starter
         self._network = network
         self._images = images
@@ -47,6 +56,7 @@ class Construction:
         profile = self._site.config.apparmor
         if profile and not spec.privileged and apparmor.is_known_missing(profile):
             raise ProfileNotLoaded(profile)
+        self._disk.check(spec.limits)
         self._site.depot.refuse_foreign(spec.handle)
         check_bind_sources(spec.bind_mounts, "spec.bind_mounts")
         lease = self._network.lease(spec.port_mappings)
@@ -75,7 +85,9 @@ class Construction:
         container = LinuxContainer(spec.handle, facts, site.cgroup(spec.handle), directory, events)
         if rootfs.used is not None:
             self._images.store.hold(spec.handle, directory, rootfs.used)
-        launch = self._launch(spec, facts, rootfs, directory)
+        container.image, container.disk_scope = spec.image, spec.limits.disk_scope
+        layer = await self._disk.make(facts.runtime_id, spec.limits, rootfs, "spec.limits") or directory
+        launch = self._launch(spec, facts, rootfs, directory, layer)
         self._write_names(launch, facts)
         self._starter.prepare(launch)
         failpoints.reach(Point.CREATE_DIRECTORY)
@@ -106,12 +118,15 @@ class Construction:
     def _shares_ids(self, spec: ContainerSpec) -> bool:
         return spec.privileged or self._site.config.compat == "garden"
 
-    def _launch(self, spec: ContainerSpec, facts: ContainerFacts, rootfs: Rootfs, directory: Path) -> Launch:
+    def _launch(
+        self, spec: ContainerSpec, facts: ContainerFacts, rootfs: Rootfs, directory: Path, layer: Path
+    ) -> Launch:
         site = self._site
         return Launch(
             handle=spec.handle,
             runtime_id=facts.runtime_id,
             directory=directory,
+            layer=layer,
             etc=directory / "etc",
             layers=rootfs.directories,
             image=rootfs.name,

@@ -27,7 +27,7 @@ from garden_py.backend.linux.process import LinuxProcess, OomAccount
 from garden_py.backend.streams.agent_link import AgentLink
 from garden_py.backend.streams.agent_replies import AgentExit
 from garden_py.model.errors import ContainerBroken
-from garden_py.model.limits import Limits
+from garden_py.model.limits import DiskScope, Limits
 from garden_py.model.process import ProcessSpec
 from garden_py.service.ports import BackendEvents
 
@@ -90,6 +90,8 @@ class LinuxContainer(AgentOwner):
 
     Attributes:
         broken_because: why it can only be destroyed; empty while it is whole.
+        image: as its spec has it.
+        disk_scope: what its limit on disk space counts.
         sidecars: agents besides PID 1, by the process that each of them was started for (linux/sidecars.py).
         retiring: removals of sidecars under way, by process.
         jobs: starts and removals of sidecars under way.
@@ -112,6 +114,8 @@ class LinuxContainer(AgentOwner):
         self.sidecars: dict[str, Sidecar] = {}
         self.retiring: dict[str, asyncio.Future[None]] = {}
         self.jobs: set[asyncio.Future[Any]] = set()
+        self.image = ""
+        self.disk_scope: DiskScope | None = None
         self._events = events
         self.spawning: set[str] = set()
         self._early_exits: dict[str, AgentExit] = {}

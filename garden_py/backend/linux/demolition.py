@@ -14,6 +14,7 @@ from garden_py.backend.cgroup.layout import ContainerCgroup
 from garden_py.backend.host.pids import kill_and_wait, read_wait_channel
 from garden_py.backend.launcher.client import Launcher
 from garden_py.backend.linux.container import ContainerFacts
+from garden_py.backend.linux.disk import ContainerDisk
 from garden_py.backend.linux.network import LinuxNetwork
 from garden_py.backend.linux.site import Site
 from garden_py.model.errors import Unkillable
@@ -27,8 +28,9 @@ _RETRY_S = 0.005
 class Demolition:
     """How containers are removed at one site."""
 
-    def __init__(self, site: Site, launcher: Launcher, network: LinuxNetwork) -> None:
+    def __init__(self, site: Site, launcher: Launcher, network: LinuxNetwork, disk: ContainerDisk) -> None:
         self._site = site
+        self._disk = disk
         self._launcher = launcher
         self._network = network
 
@@ -50,6 +52,7 @@ class Demolition:
         for record in self._site.runtime_root.glob(f"{facts.runtime_id}*"):  # its own and its sidecars'
             shutil.rmtree(record, ignore_errors=False, onerror=_missing_is_fine)
         failpoints.reach(Point.DESTROY_RUNTIME)
+        await self._disk.remove(facts.runtime_id)
         self._site.depot.discard(handle)
         failpoints.reach(Point.DESTROY_DIRECTORY)
         self._network.release(facts.lease)

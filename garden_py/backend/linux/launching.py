@@ -32,7 +32,8 @@ class Launch:
 
     Attributes:
         runtime_id: for the OCI runtime.
-        directory: its own; bundle, logs and writable layer are in it.
+        directory: its own; bundle and logs are in it.
+        layer: directory that its writable layer is in.
         etc: directory with its hosts and resolv.conf.
         joins: namespaces of others, by the OCI's names, to the paths they are entered by.
         layers: directories of its image, lowest first.
@@ -43,6 +44,7 @@ class Launch:
     handle: str
     runtime_id: str
     directory: Path
+    layer: Path
     etc: Path
     layers: tuple[Path, ...]
     image: str
@@ -64,7 +66,7 @@ class AgentStarter:
     def prepare(self, launch: Launch) -> None:
         """Write what the runtime reads, and the upper layer."""
         plan = self._mounts(launch)
-        _make_layer(plan, launch.directory)
+        _make_layer(plan, launch.layer)
         config = build_config(self._request(launch, plan), self._site.facts, load_runc_config())
         # Not indented, which is four times as fast: only then it is written in C.
         (launch.directory / "config.json").write_text(json.dumps(config))
@@ -109,8 +111,8 @@ class AgentStarter:
         return MountPlan(
             directory=self._site.mount_dir / launch.runtime_id,
             layers=tuple(map(str, launch.layers)),
-            upper=str(launch.directory / "upper"),
-            work=str(launch.directory / "work"),
+            upper=str(launch.layer / "upper"),
+            work=str(launch.layer / "work"),
             id_map=launch.isolation.id_map(self._site.facts.highest_id),
             binds=tuple(binds),
             image=launch.image,

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from garden_py.backend.cgroup import groups
 from garden_py.backend.cgroup.layout import ContainerCgroup, Hierarchies
 from garden_py.backend.depot import Depot
+from garden_py.backend.disk.volumes import Volumes
 from garden_py.backend.host.pids import ProcessIdentity, kill_and_wait, read_start_time, read_wait_channel
 from garden_py.backend.ledger import cgroups, files, leases, mounts, network, processes
 from garden_py.backend.ledger.book import Book, Holding, Mapping, Shared
@@ -66,6 +67,7 @@ class Places:
     tag: str
     host: HostPlan
     depot: Depot
+    volumes: Volumes
     hierarchies: Hierarchies
     mount_dir: Path
     runtime_roots: tuple[Path, ...]
@@ -77,11 +79,13 @@ class Places:
         return (depot.containers, depot.trash, depot.agents, self.mount_dir, *self.runtime_roots)
 
 
-def places_of(config: Config, host: HostPlan, depot: Depot, hierarchies: Hierarchies) -> Places:
+def places_of(
+    config: Config, host: HostPlan, depot: Depot, volumes: Volumes, hierarchies: Hierarchies
+) -> Places:
     """The places that settings lead to; those of a runtime used by an earlier server included."""
     names = dict.fromkeys((Path(config.runtime).name, "runc", "crun"))
     roots = tuple(config.run_dir / name for name in names)
-    return Places(config.tag, host, depot, hierarchies, config.run_dir / "mnt", roots)
+    return Places(config.tag, host, depot, volumes, hierarchies, config.run_dir / "mnt", roots)
 
 
 def holding_of(claim: Claim) -> Holding:
@@ -128,7 +132,7 @@ class Ledger:
         handles = {holding.handle for holding in known}
         addresses = {holding.address for holding in known}
         return Sight(
-            files=files.look(places.depot, places.runtime_roots, handles),
+            files=files.look(places.depot, places.runtime_roots, places.volumes.place, handles),
             cgroups=cgroups.look(places.hierarchies, places.tag, handles),
             processes=processes.look(places.mount_dir, self._hands.launcher_session(), known),
             network=network.look(places.host, survey, addresses),
@@ -215,6 +219,10 @@ class Ledger:
             await asyncio.to_thread(files.remove_runtime, root, name)
         elif place == "containers":
             depot.discard(name)
+        elif place == "volumes":
+            if files.book_id(name) in book.runtime_ids:
+                return False
+            await asyncio.to_thread(self._places.volumes.remove, name)
         else:
             depot.sweep()
             await depot.settle()

@@ -15,6 +15,7 @@ from garden_py.backend.cgroup.stats import read_usage, without
 from garden_py.backend.images.images import Images
 from garden_py.backend.linux.agent_owner import AgentOwner
 from garden_py.backend.linux.container import LinuxContainer, may_be_gone
+from garden_py.backend.linux.disk import ContainerDisk
 from garden_py.backend.linux.launching import AgentStarter
 from garden_py.backend.linux.process import LinuxProcess
 from garden_py.backend.linux.sidecars import Sidecar, Sidecars, owner_of
@@ -35,11 +36,18 @@ log = structlog.get_logger()
 class LinuxProcesses:
     """The verbs about processes at one site."""
 
-    def __init__(self, site: Site, starter: AgentStarter, images: Images, events: BackendEvents) -> None:
+    def __init__(
+        self,
+        site: Site,
+        starter: AgentStarter,
+        images: Images,
+        disk: ContainerDisk,
+        events: BackendEvents,
+    ) -> None:
         self._site = site
         self._images = images
         self._events = events
-        self.sidecars = Sidecars(site, starter, images, self._sidecar_lost)
+        self.sidecars = Sidecars(site, starter, images, disk, self._sidecar_lost)
 
     # --- start
 

@@ -29,6 +29,7 @@ from garden_py.backend.cgroup import groups
 from garden_py.backend.images.images import Images, Rootfs
 from garden_py.backend.linux.agent_owner import AgentOwner
 from garden_py.backend.linux.container import LinuxContainer
+from garden_py.backend.linux.disk import ContainerDisk
 from garden_py.backend.linux.launching import AgentStarter, Launch, check_bind_sources, listen
 from garden_py.backend.linux.site import Site
 from garden_py.backend.streams.agent_replies import AgentExit
@@ -106,11 +107,13 @@ class Sidecars:
         site: Site,
         starter: AgentStarter,
         images: Images,
+        disk: ContainerDisk,
         on_lost: Callable[[LinuxContainer, str, str], None],
     ) -> None:
         self._site = site
         self._starter = starter
         self._images = images
+        self._disk = disk
         self._on_lost = on_lost
 
     # --- start
@@ -123,7 +126,8 @@ class Sidecars:
             HostFault, ContainerBroken.
         """
         check_bind_sources(sidecar.bind_mounts, "spec.sidecar.bind_mounts")
-        job = asyncio.ensure_future(self._prepare_and_launch(container, spec.id, sidecar))
+        self._disk.check(spec.limits)
+        job = asyncio.ensure_future(self._prepare_and_launch(container, spec, sidecar))
         container.track(job)
         try:
             return await job
@@ -134,22 +138,22 @@ class Sidecars:
             raise ContainerBroken(container.handle, "it is being destroyed") from None
 
     async def _prepare_and_launch(
-        self, container: LinuxContainer, process_id: str, spec: SidecarSpec
+        self, container: LinuxContainer, spec: ProcessSpec, apart: SidecarSpec
     ) -> Sidecar:
         def report(progress: PullProgress) -> None:
-            log.debug("sidecar.image", handle=container.handle, process_id=process_id, progress=str(progress))
+            log.debug("sidecar.image", handle=container.handle, process_id=spec.id, progress=str(progress))
 
         images = self._images
-        async with images.prepared(spec.image, spec.image_auth, "spec.sidecar.image", report) as rootfs:
-            return await self._launch(container, process_id, spec, rootfs)
+        async with images.prepared(apart.image, apart.image_auth, "spec.sidecar.image", report) as rootfs:
+            return await self._launch(container, spec, apart, rootfs)
 
     async def _launch(
-        self, container: LinuxContainer, process_id: str, spec: SidecarSpec, rootfs: Rootfs
+        self, container: LinuxContainer, spec: ProcessSpec, apart: SidecarSpec, rootfs: Rootfs
     ) -> Sidecar:
-        timeout_s = self._site.config.create_timeout_s
+        timeout_s, process_id = self._site.config.create_timeout_s, spec.id
         try:
             async with asyncio.timeout(timeout_s):
-                sidecar = await self._make(container, process_id, spec, rootfs)
+                sidecar = await self._make(container, spec, apart, rootfs)
                 await sidecar.greet(timeout_s=timeout_s)
         except BaseException as failure:
             await asyncio.shield(self._remove(container, process_id))
@@ -162,9 +166,10 @@ class Sidecars:
         return sidecar
 
     async def _make(
-        self, container: LinuxContainer, process_id: str, spec: SidecarSpec, rootfs: Rootfs
+        self, container: LinuxContainer, spec: ProcessSpec, apart: SidecarSpec, rootfs: Rootfs
     ) -> Sidecar:
-        facts, directory = container.facts, self._directory(container, process_id)
+        facts, process_id = container.facts, spec.id
+        directory = self._directory(container, process_id)
         if (removal := container.retiring.get(process_id)) is not None:
             await asyncio.wait(
                 [removal]
@@ -175,11 +180,14 @@ class Sidecars:
         directory.mkdir(mode=0o700)
         if rootfs.used is not None:
             self._images.store.hold(owner_of(container.handle, process_id), directory, rootfs.used)
+        runtime_id = runtime_id_of(facts.runtime_id, process_id)
+        layer = await self._disk.make(runtime_id, spec.limits, rootfs, "spec.limits") or directory
         with _namespaces(container) as joins, _short_path(directory) as place:
             launch = Launch(
                 handle=container.handle,
-                runtime_id=runtime_id_of(facts.runtime_id, process_id),
+                runtime_id=runtime_id,
                 directory=directory,
+                layer=layer,
                 etc=container.directory / "etc",
                 layers=rootfs.directories,
                 image=rootfs.name,
@@ -187,7 +195,7 @@ class Sidecars:
                 or self._site.isolation(privileged=facts.privileged, slot=facts.uid_slot),
                 hostname="",
                 cgroup_path=container.cgroup.sidecar(process_id).runtime_path,
-                bind_mounts=spec.bind_mounts,
+                bind_mounts=apart.bind_mounts,
                 joins=joins,
             )
             self._starter.prepare(launch)
@@ -268,9 +276,10 @@ class Sidecars:
                 groups.kill_leaf(container.cgroup, _agent_leaf(container, process_id))
             await asyncio.sleep(delay_s)
             delay_s = min(2 * delay_s, _RETRY_MAX_S)
-        record = self._site.runtime_root / runtime_id_of(container.facts.runtime_id, process_id)
+        runtime_id = runtime_id_of(container.facts.runtime_id, process_id)
         with suppress(FileNotFoundError):
-            shutil.rmtree(record)
+            shutil.rmtree(self._site.runtime_root / runtime_id)
+        await self._disk.remove(runtime_id)
         self._site.depot.throw_away(self._directory(container, process_id))
         self._images.store.let_go(owner_of(container.handle, process_id))
 

@@ -12,6 +12,8 @@ import structlog
 
 from garden_py.backend.cgroup.layout import ContainerCgroup, Hierarchies, probe_hierarchies
 from garden_py.backend.depot import Depot
+from garden_py.backend.disk.store import LoopStore
+from garden_py.backend.disk.volumes import Volumes, find_driver
 from garden_py.backend.host import apparmor
 from garden_py.backend.linux.isolation import Isolation, choose_isolation
 from garden_py.backend.oci.data import load_runc_config
@@ -78,6 +80,7 @@ class Site:
     """The places and facts that creating and destroying need.
 
     Attributes:
+        store_root: where images and volumes are.
         mount_dir: where the launcher mounts; exists only in its mount namespace.
         agent_dir: runtime bundles of the agent, by version.
         filter_fd: of a sealed memfd with the program that filters unprivileged containers' system calls; -1: this host
@@ -88,6 +91,8 @@ class Site:
     facts: HostFacts
     hierarchies: Hierarchies
     depot: Depot
+    volumes: Volumes
+    store_root: Path
     uids: UidPool
     bundle: RuntimeBundle
     mount_dir: Path
@@ -117,9 +122,25 @@ def make_mount_dir(config: Config) -> Path:
     return mount_dir
 
 
-def open_site(config: Config) -> Site:
+def open_store(config: Config) -> LoopStore | None:
+    """The store of the server's own, mounted, if there is to be one. Before the launcher starts: it must see the mount.
+
+    Raises:
+        InvalidField, NotSupported, HostFault.
+    """
+    store = LoopStore(config.state_dir)
+    if not config.store_size and not store.exists:
+        return None
+    store.open(config.store_size)
+    return store
+
+
+def open_site(config: Config, store: LoopStore | None = None) -> Site:
     """Probe the host and make the server's directories."""
     _allow_many_files()
+    depot = Depot(config.state_dir, config.run_dir, store.root if store else None)
+    root = store.root if store else config.state_dir
+    config.state_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
     facts = probe_host_facts()
     mount_dir, agent_dir = make_mount_dir(config), config.state_dir / "agent"
     config.state_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
@@ -128,7 +149,9 @@ def open_site(config: Config) -> Site:
         config=config,
         facts=facts,
         hierarchies=probe_hierarchies(facts.cgroup_version),
-        depot=Depot(config.state_dir, config.run_dir),
+        depot=depot,
+        volumes=Volumes(root, find_driver(root), depot.throw_away),
+        store_root=root,
         uids=UidPool(config.uid_pool_start, config.uid_pool_size),
         bundle=build_runtime_bundle(agent_dir),
         mount_dir=mount_dir,

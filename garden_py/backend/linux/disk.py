@@ -1,0 +1,117 @@
+"""Disk space of containers and sidecars: their volumes, and their images where a limit counts these too."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from garden_py.backend.disk.driver import DiskLimits
+from garden_py.backend.disk.sizes import directory_bytes
+from garden_py.backend.disk.volumes import Volumes
+from garden_py.backend.images.images import Images, Rootfs, is_tar
+from garden_py.backend.linux.container import LinuxContainer
+from garden_py.model.errors import GardenError, InvalidField
+from garden_py.model.image import Transport, parse_image
+from garden_py.model.limits import DISK_FLOOR_BYTES, DiskScope, Limits
+from garden_py.service.ports import DiskUsage
+
+
+class ContainerDisk:
+    """The verbs about disk space at one site. A volume's id is the runtime's id of what it belongs to."""
+
+    def __init__(self, volumes: Volumes, images: Images, default_image: str) -> None:
+        self._volumes = volumes
+        self._images = images
+        self._default_image = default_image
+
+    def check(self, limits: Limits) -> None:
+        """Refuse limits that cannot be enforced here.
+
+        Raises:
+            NotSupported.
+        """
+        self._volumes.check(DiskLimits(limits.disk_bytes or 0, limits.disk_inodes or 0))
+
+    async def make(self, volume_id: str, limits: Limits, rootfs: Rootfs, field: str) -> Path | None:
+        """Make a volume with limits in force; None where there are no volumes.
+
+        Raises:
+            NotSupported: the limits cannot be enforced here.
+            InvalidField: the image alone is larger than the limit.
+            HostFault.
+        """
+        self.check(limits)
+        wanted = await self._volume_limits(
+            limits, rootfs.used.bytes if rootfs.used else None, rootfs.directories[0], field
+        )
+        return self._volumes.make(volume_id, wanted)
+
+    async def _volume_limits(
+        self, limits: Limits, image_bytes: int | None, directory: Path | None, field: str
+    ) -> DiskLimits:
+        """What the writable layer may take, so that all that counts stays within limits."""
+        most = limits.disk_bytes or 0
+        if most and limits.disk_scope is DiskScope.TOTAL:
+            if image_bytes is None and directory is not None:
+                image_bytes = await directory_bytes(directory)
+            rest = most - (image_bytes or 0)
+            if rest <= 0:  # the reference's words come first (Garden statement M11)
+                problem = f"disk limit is smaller than volume size: the image takes {image_bytes} bytes"
+                raise InvalidField(f"{field}.disk_bytes", problem)
+            most = max(rest, DISK_FLOOR_BYTES)
+        return DiskLimits(most, limits.disk_inodes or 0)
+
+    async def _image_bytes(self, container: LinuxContainer) -> int:
+        used = self._images.store.held_by(container.handle)
+        if used is not None:
+            return used.bytes
+        directory = self._directory_of(container.image)
+        return 0 if directory is None else await directory_bytes(directory)
+
+    def _directory_of(self, image: str) -> Path | None:
+        """The directory that a container was made of; None if it is not there any more."""
+        ref = parse_image(image or self._default_image)
+        try:
+            plain = ref.transport is Transport.PATH and not is_tar(ref.path, "image")
+        except GardenError:
+            return None
+        return Path(ref.path) if plain else None
+
+    async def limits(self, container: LinuxContainer) -> Limits:
+        """The limits in force; 0 where there is none."""
+        found = self._volumes.limits(container.facts.runtime_id)
+        scope, most = container.disk_scope, found.bytes
+        if most and scope is DiskScope.TOTAL:
+            most += await self._image_bytes(container)
+        return Limits(disk_bytes=most, disk_inodes=found.inodes, disk_scope=scope if most else None)
+
+    async def update(self, container: LinuxContainer, changed: Limits) -> None:
+        """Change limits; what is not stated stays.
+
+        Raises:
+            NotSupported, InvalidField, HostFault.
+        """
+        if not changed.states_disk:
+            return
+        wanted = changed.over(await self.limits(container))
+        image_bytes = await self._image_bytes(container) if wanted.disk_scope is DiskScope.TOTAL else 0
+        self._volumes.limit(
+            container.facts.runtime_id, await self._volume_limits(wanted, image_bytes, None, "limits")
+        )
+        container.disk_scope = wanted.disk_scope
+
+    async def usage(self, container: LinuxContainer) -> DiskUsage:
+        """What a container takes: what it wrote, and that with its image. What is not counted is 0."""
+        image_bytes = await self._image_bytes(container)
+        use = self._volumes.use(container.facts.runtime_id)
+        if use is None:
+            return DiskUsage(total_bytes=image_bytes)
+        return DiskUsage(use.bytes, use.bytes + image_bytes, use.inodes)
+
+    async def remove(self, runtime_id: str) -> None:
+        """Remove the volume of a container with those of its sidecars, or of one sidecar; gone is fine."""
+        ids = [
+            each for each in self._volumes.ids() if each == runtime_id or each.startswith(f"{runtime_id}-")
+        ]
+        for volume_id in ids:
+            await asyncio.to_thread(self._volumes.remove, volume_id)
