@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 
 import agent
 import bare_runtime
+import copies
 import garden
 import garden_load
 import images
@@ -51,6 +52,7 @@ MEASUREMENTS: dict[str, Callable[[Setting], Iterator[Row]]] = {
     "garden": garden.measure_garden,
     "garden_load": garden_load.measure_garden_load,
     "unpack": layers.measure_unpack,
+    "copies": copies.measure_copies,
 }
 
 

@@ -286,20 +286,41 @@ class Upload(Generic[Value]):
     """A stream of requests with one answer: a first message, then bytes.
 
     Attributes:
-        data: a message that carries a piece.
+        data: a message that carries a piece, or its wire form.
     """
 
     rpc: str
     first: Message
-    data: Callable[[bytes], Message]
+    data: Callable[[bytes], Message | bytes]
     reply_type: Any
     decode: Callable[[Any], Value]
 
-    def pieces(self, chunk: bytes, most_bytes: int) -> Iterable[Message]:
+    def pieces(self, chunk: bytes, most_bytes: int) -> Iterable[Message | bytes]:
         """The messages that carry a chunk, none with more than most_bytes."""
+        if 0 < len(chunk) <= most_bytes:
+            yield self.data(chunk)
+            return
         view = memoryview(chunk)
         for begin in range(0, len(view), most_bytes):
             yield self.data(bytes(view[begin : begin + most_bytes]))
+
+
+def serialize(message: Message | bytes) -> bytes:
+    """A message in its wire form, which it may have already."""
+    return message if isinstance(message, bytes) else message.SerializeToString()
+
+
+def _stream_in_data(piece: bytes) -> bytes:
+    """StreamInRequest(data=piece) as protobuf would write it, without a copy into the message and one out of it.
+
+    Source: protobuf.dev/programming-guides/encoding: tag, length in base 128, data.
+    """
+    head, length = bytearray((pb.StreamInRequest.DATA_FIELD_NUMBER << 3 | 2,)), len(piece)
+    while length > 0x7F:
+        head.append(length & 0x7F | 0x80)
+        length >>= 7
+    head.append(length)
+    return b"".join((head, piece))
 
 
 def stream_in(handle: str, path: str, user: str) -> Upload[None]:
@@ -308,7 +329,7 @@ def stream_in(handle: str, path: str, user: str) -> Upload[None]:
     return Upload(
         "StreamIn",
         pb.StreamInRequest(target=target),
-        lambda piece: pb.StreamInRequest(data=piece),
+        _stream_in_data,
         pb.StreamInResponse,
         _nothing,
     )

@@ -1,4 +1,4 @@
-"""Packs local files into tar streams and unpacks tar streams from containers without trusting them.
+"""Unpacks tar streams from containers without trusting them.
 
 Unpacking walks from the target directory by file descriptors and follows no symbolic link, so a hostile
 archive (an absolute name, "..", a link followed by a file "behind" it) cannot write outside. That is checked
@@ -7,21 +7,17 @@ here because `tarfile`'s own data filter is missing from the Python 3.11.2 of De
 
 from __future__ import annotations
 
-import io
+import errno
 import os
 import stat
 import tarfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Final, cast
 
-from garden_py.client.address import CHUNK_BYTES
 from garden_py.client.errors import UnsafeArchive
-
-_BLOCK_BYTES: Final = tarfile.BLOCKSIZE
-# End of an archive: two blocks of zeros. Source: POSIX.1-2017 pax, ustar Interchange Format.
-_END_OF_ARCHIVE: Final = bytes(2 * _BLOCK_BYTES)
+from garden_py.client.tar_pack import XATTR_PREFIX
 
 _DIRECTORY_FLAGS: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -38,87 +34,40 @@ def split_container_path(path: str) -> tuple[str, str]:
     return (directory or ("/" if path.startswith("/") else ".")), name
 
 
-def pack(source: Path, name: str = "") -> Iterator[bytes]:
-    """A tar stream of a file or directory, read as it is sent.
-
-    Args:
-        source: what to pack. Symbolic links below it stay links; a link given as the source itself is
-        followed.
-        name: top-level name in the archive; empty: the source's own; ".": a directory's contents.
-
-    Raises:
-        OSError: a file cannot be read, or changed its size while it was read.
-    """
-    top = source.resolve(strict=True)
-    # gettarinfo knows hard links by what this archive has seen before; nothing is ever written to it.
-    with tarfile.open(fileobj=io.BytesIO(), mode="w", format=tarfile.PAX_FORMAT) as catalogue:
-        yield from _pack_tree(catalogue, top, name or source.absolute().name or ".")
-    yield _END_OF_ARCHIVE
-
-
-def pack_bytes(name: str, data: bytes, mode: int) -> Iterator[bytes]:
-    """A tar stream of one regular file."""
-    member = tarfile.TarInfo(name)
-    member.size, member.mode = len(data), mode
-    yield _header(member)
-    yield data
-    yield _padding(len(data)) + _END_OF_ARCHIVE
-
-
-def _pack_tree(catalogue: tarfile.TarFile, path: Path, name: str) -> Iterator[bytes]:
-    if stat.S_ISSOCK(os.lstat(path).st_mode):
-        return  # tar has no form for a socket, and no program would find its listener in the copy
-    member = catalogue.gettarinfo(path, arcname=name)
-    member.uid = member.gid = 0  # the receiver owns the copy, as its user in the container
-    member.uname = member.gname = ""
-    yield _header(member)
-    if member.isreg():
-        yield from _contents(path, member.size)
-    elif member.isdir():
-        for entry in sorted(os.listdir(path)):
-            yield from _pack_tree(catalogue, path / entry, f"{name}/{entry}")
-
-
-def _header(member: tarfile.TarInfo) -> bytes:
-    return member.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
-
-
-def _padding(size: int) -> bytes:
-    return bytes(-size % _BLOCK_BYTES)
-
-
-def _contents(path: Path, size: int) -> Iterator[bytes]:
-    left = size
-    with open(path, "rb", buffering=0) as file:
-        while left:
-            data = file.read(min(left, CHUNK_BYTES))
-            if not data:
-                raise OSError(f"{path} became shorter while it was copied")
-            left -= len(data)
-            yield data
-    yield _padding(size)
-
-
 class _ChunkReader:
-    """As much of a readable file as tarfile's streaming mode uses, over an iterable of chunks."""
+    """A stream of chunks as tarfile reads it: never ahead of what is asked for."""
 
     def __init__(self, chunks: Iterable[bytes]) -> None:
         self._chunks = iter(chunks)
         self._rest = memoryview(b"")
+        self._at = 0
+
+    def tell(self) -> int:
+        """Bytes taken so far."""
+        return self._at
+
+    def seek(self, position: int) -> None:
+        """Go forward."""
+        for _ in self.pieces(position - self._at):
+            pass
 
     def read(self, size: int) -> bytes:
         """Exactly size bytes, or fewer at the end of the stream."""
-        parts: list[memoryview] = []
+        return b"".join(self.pieces(size))
+
+    def pieces(self, size: int) -> Iterator[memoryview]:
+        """The same without a copy, in pieces."""
         while size > 0:
             if len(self._rest) == 0:
                 chunk = next(self._chunks, None)
                 if chunk is None:
-                    break
+                    return
                 self._rest = memoryview(chunk)
-            parts.append(self._rest[:size])
+            piece = self._rest[:size]
             self._rest = self._rest[size:]
-            size -= len(parts[-1])
-        return b"".join(parts)
+            size -= len(piece)
+            self._at += len(piece)
+            yield piece
 
     def drain(self) -> None:
         """Read what is left: the sender may pad the archive, and ends its call only when all was taken."""
@@ -126,13 +75,54 @@ class _ChunkReader:
             pass
 
 
-@contextmanager
-def _open_stream(chunks: Iterable[bytes]) -> Iterator[tarfile.TarFile]:
-    reader = _ChunkReader(chunks)
-    # The overload for streaming modes asks for a full IO[bytes]; tarfile documents that read(size) is enough.
-    with tarfile.open(fileobj=cast(IO[bytes], reader), mode="r|", bufsize=CHUNK_BYTES) as archive:
-        yield archive
-    reader.drain()
+class _Archive:
+    """A tar stream whose members' contents are taken as they come."""
+
+    def __init__(self, chunks: Iterable[bytes]) -> None:
+        self._reader = _ChunkReader(chunks)
+
+    def __iter__(self) -> Iterator[tarfile.TarInfo]:
+        # The overload asks for a full IO[bytes]; to read on, tarfile uses tell, seek and read alone.
+        with tarfile.open(fileobj=cast(IO[bytes], self._reader), mode="r:") as archive:
+            for member in archive:
+                self._stored = archive.offset - self._reader.tell()
+                yield member
+                # Kept for random access; a stream never goes back.
+                archive.members = []  # type: ignore[attr-defined]  # typeshed leaves it out
+        self._reader.drain()
+
+    def write_content(self, member: tarfile.TarInfo, into: IO[bytes]) -> None:
+        """Write the content of the regular member that came last; `into` can be sought if it may have holes.
+
+        Raises:
+            UnsafeArchive: its map of holes is not of its content.
+            tarfile.ReadError: the stream ends before.
+        """
+        if member.sparse is None:
+            self._move(member.size, into)
+            return
+        segments = cast(list[tuple[int, int]], member.sparse)  # typeshed takes it for bytes
+        if sum(size for _, size in segments) > self._stored:
+            raise UnsafeArchive(f"{member.name!r} has a map of holes that does not fit")
+        end = 0
+        for offset, size in segments:
+            if offset < end or offset + size > member.size:
+                raise UnsafeArchive(f"{member.name!r} has a map of holes that does not fit")
+            into.seek(offset - end, os.SEEK_CUR)
+            self._move(size, into)
+            end = offset + size
+        if end < member.size:
+            # A byte, for not everything that can be written can be made longer otherwise (io.BytesIO.truncate).
+            into.seek(member.size - end - 1, os.SEEK_CUR)
+            into.write(b"\0")
+
+    def _move(self, size: int, into: IO[bytes]) -> None:
+        left = size
+        for piece in self._reader.pieces(size):
+            left -= len(piece)
+            _write_all(into, piece)
+        if left:
+            raise tarfile.ReadError("unexpected end of data")
 
 
 def unpack(chunks: Iterable[bytes], target_dir: Path, name: str = "") -> None:
@@ -153,14 +143,16 @@ def unpack(chunks: Iterable[bytes], target_dir: Path, name: str = "") -> None:
     root_fd = os.open(target_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         modes: list[tuple[list[str], int]] = []
-        with _open_stream(chunks) as archive:
-            for member in archive:
-                parts = _rename(_safe_parts(member.name), name)
-                if member.isdir():
-                    os.close(_open_directory(root_fd, parts))
-                    modes.append((parts, member.mode & 0o777))
-                elif parts:
-                    _unpack_leaf(archive, member, root_fd, parts, name)
+        archive = _Archive(chunks)
+        for member in archive:
+            parts = _rename(_safe_parts(member.name), name)
+            if member.isdir():
+                directory_fd = _open_directory(root_fd, parts)
+                _set_xattrs(directory_fd, member)
+                os.close(directory_fd)
+                modes.append((parts, member.mode & 0o777))
+            elif parts:
+                _unpack_leaf(archive, member, root_fd, parts, name)
         # Last and deepest first: a directory without write permission must not stop its own contents.
         for parts, mode in reversed(modes):
             if parts:
@@ -175,13 +167,11 @@ def unpack_single(chunks: Iterable[bytes], into: IO[bytes]) -> None:
     Raises:
         IsADirectoryError: it is something else.
     """
-    with _open_stream(chunks) as archive:
-        for member in archive:
-            source = archive.extractfile(member) if member.isreg() else None
-            if source is None:
-                raise IsADirectoryError(f"{member.name} is not a regular file")
-            while data := source.read(CHUNK_BYTES):
-                into.write(data)
+    archive = _Archive(chunks)
+    for member in archive:
+        if not member.isreg():
+            raise IsADirectoryError(f"{member.name} is not a regular file")
+        archive.write_content(member, into)
 
 
 def _safe_parts(name: str) -> list[str]:
@@ -215,7 +205,7 @@ def _open_directory(root_fd: int, parts: list[str]) -> int:
 
 
 def _unpack_leaf(
-    archive: tarfile.TarFile, member: tarfile.TarInfo, root_fd: int, parts: list[str], top: str
+    archive: _Archive, member: tarfile.TarInfo, root_fd: int, parts: list[str], top: str
 ) -> None:
     directory_fd = _open_directory(root_fd, parts[:-1])
     name = parts[-1]
@@ -240,22 +230,33 @@ def _replace(directory_fd: int, name: str) -> None:
         os.unlink(name, dir_fd=directory_fd)
 
 
-def _write_file(archive: tarfile.TarFile, member: tarfile.TarInfo, directory_fd: int, name: str) -> None:
-    source = archive.extractfile(member)
-    if source is None:
-        raise AssertionError("a regular member has contents")
+def _write_file(archive: _Archive, member: tarfile.TarInfo, directory_fd: int, name: str) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     with open(os.open(name, flags, 0o600, dir_fd=directory_fd), "wb", buffering=0) as file:
-        while data := source.read(CHUNK_BYTES):
-            _write_all(file, data)
+        archive.write_content(member, file)
+        _set_xattrs(file.fileno(), member)
         os.fchmod(file.fileno(), member.mode & 0o777)
         os.utime(file.fileno(), (member.mtime, member.mtime))
 
 
-def _write_all(file: io.FileIO, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[file.write(view) or 0 :]
+def _write_all(file: IO[bytes], data: memoryview) -> None:
+    while data:
+        data = data[file.write(data) or 0 :]
+
+
+def _set_xattrs(fd: int, member: tarfile.TarInfo) -> None:
+    """The users' attributes. A file capability of a container must not become one of the host, like a setuid bit."""
+    for key, value in member.pax_headers.items():
+        name = key.removeprefix(XATTR_PREFIX)
+        if name != key and name.startswith("user."):
+            try:
+                os.setxattr(fd, name, value.encode("utf-8", "surrogateescape"))
+            except OSError as error:
+                if error.errno not in (
+                    errno.ENOTSUP,
+                    errno.EPERM,
+                ):  # no place for them: the content matters more
+                    raise
 
 
 def _link(root_fd: int, source: list[str], directory_fd: int, name: str) -> None:

@@ -6,6 +6,7 @@ import os
 import socket
 import time
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -140,7 +141,10 @@ class AgentClient:
         with self.spawn(id, argv, **fields) as streams:
             if "tty" not in fields:
                 self.request("close_stdin", id=id)
-                streams.write(stdin)
+                with suppress(
+                    BrokenPipeError
+                ):  # a program that gives up reads no more, and says why elsewhere
+                    streams.write(stdin)
                 streams.close("stdin")
             self.request("drop_output", id=id, stream="stdout")
             out = streams.read_all("stdout")

@@ -13,7 +13,8 @@ import pytest
 from kit.fake_server import serve_fake
 
 from garden_py.client import GardenClient, UnsafeArchive
-from garden_py.client.tarball import pack, pack_bytes, split_container_path, unpack
+from garden_py.client.tar_pack import pack, pack_bytes
+from garden_py.client.tarball import split_container_path, unpack
 
 
 def archive(*members: tuple[tarfile.TarInfo, bytes]) -> list[bytes]:

@@ -15,6 +15,7 @@ from garden_py.api._pb import garden_pb2 as pb
 
 _LENGTH_DELIMITED = 2
 _DATA = pb.OutputChunk.DATA_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
+_STREAM_OUT = pb.StreamOutResponse.DATA_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
 _OUTPUT = pb.ProcessEvent.OUTPUT_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
 
 
@@ -31,6 +32,11 @@ def encode_output(stream: pb.Stream.ValueType, offset: int, data: bytes) -> Enco
     """A ProcessEvent of an OutputChunk."""
     head = _chunk_head(stream, offset, data)
     return Encoded(b"".join((_head(_OUTPUT, len(head) + len(data)), head, data)))
+
+
+def encode_stream_out(data: bytes) -> Encoded:
+    """A StreamOutResponse."""
+    return Encoded(b"".join((_head(_STREAM_OUT, len(data)), data)))
 
 
 def _chunk_head(stream: pb.Stream.ValueType, offset: int, data: bytes) -> bytes:

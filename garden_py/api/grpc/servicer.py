@@ -12,7 +12,7 @@ import grpc
 from garden_py.api._pb import garden_pb2 as pb
 from garden_py.api._pb import garden_pb2_grpc
 from garden_py.api.grpc import convert
-from garden_py.api.grpc.chunks import Encoded, encode_chunk
+from garden_py.api.grpc.chunks import Encoded, encode_chunk, encode_stream_out
 from garden_py.api.grpc.image_servicer import ImageServicer
 from garden_py.api.grpc.streams import CHUNK_BYTES, ProcessFeed, feed_input
 from garden_py.model.errors import GardenError, InvalidField
@@ -212,15 +212,13 @@ class GardenServicer(ImageServicer, garden_pb2_grpc.GardenServicer):
         await self._core.files.stream_in(target.handle, target.path, target.user, chunks())
         return pb.StreamInResponse()
 
-    async def StreamOut(
-        self, request: pb.StreamOutRequest, context: Context
-    ) -> AsyncIterator[pb.StreamOutResponse]:
+    async def StreamOut(self, request: pb.StreamOutRequest, context: Context) -> AsyncIterator[Encoded]:
         """See the proto."""
         async with aclosing(
             self._core.files.stream_out(request.handle, request.path, request.user)
         ) as chunks:
             async for data in chunks:
-                yield pb.StreamOutResponse(data=data)
+                yield encode_stream_out(data)
 
     # --- processes
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import signal
 import uuid
@@ -11,11 +12,11 @@ from contextlib import asynccontextmanager
 
 from garden_py.backend.linux.container import COPY_PREFIX, LinuxContainer
 from garden_py.backend.streams.agent_replies import AgentExit, Spawned
-from garden_py.backend.streams.stdin import StdinFeed
 from garden_py.model.errors import ContainerBroken, CopyFailed, InvalidField
 from garden_py.model.process import ProcessSpec
 
 CHUNK_BYTES = 256 << 10
+_PIPE_BYTES = 1 << 20  # /proc/sys/fs/pipe-max-size as the kernel has it, pipe(7)
 _KILL_PATIENCE_S = 5.0
 _MESSAGE_MAX = 4096
 _REASONS = ("no_such_path", "permission_denied", "broken_archive", "no_space", "io_error")
@@ -38,11 +39,38 @@ class _Helper:
                 return os.read(fd, max_bytes)
             except BlockingIOError:
                 ready = loop.create_future()
-                loop.add_reader(fd, ready.set_result, None)
+                loop.add_reader(fd, _wake, ready)
                 try:
                     await ready
                 finally:
                     loop.remove_reader(fd)
+
+    async def write(self, data: bytes) -> None:
+        """Give all of data to its input.
+
+        Raises:
+            BrokenPipeError: it reads no more.
+        """
+        loop = asyncio.get_running_loop()
+        fd = self.fds["stdin"]
+        rest = memoryview(data)
+        while rest:
+            try:
+                rest = rest[os.write(fd, rest) :]
+            except BlockingIOError:
+                ready = loop.create_future()
+                loop.add_writer(fd, _wake, ready)
+                try:
+                    await ready
+                finally:
+                    loop.remove_writer(fd)
+
+    def grow(self, name: str) -> None:
+        """Make the pipe of a stream hold more, so that each turn of the loop moves more."""
+        try:
+            fcntl.fcntl(self.fds[name], fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        except OSError:  # over pipe-user-pages-soft: it works with the size it has
+            return
 
     async def finish(self) -> None:
         """Wait for the end.
@@ -66,6 +94,11 @@ class _Helper:
         """Close our descriptors."""
         while self.fds:
             os.close(self.fds.popitem()[1])
+
+
+def _wake(ready: asyncio.Future[None]) -> None:
+    if not ready.done():  # cancelled in this very turn of the loop
+        ready.set_result(None)
 
 
 @asynccontextmanager
@@ -111,10 +144,9 @@ async def _end(container: LinuxContainer, helper_id: str, exited: asyncio.Future
 async def stream_in(container: LinuxContainer, path: str, user: str, chunks: AsyncIterator[bytes]) -> None:
     """Unpack chunks, a tar, at path; see service.ports.Backend.stream_in."""
     async with _helper(container, "tar-in", path, user) as helper:
-        fed = asyncio.Event()
-        feed = StdinFeed("tar-in", helper.fds.pop("stdin"), is_tty=False, on_end=fed.set)
+        helper.grow("stdin")
         finishing = asyncio.ensure_future(helper.finish())
-        feeding = asyncio.ensure_future(_feed(container, helper.id, feed, fed, chunks))
+        feeding = asyncio.ensure_future(_feed(container, helper, chunks))
         try:
             # Whichever ends first: an archiver that gives up must not wait for a caller that sends no more.
             await asyncio.wait([finishing, feeding], return_when=asyncio.FIRST_COMPLETED)
@@ -125,26 +157,22 @@ async def stream_in(container: LinuxContainer, path: str, user: str, chunks: Asy
             for task in (feeding, finishing):
                 task.cancel()
             await asyncio.gather(feeding, finishing, return_exceptions=True)
-            feed.release()
 
 
-async def _feed(
-    container: LinuxContainer,
-    helper_id: str,
-    feed: StdinFeed,
-    fed: asyncio.Event,
-    chunks: AsyncIterator[bytes],
-) -> None:
-    async for data in chunks:
-        await feed.write(data, None)
-    await feed.close()
-    await fed.wait()
-    await container.link.close_stdin(helper_id)
+async def _feed(container: LinuxContainer, helper: _Helper, chunks: AsyncIterator[bytes]) -> None:
+    try:
+        async for data in chunks:
+            await helper.write(data)
+    except BrokenPipeError:
+        return  # it has given up, and its end says why
+    os.close(helper.fds.pop("stdin"))
+    await container.link.close_stdin(helper.id)
 
 
 async def stream_out(container: LinuxContainer, path: str, user: str) -> AsyncGenerator[bytes, None]:
     """The tar of path; see service.ports.Backend.stream_out."""
     async with _helper(container, "tar-out", path, user) as helper:
+        helper.grow("stdout")
         while data := await helper.read("stdout", CHUNK_BYTES):
             yield data
         await helper.finish()

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, Unpack
 
-from garden_py.client import calls, tarball
+from garden_py.client import calls, tar_pack, tarball
 from garden_py.client import values as v
 from garden_py.client.aio.link import AsyncLink
 from garden_py.client.aio.process import AsyncProcess
@@ -218,7 +218,7 @@ class AsyncContainer:
             name: the copy's name; empty: the source's; ".": the contents of a source directory.
             user: owner of the copy.
         """
-        await self.stream_in(iterate_in_thread(tarball.pack(Path(source), name)), path=target_dir, user=user)
+        await self.stream_in(iterate_in_thread(tar_pack.pack(Path(source), name)), path=target_dir, user=user)
 
     async def copy_out(self, path: str, target_dir: Path | str, *, name: str = "", user: str = "") -> None:
         """Copy a file or directory of the container into a local directory, made if missing.
@@ -237,7 +237,7 @@ class AsyncContainer:
         """Make or replace one file of the container."""
         directory, name = tarball.split_container_path(path)
         await self.stream_in(
-            iterate_in_thread(tarball.pack_bytes(name, data, mode)), path=directory, user=user
+            iterate_in_thread(tar_pack.pack_bytes(name, data, mode)), path=directory, user=user
         )
 
     async def read_file(self, path: str, *, user: str = "") -> bytes:

@@ -178,7 +178,7 @@ class AsyncLink:
         """Send bytes in pieces of at most CHUNK_BYTES; the answer. What the iterable raises reaches the caller."""
         method: Any = self._channel.stream_unary(
             calls.method_path(call.rpc),
-            request_serializer=type(call.first).SerializeToString,
+            request_serializer=calls.serialize,
             response_deserializer=call.reply_type.FromString,
         )
         stream = method()

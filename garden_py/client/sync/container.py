@@ -11,7 +11,7 @@ from time import sleep
 from types import TracebackType
 from typing import Self, Unpack
 
-from garden_py.client import calls, tarball
+from garden_py.client import calls, tar_pack, tarball
 from garden_py.client import values as v
 from garden_py.client.errors import GardenError, NotFound
 from garden_py.client.retry import Patience, RetryPolicy
@@ -226,7 +226,7 @@ class Container:
             name: the copy's name; empty: the source's; ".": the contents of a source directory.
             user: owner of the copy.
         """
-        self.stream_in(tarball.pack(Path(source), name), path=target_dir, user=user)
+        self.stream_in(tar_pack.pack(Path(source), name), path=target_dir, user=user)
 
     def copy_out(self, path: str, target_dir: Path | str, *, name: str = "", user: str = "") -> None:
         """Copy a file or directory of the container into a local directory, made if missing.
@@ -247,7 +247,7 @@ class Container:
     def write_file(self, path: str, data: bytes, *, mode: int = 0o644, user: str = "") -> None:
         """Make or replace one file of the container."""
         directory, name = tarball.split_container_path(path)
-        self.stream_in(tarball.pack_bytes(name, data, mode), path=directory, user=user)
+        self.stream_in(tar_pack.pack_bytes(name, data, mode), path=directory, user=user)
 
     def read_file(self, path: str, *, user: str = "") -> bytes:
         """The contents of one regular file of the container."""

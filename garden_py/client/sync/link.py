@@ -170,7 +170,7 @@ class Link:
         """
         source_failures: list[BaseException] = []
 
-        def requests() -> Iterator[Message]:
+        def requests() -> Iterator[Message | bytes]:
             yield call.first
             try:
                 for chunk in chunks:
@@ -181,12 +181,12 @@ class Link:
 
         method = self._channel.stream_unary(
             calls.method_path(call.rpc),
-            request_serializer=type(call.first).SerializeToString,
+            request_serializer=calls.serialize,
             response_deserializer=call.reply_type.FromString,
         )
         started = threading.Event()
 
-        def begin() -> Iterator[Message]:
+        def begin() -> Iterator[Message | bytes]:
             # gRPC's sending thread may run before `stream` is bound; the first request must not.
             started.wait()
             yield from requests()
