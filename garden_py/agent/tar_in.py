@@ -1,7 +1,8 @@
 """Unpack a tar stream from stdin beneath a directory.
 
 Archive names are not trusted: what an entry may touch lies beneath the destination, checked by the kernel
-(openat2) at the moment of use, so that neither the archive nor a process racing it can lead out by links.
+(openat2) at the moment of use, so that neither the archive nor a process racing it can lead out by links. Beneath it,
+a process gains nothing by exchanging a directory for a link either: other users' links are not followed.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ import typer
 
 from garden_py.cli import options as opt
 from garden_py.cli import parse
+from garden_py.cli.progress import counted
 
 if TYPE_CHECKING:
     from garden_py.client import Container
@@ -44,12 +45,14 @@ def cp(
         str, typer.Argument(metavar="DST", help="HANDLE:PATH, a local path, or - for a tar on stdout.")
     ],
     user: opt.UserOption = "",
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
     address: opt.AddressOption = None,
 ) -> None:
     """Copy files into or out of a container.
 
-    As one of the container's users. A local path with a colon is written ./so:. What a container sends is
-    never written outside DST.
+    As one of the container's users. Holes of sparse files, hard links and users' extended attributes are
+    kept, owners are not. On a terminal a bar shows how far it is. A local path with a colon is written
+    ./so:. What a container sends is never written outside DST.
 
         garden cp ./src web:/build           # /build/src if /build exists, else /build
 
@@ -61,11 +64,12 @@ def cp(
     to_handle, to_path = parse.parse_place(target)
     if (from_handle is None) == (to_handle is None):
         raise parse.BadInput("one of SRC and DST is HANDLE:PATH, the other a local path or -")
+    show = not quiet and sys.stderr.isatty()
     with opt.connect(context, address) as garden:
         if to_handle is not None:
-            _copy_in(garden.container(to_handle), from_path, to_path, user)
+            _copy_in(garden.container(to_handle), from_path, to_path, user, show=show)
         elif from_handle is not None:
-            _copy_out(garden.container(from_handle), from_path, to_path, user)
+            _copy_out(garden.container(from_handle), from_path, to_path, user, show=show)
 
 
 def place_copy(source_name: str, target: str, kind: Kind, *, source_is_directory: bool) -> tuple[str, str]:
@@ -92,9 +96,12 @@ def place_copy(source_name: str, target: str, kind: Kind, *, source_is_directory
     return (directory or ("/" if target.startswith("/") else ".")), name
 
 
-def _copy_in(container: Container, source: str, target: str, user: str) -> None:
+def _copy_in(container: Container, source: str, target: str, user: str, *, show: bool) -> None:
+    from garden_py.client import tar_pack
+
     if source == _STDIO:
-        container.stream_in(_stdin_chunks(), path=target, user=user)
+        chunks = counted(_stdin_chunks(), f"to {target}", total=None, show=show)
+        container.stream_in(chunks, path=target, user=user)
         return
     path = Path(source)
     if not path.exists():
@@ -103,7 +110,9 @@ def _copy_in(container: Container, source: str, target: str, user: str) -> None:
     directory, name = place_copy(
         name, target, _kind_in_container(container, target, user), source_is_directory=path.is_dir()
     )
-    container.copy_in(path, directory, name=name, user=user)
+    packed = tar_pack.pack(path, name)
+    total = tar_pack.count_bytes(path) if show else None
+    container.stream_in(counted(packed, source, total=total, show=show), path=directory, user=user)
 
 
 def _stdin_chunks() -> Iterator[bytes]:
@@ -111,16 +120,19 @@ def _stdin_chunks() -> Iterator[bytes]:
         yield data
 
 
-def _copy_out(container: Container, source: str, target: str, user: str) -> None:
+def _copy_out(container: Container, source: str, target: str, user: str, *, show: bool) -> None:
+    from garden_py.client import tarball
+
     contents = source.endswith("/.")
     wire_path = source[:-1] if contents else source.rstrip("/") or "/"
+    chunks = counted(container.stream_out(wire_path, user=user), source, total=None, show=show)
     if target == _STDIO:
-        _write_chunks(container.stream_out(wire_path, user=user))
+        _write_chunks(chunks)
         return
     is_directory = contents or _kind_in_container(container, wire_path, user) is Kind.DIRECTORY
     name = "." if contents else posixpath.basename(wire_path)
     directory, name = place_copy(name, target, _kind_of(Path(target)), source_is_directory=is_directory)
-    container.copy_out(wire_path, directory, name="" if name == "." else name, user=user)
+    tarball.unpack(chunks, Path(directory), "" if name == "." else name)
 
 
 def _write_chunks(chunks: Iterable[bytes]) -> None:

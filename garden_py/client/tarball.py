@@ -101,7 +101,8 @@ class _Archive:
         if member.sparse is None:
             self._move(member.size, into)
             return
-        segments = cast(list[tuple[int, int]], member.sparse)  # typeshed takes it for bytes
+        held = cast(list[tuple[int, int]], member.sparse)  # typeshed takes it for bytes
+        segments = [(offset, size) for offset, size in held if size]
         if sum(size for _, size in segments) > self._stored:
             raise UnsafeArchive(f"{member.name!r} has a map of holes that does not fit")
         end = 0

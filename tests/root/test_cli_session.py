@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import io
 import json
 import os
 import pty
@@ -224,6 +225,40 @@ def test_copies_go_in_and_out(garden: Shell, handle: str, tmp_path: Path) -> Non
     garden("cp", f"{handle}:/opt", str(tmp_path / "copy"))
     assert subprocess.run(["diff", "-r", source, tmp_path / "copy"], check=False).returncode == 0
     garden("cp", f"{handle}:/nosuch", str(tmp_path), code=1)
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_copies_show_how_far_they_are_on_a_terminal(
+    garden: Shell, handle: str, tmp_path: Path, quiet: bool
+) -> None:
+    """In and out, and the tar that goes to stdout is untouched; not at all if it is not wanted."""
+    (tmp_path / "large").write_bytes(os.urandom(5_000_000))
+    flags = ["--quiet"] if quiet else []
+    for arguments in (
+        ["cp", *flags, str(tmp_path / "large"), f"{handle}:/srv"],
+        ["cp", *flags, f"{handle}:/srv", str(tmp_path / "back")],
+        ["cp", *flags, f"{handle}:/srv", "-"],
+    ):
+        ours, theirs = pty.openpty()
+        with os.fdopen(ours, "rb", buffering=0) as terminal, (tmp_path / "stdout").open("w+b") as stdout:
+            environ = {**garden.environ, "COLUMNS": "120"}
+            running = subprocess.Popen([*GARDEN, *arguments], stdout=stdout, stderr=theirs, env=environ)
+            os.close(theirs)
+            shown = _read_to_its_end(terminal)
+            assert running.wait(DEADLINE_S) == 0
+            size = stdout.seek(0, os.SEEK_END)
+        assert (b"5.0" in shown and b"MB" in shown) is not quiet
+        assert (size > 5_000_000) is (arguments[-1] == "-")
+    assert (tmp_path / "back").read_bytes() == (tmp_path / "large").read_bytes()
+
+
+def _read_to_its_end(terminal: io.RawIOBase) -> bytes:
+    shown = b""
+    while True:
+        try:
+            shown += terminal.read(65536) or b""
+        except OSError:  # EIO: nobody writes there any more, pty(7)
+            return shown
 
 
 def test_a_foreground_run_survives_the_death_of_the_server(tmp_path: Path) -> None:

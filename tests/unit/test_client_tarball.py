@@ -13,8 +13,8 @@ import pytest
 from kit.fake_server import serve_fake
 
 from garden_py.client import GardenClient, UnsafeArchive
-from garden_py.client.tar_pack import pack, pack_bytes
-from garden_py.client.tarball import split_container_path, unpack
+from garden_py.client.tar_pack import count_bytes, pack, pack_bytes
+from garden_py.client.tarball import split_container_path, unpack, unpack_single
 
 
 def archive(*members: tuple[tarfile.TarInfo, bytes]) -> list[bytes]:
@@ -65,6 +65,49 @@ def test_a_tree_comes_out_as_it_went_in(tmp_path: Path, chunk_bytes: int) -> Non
     assert os.readlink(copy / "link") == "/nowhere/at/all"
     assert (copy / ("long" * 40)).exists()
     assert not (copy / "socket").exists()
+
+
+def test_holes_and_attributes_come_out_as_they_went_in(tmp_path: Path) -> None:
+    """With data at both ends, at the beginning alone, and with none at all; nothing is sent of the holes."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for name, places in {"both": (0, (64 << 20) - 4), "head": (0,), "none": ()}.items():
+        with (source / name).open("wb") as held:
+            for place in places:
+                held.seek(place)
+                held.write(b"data")
+            held.truncate(64 << 20)
+    os.setxattr(source / "both", "user.note", b"\0\xff\n")
+    os.setxattr(source, "user.dir", b"1")
+    packed = b"".join(pack(source))
+    assert len(packed) < 1 << 16
+    assert count_bytes(source) < 1 << 16
+    unpack(split([packed], 700), tmp_path / "copy")
+    copy = tmp_path / "copy" / "source"
+    for name in ("both", "head", "none"):
+        assert (copy / name).read_bytes() == (source / name).read_bytes()
+        assert (copy / name).stat().st_blocks * 512 < 1 << 16
+    assert os.getxattr(copy / "both", "user.note") == b"\0\xff\n"
+    assert os.getxattr(copy, "user.dir") == b"1"
+    with tarfile.open(fileobj=io.BytesIO(packed)) as tar:
+        assert [member.size for member in tar if member.isreg()] == [64 << 20] * 3
+    collected = io.BytesIO()
+    unpack_single(pack(source / "head"), collected)
+    assert collected.getvalue() == (source / "head").read_bytes()
+
+
+@pytest.mark.parametrize("numbers", ["1\n0\n9999\n", "2\n5\n3\n1\n2\n", "1\n0\n600\n"])
+def test_a_map_of_holes_that_lies_is_refused(tmp_path: Path, numbers: str) -> None:
+    """More than is there, out of order, beyond the end: it would read the next member as content."""
+    member, data = file("f", numbers.encode().ljust(512, b"\0") + bytes(5))
+    member.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "9"}
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        member.size = len(data)
+        tar.addfile(member, io.BytesIO(data))
+        tar.addfile(tarfile.TarInfo("g"))
+    with pytest.raises(UnsafeArchive, match="map of holes"):
+        unpack([packed.getvalue()], tmp_path / "target")
 
 
 def test_the_standard_library_reads_what_is_packed(tmp_path: Path) -> None:
