@@ -457,6 +457,19 @@ def test_links_in_the_way_of_the_runtime_are_refused(
     assert list(canary.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["etc/hosts", "etc/resolv.conf"])
+def test_what_a_file_cannot_be_mounted_over_is_refused(
+    garden: GardenClient, tmp_path: Path, name: str
+) -> None:
+    layout = Layout(tmp_path / "layout")
+    members = {"loop": [link(name, "round"), link("etc/round", f"../{name}")], "directory": [entry(name)]}
+    for tag, found in members.items():
+        layout.add(tag, [busybox_layer(), tar_layer(*found)])
+        with pytest.raises(FailedPrecondition, match=f"its /{name}") as caught:
+            made_of(garden, layout.reference(tag))
+        assert caught.value.code == "IMAGE_INVALID"
+
+
 def test_links_that_images_do_have(garden: GardenClient, tmp_path: Path) -> None:
     """resolv.conf and hosts as links, also out of the root: they are followed within it."""
     layout, canary = Layout(tmp_path / "layout"), tmp_path / "canary"

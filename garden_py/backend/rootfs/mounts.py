@@ -31,6 +31,7 @@ from garden_py.model.errors import ImageInvalid
 
 _USERNS_CACHE_MAX = 64
 _PLACES = ("dev", "etc", "proc", "sys")  # where the runtime mounts
+_FILES = ("etc/hosts", "etc/resolv.conf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +161,27 @@ def _check_places(plan: MountPlan) -> None:
         if not stat.S_ISDIR(mode):
             what = "a symbolic link" if stat.S_ISLNK(mode) else "not a directory"
             raise ImageInvalid(plan.image, f"its /{name} is {what}; a container needs a directory there")
+    root = os.open(plan.rootfs, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for name in _FILES:
+            _check_file(root, name, plan.image)
+    finally:
+        os.close(root)
+
+
+def _check_file(root: int, name: str, image: str) -> None:
+    """Refuse what a file cannot be mounted over; a link is followed within the root, and may lead to nothing."""
+    try:
+        fd = syscalls.open_in_root(root, name)
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            return
+        raise ImageInvalid(image, f"its /{name} cannot be resolved: {error.strerror}") from error
+    try:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise ImageInvalid(image, f"its /{name} is a directory; a container needs a file there")
+    finally:
+        os.close(fd)
 
 
 def _clone_bind(directory: Path, bind: BindSource, userns_fd: int | None) -> None:
