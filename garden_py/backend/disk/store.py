@@ -79,12 +79,15 @@ class LoopStore:
         self._run("btrfs", "filesystem", "resize", "max", str(self.root))
         log.info("store.grown", bytes=size_bytes)
 
-    def close(self) -> None:
-        """Unmount it; busy is no failure, the next server finds it as it is."""
-        if not self.root.is_mount():
-            return
-        try:
+    def unmount(self) -> None:
+        """Unmount it, which gives the loop device back; not mounted is fine. HostFault: it is busy."""
+        if self.root.is_mount():
             self._run("umount", str(self.root))
+
+    def close(self) -> None:
+        """As `unmount`, but busy is no failure: the next server finds it as it is."""
+        try:
+            self.unmount()
         except HostFault as error:
             log.warning("store.kept_mounted", error=str(error))
 
