@@ -109,7 +109,7 @@ class LinuxBackend:
 
     async def open(self, events: BackendEvents, rows: list[ContainerRow]) -> None:
         """Get ready, and hold what rows lease; see service.ports."""
-        check_dns_servers(self._config.dns_server)
+        check_dns_servers((*self._config.dns_server, *self._config.additional_dns_server))
         check_apparmor(self._config.apparmor)
         self._events = events
         self._store = await asyncio.to_thread(open_store, self._config)
