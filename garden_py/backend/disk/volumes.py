@@ -130,7 +130,7 @@ class Volumes:
             return None
 
     def remove(self, volume_id: str) -> None:
-        """Remove a volume; gone is fine.
+        """Remove a volume; gone is fine. In the event loop: what is left to delete is deleted by a task of it.
 
         Raises:
             HostFault: it cannot be removed.

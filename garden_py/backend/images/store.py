@@ -400,6 +400,8 @@ class ImageStore:
         needed.update(*(used.diff_ids for used in self._users.values()))
         freed = 0
         for layer in [layer for layer in self._layers.values() if layer.diff_id not in needed]:
+            # Without it, what a crash leaves of the deletion is no layer.
+            (self._layer(layer.diff_id) / "layer.json").unlink(missing_ok=True)
             self._throw_away(self._layer(layer.diff_id))
             del self._layers[layer.diff_id]
             freed += layer.bytes
