@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 from collections.abc import Callable
@@ -76,7 +77,8 @@ class Volumes:
         volume = self._place / volume_id
         try:
             if volume.exists():  # of a start that failed
-                self.remove(volume_id)
+                if not self._driver.remove(volume):
+                    self._throw_away(volume)
             self._driver.make(volume)
             if limits != DiskLimits():
                 self._driver.limit(volume, limits)
@@ -129,15 +131,16 @@ class Volumes:
                 log.warning("disk.use_unknown", volume=volume_id, error=str(error))
             return None
 
-    def remove(self, volume_id: str) -> None:
-        """Remove a volume; gone is fine. In the event loop: what is left to delete is deleted by a task of it.
+    async def remove(self, volume_id: str) -> None:
+        """Remove a volume; gone is fine.
 
         Raises:
             HostFault: it cannot be removed.
         """
         volume = self._place / volume_id
         try:
-            if self._driver is None or not self._driver.remove(volume):
+            # In a thread, for the kernel may be writing out a transaction; what is left is deleted by a task of the loop.
+            if self._driver is None or not await asyncio.to_thread(self._driver.remove, volume):
                 self._throw_away(volume)
         except FileNotFoundError:
             return

@@ -52,7 +52,7 @@ class Demolition:
         for record in self._site.runtime_root.glob(f"{facts.runtime_id}*"):  # its own and its sidecars'
             shutil.rmtree(record, ignore_errors=False, onerror=_missing_is_fine)
         failpoints.reach(Point.DESTROY_RUNTIME)
-        self._disk.remove(facts.runtime_id)
+        await self._disk.remove(facts.runtime_id)
         self._site.depot.discard(handle)
         failpoints.reach(Point.DESTROY_DIRECTORY)
         self._network.release(facts.lease)

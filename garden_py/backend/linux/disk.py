@@ -107,10 +107,10 @@ class ContainerDisk:
             return DiskUsage(total_bytes=image_bytes)
         return DiskUsage(use.bytes, use.bytes + image_bytes, use.inodes)
 
-    def remove(self, runtime_id: str) -> None:
+    async def remove(self, runtime_id: str) -> None:
         """Remove the volume of a container with those of its sidecars, or of one sidecar; gone is fine."""
         ids = [
             each for each in self._volumes.ids() if each == runtime_id or each.startswith(f"{runtime_id}-")
         ]
         for volume_id in ids:
-            self._volumes.remove(volume_id)
+            await self._volumes.remove(volume_id)

@@ -227,7 +227,7 @@ class Ledger:
         elif place == "volumes":
             if files.book_id(name) in book.runtime_ids:
                 return False
-            self._places.volumes.remove(name)
+            await self._places.volumes.remove(name)
         else:
             depot.sweep()
             await depot.settle()

@@ -280,7 +280,7 @@ class Sidecars:
         runtime_id = runtime_id_of(container.facts.runtime_id, process_id)
         with suppress(FileNotFoundError):
             shutil.rmtree(self._site.runtime_root / runtime_id)
-        self._disk.remove(runtime_id)
+        await self._disk.remove(runtime_id)
         self._site.depot.throw_away(self._directory(container, process_id))
         self._images.store.let_go(owner_of(container.handle, process_id))
 
