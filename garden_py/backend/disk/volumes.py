@@ -76,9 +76,8 @@ class Volumes:
             return None
         volume = self._place / volume_id
         try:
-            if volume.exists():  # of a start that failed
-                if not self._driver.remove(volume):
-                    self._throw_away(volume)
+            if volume.exists() and not self._driver.remove(volume):  # of a start that failed
+                self._throw_away(volume)
             self._driver.make(volume)
             if limits != DiskLimits():
                 self._driver.limit(volume, limits)
