@@ -138,7 +138,7 @@ class Volumes:
         """
         volume = self._place / volume_id
         try:
-            # In a thread, for the kernel may be writing out a transaction; what is left is deleted by a task of the loop.
+            # In a thread, for the kernel may be writing a transaction; what is left is deleted by a task of the loop.
             if self._driver is None or not await asyncio.to_thread(self._driver.remove, volume):
                 self._throw_away(volume)
         except FileNotFoundError:
