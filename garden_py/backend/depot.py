@@ -120,14 +120,15 @@ class Depot:
     def throw_away(self, directory: Path) -> None:
         """Take a directory of ours away at once; gone is fine. Its contents are deleted in the background.
 
-        On a full btrfs there is no room for another name; then it is deleted where it is.
+        On a full btrfs there is no room for another name, and under a project quota none leads out of the project
+        (EXDEV); then it is deleted where it is.
         """
         try:
             os.rename(directory, self._trash_for(directory) / uuid.uuid4().hex)
         except FileNotFoundError:
             return
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EXDEV):
                 raise
             self._doomed.add(directory)
         self.sweep()

@@ -37,8 +37,6 @@ class Volumes:
         self._place = root / "volumes"
         self._driver = driver
         self._throw_away = throw_away
-        if driver is not None:
-            self._place.mkdir(mode=0o700, exist_ok=True)
 
     @property
     def place(self) -> Path:
@@ -76,6 +74,7 @@ class Volumes:
             return None
         volume = self._place / volume_id
         try:
+            self._place.mkdir(mode=0o700, exist_ok=True)
             if volume.exists() and not self._driver.remove(volume):  # of a start that failed
                 self._throw_away(volume)
             self._driver.make(volume)
@@ -154,11 +153,11 @@ class Volumes:
             return []
 
 
-def find_driver(root: Path) -> Driver | None:
-    """What the file system of a directory offers."""
+def find_driver(root: Path, *, turn_on: bool = True) -> Driver | None:
+    """What the file system of a directory offers; turn_on: also what has to be turned on first."""
     try:
         if file_system_magic(root) == BTRFS:
-            return Btrfs(root)
+            return Btrfs(root, turn_on=turn_on)
         return ProjectQuota(root)
     except OSError as error:
         log.info("disk.no_driver", root=str(root), reason=str(error))

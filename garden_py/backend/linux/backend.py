@@ -152,9 +152,8 @@ class LinuxBackend:
 
     def _open_images(self, default: str) -> Images:
         place = self._config.state_dir / "images"
-        if (
-            not place.exists()
-        ):  # of a time before the store; else containers of before would lose their layers
+        layers = place / "layers"  # of a time before the store
+        if not layers.is_dir() or not any(layers.iterdir()):
             place = self._site.store_root / "images"
         store = ImageStore(place, self._site.depot.throw_away)
         store.open()
