@@ -1,6 +1,7 @@
 """ext4 and xfs: a volume is a directory with a project id of its own, counted and limited by the project quota.
 
-Source: quotactl(2), quotactl_fd (Linux 5.14), linux/quota.h, linux/fs.h (fsxattr), xfs_quota(8), ext4(5) (prjquota).
+Source: quotactl(2), quotactl_fd (Linux 5.14), linux/quota.h, linux/dqblk_xfs.h, linux/fs.h (fsxattr), xfs_quota(8),
+ext4(5) (prjquota).
 Both file systems answer the generic commands.
 """
 
@@ -25,11 +26,12 @@ _FS_IOC_FSSETXATTR = 1 << 30 | _FSXATTR.size << 16 | ord("X") << 8 | 32
 _PROJECT_INHERIT: Final = 0x200  # FS_XFLAG_PROJINHERIT
 _QUOTACTL_FD: Final = 443  # asm/unistd.h, the same on every architecture
 _PROJECT_QUOTA: Final = 2  # PRJQUOTA
-_Q_GETINFO, _Q_GETQUOTA, _Q_SETQUOTA = 0x800005, 0x800007, 0x800008
+_Q_GETQUOTA, _Q_SETQUOTA, _Q_XGETQSTATV = 0x800007, 0x800008, ord("X") << 8 | 8
 _DQBLK = struct.Struct(
     "=8QI4x"
 )  # if_dqblk: hard and soft blocks, space, hard and soft inodes, inodes, two times, valid
-_DQINFO = struct.Struct("=2Q2I")  # if_dqinfo
+_STATE = struct.Struct("=bxH156x")  # fs_quota_statv: version, flags; sizes and times that we do not ask for
+_STATE_VERSION, _PROJECT_ENFORCED = 1, 1 << 5  # FS_QSTATV_VERSION1, FS_QUOTA_PDQ_ENFD
 _BLOCK_BYTES: Final = 1024  # QIF_DQBLKSIZE
 _BLOCK_LIMITS, _INODE_LIMITS = 1, 4  # QIF_BLIMITS, QIF_ILIMITS
 # Above what people number by hand in /etc/projects, below 2^31.
@@ -47,7 +49,8 @@ class ProjectQuota:
         root: of the volumes.
 
     Raises:
-        OSError: the file system has none (ENOSYS, ESRCH, ENOTSUP), or is not mounted with them.
+        OSError: the file system has none (ENOSYS, ESRCH, ENOTSUP), is not mounted with them, or only counts (ext4 with
+            the feature but without the option, xfs with pqnoenforce).
     """
 
     name = "project quotas"
@@ -56,7 +59,13 @@ class ProjectQuota:
     def __init__(self, root: Path) -> None:
         self._root = root
         with self._opened(root) as fd:
-            self._quotactl(fd, _Q_GETINFO, 0, ctypes.create_string_buffer(_DQINFO.size))
+            state = ctypes.create_string_buffer(_STATE.pack(_STATE_VERSION, 0), _STATE.size)
+            self._quotactl(fd, _Q_XGETQSTATV, 0, state)
+            flags = _STATE.unpack(state.raw)[1]
+            if not flags & _PROJECT_ENFORCED:
+                raise OSError(
+                    errno.ESRCH, "project quotas are not enforced: mount it with prjquota", str(root)
+                )
             _project_of(fd)
 
     def make(self, volume: Path) -> None:

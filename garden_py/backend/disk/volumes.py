@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 from collections.abc import Callable
@@ -29,7 +30,7 @@ class Volumes:
     Args:
         root: the directory; it is made.
         driver: None: the file system cannot count.
-        throw_away: takes a directory away at once and deletes it later.
+        throw_away: takes a directory away at once and deletes it later; called on the event loop's thread only.
     """
 
     def __init__(self, root: Path, driver: Driver | None, throw_away: Callable[[Path], None]) -> None:
@@ -75,8 +76,8 @@ class Volumes:
             return None
         volume = self._place / volume_id
         try:
-            if volume.exists():  # of a start that failed
-                self.remove(volume_id)
+            if volume.exists() and not self._release(volume_id):  # of a start that failed
+                self._discard(volume_id)
             self._driver.make(volume)
             if limits != DiskLimits():
                 self._driver.limit(volume, limits)
@@ -129,18 +130,28 @@ class Volumes:
                 log.warning("disk.use_unknown", volume=volume_id, error=str(error))
             return None
 
-    def remove(self, volume_id: str) -> None:
+    async def remove(self, volume_id: str) -> None:
         """Remove a volume; gone is fine.
 
         Raises:
             HostFault: it cannot be removed.
         """
-        volume = self._place / volume_id
+        # The file system may take its time, so it has a thread; what is thrown away belongs to the event loop.
+        if not await asyncio.to_thread(self._release, volume_id):
+            self._discard(volume_id)
+
+    def _release(self, volume_id: str) -> bool:
+        """Have the driver remove a volume; False: its directory is still to be thrown away."""
         try:
-            if self._driver is None or not self._driver.remove(volume):
-                self._throw_away(volume)
+            return self._driver is not None and self._driver.remove(self._place / volume_id)
         except FileNotFoundError:
-            return
+            return True
+        except OSError as error:
+            raise HostFault("remove volume", str(error)) from error
+
+    def _discard(self, volume_id: str) -> None:
+        try:
+            self._throw_away(self._place / volume_id)
         except OSError as error:
             raise HostFault("remove volume", str(error)) from error
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 from garden_py.backend.disk.driver import DiskLimits
@@ -114,4 +113,4 @@ class ContainerDisk:
             each for each in self._volumes.ids() if each == runtime_id or each.startswith(f"{runtime_id}-")
         ]
         for volume_id in ids:
-            await asyncio.to_thread(self._volumes.remove, volume_id)
+            await self._volumes.remove(volume_id)

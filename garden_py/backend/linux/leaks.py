@@ -222,7 +222,7 @@ class Ledger:
         elif place == "volumes":
             if files.book_id(name) in book.runtime_ids:
                 return False
-            await asyncio.to_thread(self._places.volumes.remove, name)
+            await self._places.volumes.remove(name)
         else:
             depot.sweep()
             await depot.settle()
