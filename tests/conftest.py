@@ -12,6 +12,11 @@ from kit.trace import assert_no_trace, snapshot
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--root", action="store_true", help="also run the tests on real containers; needs root")
+    parser.addoption(
+        "--quota",
+        action="store_true",
+        help="also run those that need quotas in the kernel: scripts/test --cgroup2",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -20,11 +25,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--root"):
-        return
-    rooted = [item for item in items if item.get_closest_marker("root")]
-    config.hook.pytest_deselected(items=rooted)
-    items[:] = [item for item in items if not item.get_closest_marker("root")]
+    left_out = [
+        item
+        for item in items
+        if any(
+            item.get_closest_marker(mark) and not config.getoption(f"--{mark}") for mark in ("root", "quota")
+        )
+    ]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session")

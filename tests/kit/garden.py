@@ -14,8 +14,9 @@ from google.rpc import error_details_pb2, status_pb2
 
 from garden_py.api._pb import garden_pb2_grpc
 from garden_py.client import Container, GardenClient
+from kit.patience import FACTOR
 
-PATIENCE = timedelta(seconds=20)
+PATIENCE = timedelta(seconds=20) * FACTOR
 
 
 def sh(script: str) -> list[str]:
@@ -37,9 +38,9 @@ def code_of(container: Container, script: str, **fields: Any) -> int:
 
 def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = 20.0) -> Any:
     """Poll in small steps for something that nothing announces; its first true value."""
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + timeout_s * FACTOR
     while not (found := condition()):
-        assert time.monotonic() < deadline, f"{what} did not happen in {timeout_s} s"
+        assert time.monotonic() < deadline, f"{what} did not happen in {timeout_s * FACTOR} s"
         time.sleep(0.01)
     return found
 

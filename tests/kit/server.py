@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kit.addresses import first_free
+from kit.patience import FACTOR
 
 READY_TIMEOUT_S = 30.0
 _numbers = itertools.count()
@@ -85,7 +86,7 @@ class ServerProcess:
 
     def _reap(self) -> int:
         assert self.process is not None
-        status = self.process.wait(30)
+        status = self.process.wait(30 * FACTOR)
         if self.process.stdout is not None:
             self.process.stdout.close()
         self.process = None
@@ -144,7 +145,7 @@ def destroy_all(address: str) -> None:
 
     with grpc.insecure_channel(address) as channel:
         garden = garden_pb2_grpc.GardenStub(channel)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 60 * FACTOR
         while found := garden.ListContainers(pb.ListContainersRequest(all_states=True)).containers:
             assert time.monotonic() < deadline, f"not destroyed: {[c.handle for c in found]}"
             for container in found:

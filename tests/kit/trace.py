@@ -7,7 +7,9 @@ import subprocess
 import time
 from pathlib import Path
 
-SETTLE_S = 10.0
+from kit.patience import FACTOR
+
+SETTLE_S = 10.0 * FACTOR
 
 
 def snapshot() -> dict[str, set[str]]:
@@ -34,7 +36,7 @@ def _cgroups() -> list[Path]:
 
 
 def _lines(argv: list[str], column: int | None = None) -> set[str]:
-    output = subprocess.run(argv, check=True, capture_output=True, text=True, timeout=20).stdout
+    output = subprocess.run(argv, check=True, capture_output=True, text=True, timeout=20 * FACTOR).stdout
     lines = [line for line in output.splitlines() if line.strip()]
     return set(lines) if column is None else {line.split()[column] for line in lines}
 

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from kit.disk import MIB, limited, write
 from kit.garden import text_of
 from kit.oci_images import Layout, busybox_layer, entry
 from kit.server import ServerProcess, running_server
 
 from garden_py.client import (
-    Container,
     ContainerSpec,
     DiskScope,
     GardenClient,
@@ -29,7 +29,6 @@ from garden_py.client import (
 )
 
 pytestmark = pytest.mark.root
-MIB = 1 << 20
 
 
 @pytest.fixture(scope="module")
@@ -50,18 +49,6 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> str:
     layout = Layout(tmp_path_factory.mktemp("image") / "layout")
     layout.add("1", [busybox_layer(entry("ballast", os.urandom(3 * MIB)))])
     return layout.reference("1")
-
-
-def limited(garden: GardenClient, mib: int, **spec: object) -> Container:
-    scope = spec.pop("scope", None)
-    limits = Limits(disk_bytes=mib * MIB, disk_scope=scope)  # type: ignore[arg-type]
-    return garden.create(ContainerSpec(limits=limits, **spec))  # type: ignore[arg-type]
-
-
-def write(container: Container, name: str, mib: int, user: str = "") -> bool:
-    """Whether a file of that size could be written, to the disk."""
-    script = f"dd if=/dev/urandom of={name} bs=1M count={mib} conv=fsync 2>&1"
-    return container.run(["sh", "-c", script], user=user).output().exit.code == 0
 
 
 def qgroups(server: ServerProcess) -> int:

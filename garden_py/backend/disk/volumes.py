@@ -30,7 +30,7 @@ class Volumes:
     Args:
         root: the directory; it is made.
         driver: None: the file system cannot count.
-        throw_away: takes a directory away at once and deletes it later.
+        throw_away: takes a directory away at once and deletes it later; called on the event loop's thread only.
     """
 
     def __init__(self, root: Path, driver: Driver | None, throw_away: Callable[[Path], None]) -> None:
@@ -75,8 +75,8 @@ class Volumes:
         volume = self._place / volume_id
         try:
             self._place.mkdir(mode=0o700, exist_ok=True)
-            if volume.exists() and not self._driver.remove(volume):  # of a start that failed
-                self._throw_away(volume)
+            if volume.exists() and not self._release(volume_id):  # of a start that failed
+                self._discard(volume_id)
             self._driver.make(volume)
             if limits != DiskLimits():
                 self._driver.limit(volume, limits)
@@ -135,13 +135,22 @@ class Volumes:
         Raises:
             HostFault: it cannot be removed.
         """
-        volume = self._place / volume_id
+        # The file system may take its time, so it has a thread; what is thrown away belongs to the event loop.
+        if not await asyncio.to_thread(self._release, volume_id):
+            self._discard(volume_id)
+
+    def _release(self, volume_id: str) -> bool:
+        """Have the driver remove a volume; False: its directory is still to be thrown away."""
         try:
-            # In a thread, for the kernel may be writing a transaction; what is left is deleted by a task of the loop.
-            if self._driver is None or not await asyncio.to_thread(self._driver.remove, volume):
-                self._throw_away(volume)
+            return self._driver is not None and self._driver.remove(self._place / volume_id)
         except FileNotFoundError:
-            return
+            return True
+        except OSError as error:
+            raise HostFault("remove volume", str(error)) from error
+
+    def _discard(self, volume_id: str) -> None:
+        try:
+            self._throw_away(self._place / volume_id)
         except OSError as error:
             raise HostFault("remove volume", str(error)) from error
 
