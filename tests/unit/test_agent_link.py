@@ -198,6 +198,7 @@ async def test_upgrade_without_an_answer_leaves_the_link_if_the_agent_is_well(
 
 async def test_as_many_exits_as_an_agent_may_hold_processes_are_no_flood(agent: FakeAgent) -> None:
     """They may all end in one moment. More than can be meant is one, and ends the link."""
+    agent.link._patience_s = 30  # this is not about time
     event = wire.encode_frame(wire.EVENT, 0, {"event": "exited", "process": "p", "status": 0, "ended_ns": 1})
     loop = asyncio.get_running_loop()
     await loop.sock_sendall(agent.socket, event * 2048)
@@ -213,6 +214,7 @@ async def test_as_many_exits_as_an_agent_may_hold_processes_are_no_flood(agent: 
 
 async def test_events_are_small_and_answers_not_much_larger(agent: FakeAgent) -> None:
     """Decoding a million values would hold up everybody for most of a second."""
+    agent.link._patience_s = 30  # this is not about time
     agent.answers["signal"] = reply({"x": [None] * 100_000})
     with pytest.raises(ContainerBroken, match="exceeds"):
         await agent.link.signal("p", 15, group=False)
