@@ -275,6 +275,13 @@ class Config(BaseModel):
     dns_server: Annotated[
         tuple[str, ...], Field(description="DNS server for containers instead of the host's; repeatable.")
     ] = ()
+    additional_dns_server: Annotated[
+        tuple[str, ...], Field(description="DNS server for containers after all others; repeatable.")
+    ] = ()
+    additional_host_entry: Annotated[
+        tuple[str, ...],
+        Field(description="Line for containers' /etc/hosts, e.g. '10.0.0.1 name'; repeatable."),
+    ] = ()
     mtu: Annotated[int, Field(ge=0, le=65_535, description="MTU of containers' links; 0: the uplink's.")] = 0
 
     # -- observe: api/pages.py, service/janitor.py
@@ -360,6 +367,16 @@ class Config(BaseModel):
         if mode and not 0 <= int(mode, 8) <= 0o777:
             raise ValueError("must be an octal mode such as 0660")
         return mode
+
+    @field_validator("additional_host_entry")
+    @classmethod
+    def _host_entries(cls, entries: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in entries:
+            words = entry.split()
+            if len(words) < 2 or "\n" in entry:
+                raise ValueError(f"{entry!r} is not 'ADDRESS NAME…'")
+            ipaddress.ip_address(words[0])
+        return entries
 
     @model_validator(mode="after")
     def _pools_fit(self) -> Config:

@@ -101,7 +101,7 @@ async def _check(config: Config, rows: list[ContainerRow], *, remove: bool) -> l
     store = LoopStore(config.state_dir)
     root = store.root if store.root.is_mount() else config.state_dir
     depot = Depot(config.state_dir, config.run_dir, store.root if store.root.is_mount() else None)
-    volumes = Volumes(root, find_driver(root), depot.throw_away)
+    volumes = Volumes(root, find_driver(root, turn_on=False), depot.throw_away)
     hierarchies = probe_hierarchies(probe_host_facts().cgroup_version)
     places = places_of(config, host, depot, volumes, hierarchies)
     ledger = Ledger(places, StoppedHands(host))

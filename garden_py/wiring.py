@@ -99,6 +99,11 @@ def build_core(config: Config, backend: Backend, records: Records) -> Core:
     )
     processes = Processes(backend, registry, events, containers.expiry)
     metrics.watch("garden_containers", "Containers by state.", "state", partial(count_by_state, registry))
+    images = Images(backend)
+    metrics.watch(
+        "garden_images", "Images in the store, by whether anything is made of them.", "use", images.count
+    )
+    metrics.watch("garden_image_bytes", "Disk space of images' layers, likewise.", "use", images.count_bytes)
     return Core(
         backend=backend,
         registry=registry,
@@ -107,7 +112,7 @@ def build_core(config: Config, backend: Backend, records: Records) -> Core:
         containers=containers,
         processes=processes,
         files=Files(backend, registry, containers.expiry),
-        images=Images(backend),
+        images=images,
         recovery=Recovery(backend, registry, containers, processes, events),
         janitor=Janitor(backend, registry, guard, events, metrics, interval_s=config.janitor_interval_s),
         metrics=metrics,

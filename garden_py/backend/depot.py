@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import os
 import re
@@ -70,6 +71,7 @@ class Depot:
         self.trash = state_dir / "trash"
         self._store = store
         self.agents = run_dir / "agents"
+        self._doomed: set[Path] = set()
         self._sweeping: set[asyncio.Task[None]] = set()
 
     def open(self) -> None:
@@ -116,11 +118,19 @@ class Depot:
         self.throw_away(self.directory(handle))
 
     def throw_away(self, directory: Path) -> None:
-        """Take a directory of ours away at once; gone is fine. Its contents are deleted in the background."""
+        """Take a directory of ours away at once; gone is fine. Its contents are deleted in the background.
+
+        On a full btrfs there is no room for another name, and under a project quota none leads out of the project
+        (EXDEV); then it is deleted where it is.
+        """
         try:
             os.rename(directory, self._trash_for(directory) / uuid.uuid4().hex)
         except FileNotFoundError:
             return
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EXDEV):
+                raise
+            self._doomed.add(directory)
         self.sweep()
 
     @property
@@ -157,12 +167,8 @@ class Depot:
             self.sweep()
 
     def _rubbish(self) -> list[Path]:
-        return [
-            trash / name
-            for trash in self._trashes
-            for name in os.listdir(trash)
-            if TRASH_NAME.fullmatch(name)
-        ]
+        found = [trash / name for trash in self._trashes for name in os.listdir(trash)]
+        return [*self._doomed, *(path for path in found if TRASH_NAME.fullmatch(path.name))]
 
     def _empty_trash(self) -> None:
         """Delete what is there; one that cannot be deleted does not keep the others."""
@@ -170,6 +176,7 @@ class Depot:
         for path in self._rubbish():
             try:
                 shutil.rmtree(path)
+                self._doomed.discard(path)
             except OSError as error:
                 failure = error
         if failure is not None:

@@ -50,7 +50,11 @@ def create(
     mounts: Annotated[
         list[str] | None,
         typer.Option(
-            "--mount", "-v", metavar="SRC:DST[:ro|rw]", help="Bind mount; repeat.", show_default=False
+            "--mount",
+            "-v",
+            metavar="[container:]SRC:DST[:ro|rw]",
+            help="Bind mount, of the server's SRC, or of the container's own; repeat.",
+            show_default=False,
         ),
     ] = None,
     memory: opt.MemoryOption = None,

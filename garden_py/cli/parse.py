@@ -85,16 +85,18 @@ def parse_rlimits(texts: list[str]) -> dict[str, int]:
 
 
 def parse_mount(text: str) -> BindMount:
-    """`SRC:DST[:ro|rw]`, read-only unless told."""
-    from garden_py.client.values import BindMount, MountMode
+    """`[container:]SRC:DST[:ro|rw]`, read-only unless told."""
+    from garden_py.client.values import BindMount, MountMode, MountOrigin
 
     modes = {"ro": MountMode.READ_ONLY, "rw": MountMode.READ_WRITE}
-    parts = text.split(":")
+    inside = text.startswith("container:")
+    parts = text.removeprefix("container:").split(":")
     if len(parts) == 2:
         parts.append("ro")
     if len(parts) != 3 or parts[2] not in modes or not parts[0] or not parts[1]:
-        raise BadInput(f"mount {text!r} is not of the form SRC:DST[:ro|rw]")
-    return BindMount(parts[0], parts[1], modes[parts[2]])
+        raise BadInput(f"mount {text!r} is not of the form [container:]SRC:DST[:ro|rw]")
+    origin = MountOrigin.CONTAINER if inside else MountOrigin.HOST
+    return BindMount(parts[0], parts[1], modes[parts[2]], origin)
 
 
 def parse_port(text: str) -> PortMapping:

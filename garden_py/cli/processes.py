@@ -71,7 +71,7 @@ def run(
         typer.Option(
             "--mount",
             "-v",
-            metavar="SRC:DST[:ro|rw]",
+            metavar="[container:]SRC:DST[:ro|rw]",
             help="With --image: bind mount; repeat.",
             show_default=False,
         ),

@@ -129,14 +129,20 @@ def container_spec_to_pb(spec: v.ContainerSpec) -> pb.ContainerSpec:
 def _mounts_to_pb(mounts: Iterable[v.BindMount]) -> list[pb.BindMount]:
     return [
         pb.BindMount(
-            source=mount.source, destination=mount.destination, mode=pb.BindMount.Mode.ValueType(mount.mode)
+            source=mount.source,
+            destination=mount.destination,
+            mode=pb.BindMount.Mode.ValueType(mount.mode),
+            origin=pb.BindMount.Origin.ValueType(mount.origin),
         )
         for mount in mounts
     ]
 
 
 def _mounts_from_pb(messages: Iterable[pb.BindMount]) -> tuple[v.BindMount, ...]:
-    return tuple(v.BindMount(each.source, each.destination, v.MountMode(each.mode)) for each in messages)
+    return tuple(
+        v.BindMount(each.source, each.destination, v.MountMode(each.mode), v.MountOrigin(each.origin))
+        for each in messages
+    )
 
 
 def _container_spec_from_pb(message: pb.ContainerSpec) -> v.ContainerSpec:

@@ -44,6 +44,13 @@ class DiskScope(IntEnum):
     TOTAL = 1
 
 
+class MountOrigin(IntEnum):
+    """Whose path the source of a bind mount is."""
+
+    HOST = 0
+    CONTAINER = 1
+
+
 class PortProtocol(IntEnum):
     """Protocol of a mapped port."""
 
@@ -123,11 +130,12 @@ class LeakDirection(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class BindMount:
-    """A file or directory of the host, visible in the container; both paths are absolute."""
+    """A file or directory of the host, or of the container's own image, at another place; both paths are absolute."""
 
     source: str
     destination: str
     mode: MountMode = MountMode.READ_ONLY
+    origin: MountOrigin = MountOrigin.HOST
 
 
 @dataclass(frozen=True, slots=True)

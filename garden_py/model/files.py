@@ -19,18 +19,28 @@ class MountMode(Enum):
     READ_WRITE = "rw"
 
 
+class MountOrigin(Enum):
+    """Whose path the source of a bind mount is."""
+
+    HOST = "host"
+    CONTAINER = "container"
+
+
 @dataclass(frozen=True, slots=True)
 class BindMount:
-    """A host file or directory shown in the container.
+    """A file or directory shown at another place in the container.
 
     Attributes:
-        source: absolute path on the host; must exist when the container is made.
+        source: absolute path; must exist when the container is made.
         destination: absolute path in the container.
+        origin: whether source is a path of the host, or of the container's own root file system, in which links are
+            followed as a process in it would.
     """
 
     source: str
     destination: str
     mode: MountMode = MountMode.READ_ONLY
+    origin: MountOrigin = MountOrigin.HOST
 
 
 def mount_violations(mounts: tuple[BindMount, ...], prefix: str) -> list[FieldViolation]:

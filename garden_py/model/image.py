@@ -260,6 +260,8 @@ def _parse_registry(rest: str) -> ImageRef:
     if not rest.startswith("//"):
         raise BadReference("must be docker://host/repository:tag, or docker:///repository:tag for Docker Hub")
     text = rest[2:].replace("#", ":", 1)  # Garden statement M2
+    if "@" in text.partition("/")[0]:
+        raise BadReference("must not have a user or password in it; they are given apart")
     host, name = _split_host(text)
     name, at, digest = name.partition("@")
     if at and not _DIGEST.fullmatch(digest):

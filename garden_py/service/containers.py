@@ -192,6 +192,8 @@ class Containers:
             self._forget_unmade(container)
             if container.unwanted:
                 raise errors.ContainerBusy(container.handle, "being destroyed", "created") from error
+            if isinstance(error, asyncio.CancelledError) and self._guard.closing:
+                raise errors.ShuttingDown from error
             raise
         try:
             ports = self._backend.facts_of_network(container.handle).mapped_ports
@@ -229,6 +231,13 @@ class Containers:
         container = self._registry.get(handle)
         with self.expiry.use(container):
             return container
+
+    def end_fetches(self) -> None:
+        """For a server that stops: give up creates of which nothing but the fetch of an image has been done."""
+        for container in self._registry:
+            making = self._guard.running("create", container.handle)
+            if making is not None and container.fetching:
+                making.cancel()
 
     def get_or_fetching(self, handle: str) -> Container:
         """A container, also one whose image is still being fetched; else as `get`."""
@@ -333,7 +342,15 @@ class Containers:
         async with self._changing(handle, "limited") as container:
             before = await self._backend.limits(handle)
             now = await self._backend.update_limits(handle, limits)
-            changed = replace(container.spec, limits=limits.over(container.spec.limits))
+            wanted = limits.over(container.spec.limits)
+            if limits.states_disk:  # a limit that was taken away has no scope either
+                wanted = replace(
+                    wanted,
+                    disk_bytes=now.disk_bytes,
+                    disk_inodes=now.disk_inodes,
+                    disk_scope=now.disk_scope,
+                )
+            changed = replace(container.spec, limits=wanted)
             await self._save_or_undo(container, changed, lambda: self._backend.update_limits(handle, before))
         self._events.publish(EventKind.LIMITS_CHANGED, handle)
         return now

@@ -45,6 +45,7 @@ class Core:
         """Finish jobs under way, then let go of every container without touching it."""
         await self.recovery.close()
         await self.janitor.close()
+        self.containers.end_fetches()
         await self.guard.close()
         await self.processes.close()
         await self.backend.close()

@@ -84,6 +84,19 @@ class Images:
         """All images, the latest used first."""
         return self._keeper.list_images()
 
+    def count(self) -> dict[str, float]:
+        """How many images there are, by whether anything is made of them."""
+        used = sum(image.in_use > 0 for image in self.list_images())
+        return {"used": used, "unused": len(self.list_images()) - used}
+
+    def count_bytes(self) -> dict[str, float]:
+        """Disk space of layers, by whether anything is made of an image that has them; each layer once."""
+        images = self.list_images()
+        every = {layer.diff_id: layer.bytes for image in images for layer in image.layers}
+        used = {layer.diff_id for image in images if image.in_use for layer in image.layers}
+        used_bytes = sum(every[diff_id] for diff_id in used)
+        return {"used": used_bytes, "unused": sum(every.values()) - used_bytes}
+
     def inspect(self, image: str) -> ImageInfo:
         """One image, by reference or id; ImageUnknown."""
         return self._keeper.inspect(_canonical(image))

@@ -91,7 +91,7 @@ def plan_life(seed: int, client: int, number: int) -> LifePlan:
         parallel=draw.random() < 0.2,
         ending=draw.choice(ENDINGS),
         checks_broken=draw.random() < 0.5,
-        image=fetch.randrange(IMAGES) if fetch.random() < 0.25 else None,
+        image=fetch.randrange(IMAGES) if fetch.random() < 0.06 else None,
     )
 
 

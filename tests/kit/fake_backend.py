@@ -41,7 +41,9 @@ from kit.fake_process import FakeProcess, Stdio, find_program
 
 Record = Callable[[dict[str, Any]], None]
 KNOWN_USERS = frozenset({"", "root", "nobody", "0", "65534"})
-UNLIMITED = Limits(memory_bytes=0, cpu_weight=100, cpu_quota_us=0, cpu_period_us=100_000, pids=0)
+UNLIMITED = Limits(
+    memory_bytes=0, cpu_weight=100, cpu_quota_us=0, cpu_period_us=100_000, pids=0, disk_bytes=0, disk_inodes=0
+)
 
 
 @dataclass

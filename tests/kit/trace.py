@@ -1,4 +1,4 @@
-"""What a test could leave on the host: mounts, cgroups, links, nft tables, network namespaces, processes."""
+"""What a test could leave on the host: mounts, loops, cgroups, links, nft tables, network namespaces, processes."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ def snapshot() -> dict[str, set[str]]:
         "nft": set(_lines(["nft", "list", "tables"])),
         "netns": set(os.listdir("/run/netns")) if Path("/run/netns").exists() else set(),
         "processes": _processes(),
+        "loops": _loops(),
     }
 
 
@@ -38,6 +39,12 @@ def _lines(argv: list[str], column: int | None = None) -> set[str]:
     output = subprocess.run(argv, check=True, capture_output=True, text=True, timeout=20 * FACTOR).stdout
     lines = [line for line in output.splitlines() if line.strip()]
     return set(lines) if column is None else {line.split()[column] for line in lines}
+
+
+def _loops() -> set[str]:
+    """Loop devices of stores."""
+    files = Path("/sys/block").glob("loop*/loop/backing_file")
+    return {f"{file} {text}" for file in files if "store.img" in (text := file.read_text())}
 
 
 def _processes() -> set[str]:

@@ -107,7 +107,7 @@ CREATES: dict[str, tuple[pb.ContainerSpec, grpc.StatusCode, str]] = {
     "duplicate handle": (pb.ContainerSpec(handle="box"), EXISTS, ""),
     "hostname": (pb.ContainerSpec(hostname="-bad-"), INVALID, "spec.hostname"),
     "image missing": (pb.ContainerSpec(image="/no/such/image"), INVALID, "spec.image"),
-    "image is a file": (pb.ContainerSpec(image="/etc/passwd"), INVALID, "spec.image"),
+    "image is a device": (pb.ContainerSpec(image="/dev/null"), INVALID, "spec.image"),
     "image relative": (pb.ContainerSpec(image="image"), INVALID, "spec.image"),
     "image with NUL": (pb.ContainerSpec(image="/a\0b"), INVALID, "spec.image"),
     "env without value": (pb.ContainerSpec(env=["A"]), INVALID, "spec.env[0]"),
@@ -137,7 +137,7 @@ CREATES: dict[str, tuple[pb.ContainerSpec, grpc.StatusCode, str]] = {
     "host port 70000": (ports((70_000, 1)), INVALID, "spec.port_mappings[0].host_port"),
     "container port 70000": (ports((0, 70_000)), INVALID, "spec.port_mappings[0].container_port"),
     "overlapping ports": (ports((5000, 1), (5000, 2)), INVALID, "spec.port_mappings[1].host_port"),
-    "registry image": (pb.ContainerSpec(image="docker:///busybox"), INVALID, "spec.image"),
+    "registry image": (pb.ContainerSpec(image="docker:///Busybox"), INVALID, "spec.image"),
     "period alone": (
         pb.ContainerSpec(limits=pb.Limits(cpu_period_us=100_000)), INVALID, "spec.limits.cpu_period_us"),
     "port that is taken": (ports((TAKEN_PORT, 1)), EXISTS, ""),

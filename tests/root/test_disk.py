@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -210,6 +211,30 @@ def test_limits_and_use_outlive_the_server(image: str) -> None:
         assert not store.is_mount()
         server.start()
         assert len(garden.images.list()) == 1
+
+
+def test_a_store_that_a_killed_server_left_mounted_is_found() -> None:
+    """With no container left it is an orphan, which `garden doctor --leaks --fix` unmounts."""
+    with running_server("--store-size", "300M") as server:
+        store = server.place / "state/store"
+        server.kill()
+        assert store.is_mount()
+        doctor = [
+            sys.executable,
+            "-m",
+            "garden_py",
+            "doctor",
+            "--leaks",
+            "--state-dir",
+            str(server.place / "state"),
+        ]
+        found = subprocess.run(
+            [*doctor, "-o", "json"], capture_output=True, text=True, check=False, timeout=60
+        )
+        assert [leak["name"] for leak in json.loads(found.stdout) if leak["kind"] == "MOUNT"] == [str(store)]
+        subprocess.run([*doctor, "--fix"], capture_output=True, check=True, timeout=60)
+        assert not store.is_mount()
+        server.start()
 
 
 def test_a_store_grows_with_its_setting(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from kit.registry import Registry
 from kit.server import ServerProcess, running_server
 
 from garden_py.client import (
+    BindMount,
     Container,
     ContainerSpec,
     ContainerState,
@@ -27,6 +28,8 @@ from garden_py.client import (
     GardenError,
     ImageInfo,
     InvalidArgument,
+    MountMode,
+    MountOrigin,
     NotFound,
     PermissionDenied,
     ProcessSpec,
@@ -214,6 +217,41 @@ def wait_until(true: Any) -> bool:
             return True
         time.sleep(0.05)
     return False
+
+
+# --- bind mounts of the image's own files
+
+
+@pytest.mark.parametrize("privileged", [False, True], ids=["unprivileged", "privileged"])
+def test_a_part_of_the_image_at_another_place(
+    garden: GardenClient, layout: Layout, tmp_path: Path, privileged: bool
+) -> None:
+    """Read-only where the original can be written; links are followed within the root."""
+    own = Layout(tmp_path / "layout")
+    own.add(
+        "1",
+        [
+            busybox_layer(
+                entry("opt"), entry("opt/f", b"x"), link("out", f"../../..{tmp_path}"), link("in", "/opt")
+            )
+        ],
+    )
+    mounts = (
+        BindMount("/opt", "/ro", origin=MountOrigin.CONTAINER),
+        BindMount("/in/f", "/file", MountMode.READ_WRITE, MountOrigin.CONTAINER),
+    )
+    with made_of(garden, own.reference("1"), bind_mounts=mounts, privileged=privileged) as container:
+        assert (
+            text_of(container, "cat /ro/f; echo y >/file; cat /opt/f /ro/f; stat -c %u /ro") == "xy\ny\n0\n"
+        )
+        assert text_of(container, "touch /ro/new 2>/dev/null || echo refused; touch /opt/new; ls /ro") == (
+            "refused\nf\nnew\n"
+        )
+    for source in ("/nothing", "/out"):
+        mount = BindMount(source, "/there", origin=MountOrigin.CONTAINER)
+        with pytest.raises(InvalidArgument) as caught:
+            made_of(garden, own.reference("1"), bind_mounts=(mount,), privileged=privileged)
+        assert caught.value.fields[0].field == "spec.bind_mounts[0].source"
 
 
 # --- places
@@ -455,6 +493,19 @@ def test_links_in_the_way_of_the_runtime_are_refused(
             start()
         assert caught.value.code == "IMAGE_INVALID"
     assert list(canary.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["etc/hosts", "etc/resolv.conf"])
+def test_what_a_file_cannot_be_mounted_over_is_refused(
+    garden: GardenClient, tmp_path: Path, name: str
+) -> None:
+    layout = Layout(tmp_path / "layout")
+    members = {"loop": [link(name, "round"), link("etc/round", f"../{name}")], "directory": [entry(name)]}
+    for tag, found in members.items():
+        layout.add(tag, [busybox_layer(), tar_layer(*found)])
+        with pytest.raises(FailedPrecondition, match=f"its /{name}") as caught:
+            made_of(garden, layout.reference(tag))
+        assert caught.value.code == "IMAGE_INVALID"
 
 
 def test_links_that_images_do_have(garden: GardenClient, tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ async def test_runtime_ends_with_its_worker(launcher: Launcher, tmp_path: Path) 
     (tmp_path / "image").mkdir()
     plan = {
         "directory": str(tmp_path / "mnt" / "c"),
-        "image": str(tmp_path / "image"),
+        "layers": [str(tmp_path / "image")],
         **{name: str(tmp_path / name) for name in ("upper", "work")},
         "id_map": None,
         "binds": [],

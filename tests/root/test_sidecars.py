@@ -247,10 +247,10 @@ def test_bad_requests_change_nothing(
         assert_gone(server, box, "absent")
 
 
-def test_runtime_that_fails_is_a_host_fault(
+def test_image_that_nothing_can_be_mounted_in(
     server: ServerProcess, garden: GardenClient, tmp_path: Path
 ) -> None:
-    """An image that nothing can be mounted in; its id can be used again."""
+    """It is told as that, nothing is left, and the id can be used again."""
     broken = tmp_path / "image"
     broken.mkdir()
     for directory in (tmp_path, *tmp_path.parents[:3]):
@@ -260,7 +260,7 @@ def test_runtime_that_fails_is_a_host_fault(
     with garden.create() as box:
         with pytest.raises(GardenError) as caught:
             box.start(pea(str(broken), "true", "p"))
-        assert caught.value.code == "HOST_FAULT"
+        assert caught.value.code == "IMAGE_INVALID"
         assert_gone(server, box, "p")
 
 

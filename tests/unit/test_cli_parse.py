@@ -9,7 +9,7 @@ import pytest
 from garden_py.cli import parse
 from garden_py.cli.copying import Kind, place_copy
 from garden_py.cli.terminal import DetachScanner
-from garden_py.client import BindMount, MountMode, PortMapping, PortProtocol
+from garden_py.client import BindMount, MountMode, MountOrigin, PortMapping, PortProtocol
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,9 @@ def test_mounts_are_read_only_unless_told() -> None:
     """The safe mode is the short one."""
     assert parse.parse_mount("/a:/b") == BindMount("/a", "/b", MountMode.READ_ONLY)
     assert parse.parse_mount("/a:/b:rw") == BindMount("/a", "/b", MountMode.READ_WRITE)
-    for text in ("/a", "/a:/b:rx", ":/b", "/a:", "/a:/b:rw:z"):
+    inside = BindMount("/a", "/b", MountMode.READ_WRITE, MountOrigin.CONTAINER)
+    assert parse.parse_mount("container:/a:/b:rw") == inside
+    for text in ("/a", "/a:/b:rx", ":/b", "/a:", "/a:/b:rw:z", "container:/a"):
         with pytest.raises(parse.BadInput):
             parse.parse_mount(text)
 

@@ -39,7 +39,7 @@ def test_container_spec_keeps_every_field() -> None:
         privileged=True,
         env=["A=secret"],
         properties={"k": "v"},
-        bind_mounts=[pb.BindMount(source="/a", destination="/b", mode=pb.BindMount.READ_WRITE)],
+        bind_mounts=[pb.BindMount(source="/a", destination="/b", mode=pb.BindMount.READ_WRITE, origin=1)],
         limits=pb.Limits(pids=1),
         grace_time=Duration(seconds=1, nanos=500_000_000),
         port_mappings=[pb.PortMapping(host_port=1, container_port=2, protocol=pb.PortMapping.UDP)],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 from garden_py.backend.images.config import parse_config
 from garden_py.backend.images.fetch import Failed
 from garden_py.backend.images.images import LAYERS_MAX, plan_of
-from garden_py.backend.images.puller import _describe
+from garden_py.backend.images.proxy import ProxyFailed, Source
+from garden_py.backend.images.puller import _describe, _essence
 from garden_py.backend.images.sources import sources_of
 from garden_py.backend.linux.processes import run_from_image
 from garden_py.config import load_config
@@ -58,6 +60,23 @@ def test_a_plan_fetches_each_layer_once() -> None:
 def test_a_manifest_that_describes_no_layers_is_invalid(bad: dict[str, Any]) -> None:
     with pytest.raises(errors.ImageInvalid):
         plan_of("x", bad)
+
+
+def test_of_a_manifest_only_what_is_read_crosses() -> None:
+    """The rest may be of any depth, which would end the reader of it."""
+    deep: Any = []
+    for _ in range(3000):
+        deep = [deep]
+    blob = {"digest": TWO, "size": 5, "mediaType": "m", "annotations": deep}
+    manifest = {"config": {"digest": ONE}, "layers": [blob], "deep": deep}
+    config = {"rootfs": {"diff_ids": [ONE]}, "config": {"Env": ["A=1"], "deep": deep}, "history": deep}
+    found = _essence(TWO, manifest, config)
+    json.loads(json.dumps(found))
+    assert plan_of("x", found).diff_ids == (ONE,)
+    assert parse_config(found["config"])["config"].env == ("A=1",)
+    for bad in ([], {"layers": 5, "config": {}}, {"layers": [5], "config": {"digest": ONE}}):
+        with pytest.raises((AttributeError, TypeError, KeyError)):
+            _essence(TWO, bad, config)  # type: ignore[arg-type]
 
 
 def test_a_config_may_say_anything() -> None:
@@ -138,7 +157,21 @@ def test_unknown_registry_settings_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_refusals_of_registries_are_told_apart(message: str, kind: str) -> None:
-    assert _describe(message)["kind"] == kind
+    assert (
+        _describe(ProxyFailed(message), Source("docker://hub.example/x:v1", host="hub.example"))["kind"]
+        == kind
+    )
+
+
+def test_names_are_not_taken_for_reasons() -> None:
+    """Nor what a mirror had said for what the registry says."""
+    refused = 'pinging container registry h: Get "https://h/v2/": dial tcp: connect: connection refused'
+    source = Source("docker://hub.example/corrupted/not-found:unauthorized", host="hub.example")
+    error = ProxyFailed(f"reading manifest unauthorized in hub.example/corrupted/not-found: {refused}")
+    error.add_note("mirror: manifest unknown")
+    found = _describe(error, source)
+    assert found["kind"] == "unreachable"
+    assert "manifest unknown" in found["message"]
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,7 @@ def test_forms(text, wanted):
         "store:UPPER",
         "store:../x",
         "http://x/y",
+        "docker://me:geheim@h.example/r",
         "preloaded+layer:/base.tar",
         "/a\0b",
         "/" + "a" * 5000,

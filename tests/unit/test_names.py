@@ -29,3 +29,17 @@ def test_hosts_has_localhost_and_the_container() -> None:
 def test_resolv_conf(host: str, servers: tuple[str, ...], expected: str) -> None:
     """N31: the server's setting wins; the host's loopback is not the container's."""
     assert build_resolv_conf(host, servers, "10.0.0.1") == expected
+
+
+def test_additional_entries_and_servers_come_last() -> None:
+    """Statements N30 and N31: after the container's own name; after the host's or the setting's servers."""
+    hosts = build_hosts("10.0.0.2", "box", ("10.1.1.1 other", "10.1.1.2 third"))
+    assert hosts.splitlines()[1:] == ["10.0.0.2 box", "10.1.1.1 other", "10.1.1.2 third"]
+    more = ("9.9.9.9",)
+    assert build_resolv_conf("nameserver 8.8.8.8\nsearch x\n", (), "10.0.0.1", more) == (
+        "nameserver 8.8.8.8\nsearch x\nnameserver 9.9.9.9\n"
+    )
+    assert build_resolv_conf("", ("1.1.1.1",), "10.0.0.1", more) == "nameserver 1.1.1.1\nnameserver 9.9.9.9\n"
+    assert build_resolv_conf("nameserver 127.0.0.53\n", (), "10.0.0.1", more) == (
+        "nameserver 10.0.0.1\nnameserver 9.9.9.9\n"
+    )

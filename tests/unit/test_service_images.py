@@ -139,6 +139,17 @@ async def test_names_are_looked_up_in_any_form(server: Server) -> None:
 
 
 @in_virtual_time
+async def test_images_are_counted_for_prometheus(server: Server) -> None:
+    core = await server.start()
+    await core.containers.create(ContainerSpec("box", IMAGE))
+    await core.images.import_image("tool", _chunks())
+    lines = core.metrics.render().decode().splitlines()
+    assert 'garden_images{use="used"} 1.0' in lines
+    assert 'garden_images{use="unused"} 1.0' in lines
+    assert 'garden_image_bytes{use="unused"} 4096.0' in lines
+
+
+@in_virtual_time
 async def test_an_image_in_use_stays(server: Server) -> None:
     core = await server.start()
     await core.containers.create(ContainerSpec("box", IMAGE))

@@ -356,24 +356,42 @@ class BindMount(_message.Message):
     READ_ONLY: BindMount.Mode.ValueType  # 0
     READ_WRITE: BindMount.Mode.ValueType  # 1
 
+    class _Origin:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _OriginEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[BindMount._Origin.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        HOST: BindMount._Origin.ValueType  # 0
+        CONTAINER: BindMount._Origin.ValueType  # 1
+        """of the container's own root file system, links followed within it"""
+
+    class Origin(_Origin, metaclass=_OriginEnumTypeWrapper): ...
+    HOST: BindMount.Origin.ValueType  # 0
+    CONTAINER: BindMount.Origin.ValueType  # 1
+    """of the container's own root file system, links followed within it"""
+
     SOURCE_FIELD_NUMBER: _builtins.int
     DESTINATION_FIELD_NUMBER: _builtins.int
     MODE_FIELD_NUMBER: _builtins.int
+    ORIGIN_FIELD_NUMBER: _builtins.int
     source: _builtins.str
-    """absolute path of an existing file or directory on the host"""
+    """absolute path of an existing file or directory, where `origin` says"""
     destination: _builtins.str
     """absolute path in the container, not /, nor at or below /proc, /sys or /dev"""
     mode: Global___BindMount.Mode.ValueType
+    origin: Global___BindMount.Origin.ValueType
     def __init__(
         self,
         *,
         source: _builtins.str = ...,
         destination: _builtins.str = ...,
         mode: Global___BindMount.Mode.ValueType = ...,
+        origin: Global___BindMount.Origin.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination", b"destination", "mode", b"mode", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination", b"destination", "mode", b"mode", "origin", b"origin", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -11,7 +11,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from garden_py.api._pb import garden_pb2 as pb
 from garden_py.model import netrule
 from garden_py.model.errors import InvalidField
-from garden_py.model.files import BindMount, MountMode
+from garden_py.model.files import BindMount, MountMode, MountOrigin
 from garden_py.model.image import ImageConfig, ImageInfo, PullProgress, RegistryAuth, UsedImage
 from garden_py.model.leak import LeakReport
 from garden_py.model.lifecycle import State
@@ -209,6 +209,8 @@ _STATES = {
 }
 _MODES = {pb.BindMount.READ_ONLY: MountMode.READ_ONLY, pb.BindMount.READ_WRITE: MountMode.READ_WRITE}
 _MODES_OUT = {value: key for key, value in _MODES.items()}
+_ORIGINS = {pb.BindMount.HOST: MountOrigin.HOST, pb.BindMount.CONTAINER: MountOrigin.CONTAINER}
+_ORIGINS_OUT = {value: key for key, value in _ORIGINS.items()}
 
 
 def container_spec_from(message: pb.ContainerSpec, default_egress: netrule.DefaultAction) -> ContainerSpec:
@@ -244,12 +246,19 @@ def _mounts_from(messages: Iterable[pb.BindMount], field: str) -> tuple[BindMoun
     for i, mount in enumerate(messages):
         if mount.mode not in _MODES:
             raise InvalidField(f"{field}[{i}].mode", f"unknown value {mount.mode}")
-        mounts.append(BindMount(mount.source, mount.destination, _MODES[mount.mode]))
+        if mount.origin not in _ORIGINS:
+            raise InvalidField(f"{field}[{i}].origin", f"unknown value {mount.origin}")
+        mounts.append(BindMount(mount.source, mount.destination, _MODES[mount.mode], _ORIGINS[mount.origin]))
     return tuple(mounts)
 
 
 def _mounts_to(mounts: Iterable[BindMount]) -> list[pb.BindMount]:
-    return [pb.BindMount(source=m.source, destination=m.destination, mode=_MODES_OUT[m.mode]) for m in mounts]
+    return [
+        pb.BindMount(
+            source=m.source, destination=m.destination, mode=_MODES_OUT[m.mode], origin=_ORIGINS_OUT[m.origin]
+        )
+        for m in mounts
+    ]
 
 
 def container_to(

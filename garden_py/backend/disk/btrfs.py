@@ -50,6 +50,7 @@ class Btrfs:
 
     Args:
         root: a directory on btrfs.
+        turn_on: turn quotas on there; else they must be on.
 
     Raises:
         OSError: quotas cannot be turned on there.
@@ -58,9 +59,10 @@ class Btrfs:
     name = "btrfs qgroups"
     counts_inodes = False
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, turn_on: bool = True) -> None:
         with _opened(root) as fd:
-            fcntl.ioctl(fd, _QUOTA_CTL, bytearray(_QUOTA.pack(_QUOTA_ENABLE, 0)))
+            if turn_on:
+                fcntl.ioctl(fd, _QUOTA_CTL, bytearray(_QUOTA.pack(_QUOTA_ENABLE, 0)))
             info = bytearray(_FS_INFO_BYTES)
             fcntl.ioctl(fd, _FS_INFO, info)
         self._qgroups = Path("/sys/fs/btrfs", str(uuid.UUID(bytes=bytes(info[16:32]))), "qgroups")

@@ -1,8 +1,8 @@
 """ext4 and xfs: a volume is a directory with a project id of its own, counted and limited by the project quota.
 
 Source: quotactl(2), quotactl_fd (Linux 5.14), linux/quota.h, linux/dqblk_xfs.h, linux/fs.h (fsxattr), xfs_quota(8),
-ext4(5) (prjquota).
-Both file systems answer the generic commands.
+ext4(5) (prjquota). Both file systems answer the generic commands. overlayfs works on its upper layer without
+CAP_SYS_RESOURCE (fs/overlayfs/super.c), so that the quota binds root, too.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _FS_IOC_FSSETXATTR = 1 << 30 | _FSXATTR.size << 16 | ord("X") << 8 | 32
 _PROJECT_INHERIT: Final = 0x200  # FS_XFLAG_PROJINHERIT
 _QUOTACTL_FD: Final = 443  # asm/unistd.h, the same on every architecture
 _PROJECT_QUOTA: Final = 2  # PRJQUOTA
-_Q_GETQUOTA, _Q_SETQUOTA, _Q_XGETQSTATV = 0x800007, 0x800008, ord("X") << 8 | 8
+_Q_GETQUOTA, _Q_SETQUOTA, _Q_XGETQSTATV = 0x800007, 0x800008, 0x5808
 _DQBLK = struct.Struct(
     "=8QI4x"
 )  # if_dqblk: hard and soft blocks, space, hard and soft inodes, inodes, two times, valid
-_STATE = struct.Struct("=bxH156x")  # fs_quota_statv: version, flags; sizes and times that we do not ask for
-_STATE_VERSION, _PROJECT_ENFORCED = 1, 1 << 5  # FS_QSTATV_VERSION1, FS_QUOTA_PDQ_ENFD
+_QSTATV_BYTES, _QSTATV_VERSION = 256, b"\x01"  # fs_quota_statv; its flags stand at 2
+_PROJECT_ENFORCED: Final = 1 << 5  # FS_QUOTA_PDQ_ENFD
 _BLOCK_BYTES: Final = 1024  # QIF_DQBLKSIZE
 _BLOCK_LIMITS, _INODE_LIMITS = 1, 4  # QIF_BLIMITS, QIF_ILIMITS
 # Above what people number by hand in /etc/projects, below 2^31.
@@ -49,8 +49,7 @@ class ProjectQuota:
         root: of the volumes.
 
     Raises:
-        OSError: the file system has none (ENOSYS, ESRCH, ENOTSUP), is not mounted with them, or only counts (ext4 with
-            the feature but without the option, xfs with pqnoenforce).
+        OSError: the file system has none (ENOSYS, ESRCH, ENOTSUP), or is not mounted with them.
     """
 
     name = "project quotas"
@@ -59,13 +58,11 @@ class ProjectQuota:
     def __init__(self, root: Path) -> None:
         self._root = root
         with self._opened(root) as fd:
-            state = ctypes.create_string_buffer(_STATE.pack(_STATE_VERSION, 0), _STATE.size)
+            state = ctypes.create_string_buffer(_QSTATV_BYTES)
+            state[0] = _QSTATV_VERSION
             self._quotactl(fd, _Q_XGETQSTATV, 0, state)
-            flags = _STATE.unpack(state.raw)[1]
-            if not flags & _PROJECT_ENFORCED:
-                raise OSError(
-                    errno.ESRCH, "project quotas are not enforced: mount it with prjquota", str(root)
-                )
+            if not struct.unpack_from("=H", state.raw, 2)[0] & _PROJECT_ENFORCED:
+                raise OSError(errno.ESRCH, "project quotas are not enforced", str(root))
             _project_of(fd)
 
     def make(self, volume: Path) -> None:

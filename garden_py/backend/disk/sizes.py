@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 _KEPT_MAX = 256
-_known: dict[tuple[str, int, int], int] = {}
+_known: dict[tuple[str, int, int], asyncio.Future[int]] = {}
 
 
 async def directory_bytes(directory: Path) -> int:
@@ -18,11 +18,17 @@ async def directory_bytes(directory: Path) -> int:
     found = os.stat(directory)
     key = (str(directory), found.st_ino, found.st_mtime_ns)
     if key not in _known:
-        size = await asyncio.to_thread(_walk, str(directory), found.st_dev)
         while len(_known) >= _KEPT_MAX:
             _known.pop(next(iter(_known)))
-        _known[key] = size
-    return _known[key]
+        walk = asyncio.ensure_future(asyncio.to_thread(_walk, str(directory), found.st_dev))
+        _known[key] = walk  # one walk, however many ask at the same time
+        walk.add_done_callback(lambda done: _forget_failure(key, done))
+    return await asyncio.shield(_known[key])
+
+
+def _forget_failure(key: tuple[str, int, int], done: asyncio.Future[int]) -> None:
+    if done.cancelled() or done.exception() is not None:
+        _known.pop(key, None)
 
 
 def _walk(top: str, device: int) -> int:

@@ -22,6 +22,7 @@ from garden_py.model.errors import HostFault, InvalidField, NotSupported
 log = structlog.get_logger()
 FLOOR_BYTES = 256 << 20
 _TIMEOUT_S = 120
+_SECTOR_BYTES = 4096
 _COMMIT_S = 5  # room that is given back can be used after a commit; the default is 30
 
 
@@ -55,8 +56,7 @@ class LoopStore:
             options = f"loop,noatime,commit={_COMMIT_S}"
             self._run("mount", "-t", "btrfs", "-o", options, str(self._file), str(self.root))
             self.root.chmod(0o711)
-        if size_bytes > self._file.stat().st_size:
-            self._grow(size_bytes)
+        self._grow(max(size_bytes, self._file.stat().st_size))
 
     def _make(self, size_bytes: int) -> None:
         if size_bytes < FLOOR_BYTES:
@@ -73,18 +73,26 @@ class LoopStore:
         log.info("store.made", file=str(self._file), bytes=size_bytes)
 
     def _grow(self, size_bytes: int) -> None:
-        os.truncate(self._file, size_bytes)
+        """Make file, device and file system as large as that, each of which may be so already."""
+        found = os.statvfs(self.root)
+        if found.f_blocks * found.f_frsize >= size_bytes - size_bytes % _SECTOR_BYTES:
+            return
+        if size_bytes > self._file.stat().st_size:
+            os.truncate(self._file, size_bytes)
         for device in self._run("losetup", "-n", "-O", "NAME", "-j", str(self._file)).split():
             self._run("losetup", "-c", device)
         self._run("btrfs", "filesystem", "resize", "max", str(self.root))
         log.info("store.grown", bytes=size_bytes)
 
-    def close(self) -> None:
-        """Unmount it; busy is no failure, the next server finds it as it is."""
-        if not self.root.is_mount():
-            return
-        try:
+    def unmount(self) -> None:
+        """Unmount it, which gives the loop device back; not mounted is fine. HostFault: it is busy."""
+        if self.root.is_mount():
             self._run("umount", str(self.root))
+
+    def close(self) -> None:
+        """As `unmount`, but busy is no failure: the next server finds it as it is."""
+        try:
+            self.unmount()
         except HostFault as error:
             log.warning("store.kept_mounted", error=str(error))
 

@@ -30,15 +30,13 @@ class Volumes:
     Args:
         root: the directory; it is made.
         driver: None: the file system cannot count.
-        throw_away: takes a directory away at once and deletes it later; called on the event loop's thread only.
+        throw_away: takes a directory away at once and deletes it later.
     """
 
     def __init__(self, root: Path, driver: Driver | None, throw_away: Callable[[Path], None]) -> None:
         self._place = root / "volumes"
         self._driver = driver
         self._throw_away = throw_away
-        if driver is not None:
-            self._place.mkdir(mode=0o700, exist_ok=True)
 
     @property
     def place(self) -> Path:
@@ -76,8 +74,9 @@ class Volumes:
             return None
         volume = self._place / volume_id
         try:
-            if volume.exists() and not self._release(volume_id):  # of a start that failed
-                self._discard(volume_id)
+            self._place.mkdir(mode=0o700, exist_ok=True)
+            if volume.exists() and not self._driver.remove(volume):  # of a start that failed
+                self._throw_away(volume)
             self._driver.make(volume)
             if limits != DiskLimits():
                 self._driver.limit(volume, limits)
@@ -136,22 +135,13 @@ class Volumes:
         Raises:
             HostFault: it cannot be removed.
         """
-        # The file system may take its time, so it has a thread; what is thrown away belongs to the event loop.
-        if not await asyncio.to_thread(self._release, volume_id):
-            self._discard(volume_id)
-
-    def _release(self, volume_id: str) -> bool:
-        """Have the driver remove a volume; False: its directory is still to be thrown away."""
+        volume = self._place / volume_id
         try:
-            return self._driver is not None and self._driver.remove(self._place / volume_id)
+            # In a thread, for the kernel may be writing a transaction; what is left is deleted by a task of the loop.
+            if self._driver is None or not await asyncio.to_thread(self._driver.remove, volume):
+                self._throw_away(volume)
         except FileNotFoundError:
-            return True
-        except OSError as error:
-            raise HostFault("remove volume", str(error)) from error
-
-    def _discard(self, volume_id: str) -> None:
-        try:
-            self._throw_away(self._place / volume_id)
+            return
         except OSError as error:
             raise HostFault("remove volume", str(error)) from error
 
@@ -163,11 +153,11 @@ class Volumes:
             return []
 
 
-def find_driver(root: Path) -> Driver | None:
-    """What the file system of a directory offers."""
+def find_driver(root: Path, *, turn_on: bool = True) -> Driver | None:
+    """What the file system of a directory offers; turn_on: also what has to be turned on first."""
     try:
         if file_system_magic(root) == BTRFS:
-            return Btrfs(root)
+            return Btrfs(root, turn_on=turn_on)
         return ProjectQuota(root)
     except OSError as error:
         log.info("disk.no_driver", root=str(root), reason=str(error))

@@ -19,6 +19,7 @@ _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 
 # asm/unistd.h: the new mount calls have the same numbers on every architecture.
 _OPEN_TREE, _MOVE_MOUNT, _MOUNT_SETATTR = 428, 429, 442
+_OPENAT2, _RESOLVE_IN_ROOT = 437, 0x10
 _AT_FDCWD, _AT_EMPTY_PATH = -100, 0x1000
 _OPEN_TREE_CLONE, _MOVE_MOUNT_F_EMPTY_PATH = 1, 0x4
 
@@ -54,6 +55,18 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
     """Give back the storage of a range of a file, which reads as zeros from then on. Source: fallocate(2)."""
     if _libc.fallocate(fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, length) != 0:
         raise _fail()
+
+
+def open_in_root(root_fd: int, path: str) -> int:
+    """A descriptor (O_PATH) of what a path means to a process whose root directory is root_fd; links stay inside.
+
+    Source: openat2(2), RESOLVE_IN_ROOT; Linux 5.6.
+    """
+    how = struct.pack("=3Q", os.O_PATH | os.O_CLOEXEC, 0, _RESOLVE_IN_ROOT)
+    fd = _libc.syscall(_OPENAT2, root_fd, os.fsencode(path), how, len(how))
+    if fd < 0:
+        raise _fail(path)
+    return int(fd)
 
 
 class _StatFs(ctypes.Structure):

@@ -118,7 +118,7 @@ class Puller:
         except TimeoutError:
             problem = f"no progress for {self._stall_s:g} s (server flag --image-stall-s)"
             self._end({"kind": "unreachable", "message": problem})
-        except (ValueError, asyncio.LimitOverrunError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever it says, those who wait must be told
             self._end(
                 {"kind": "host_fault", "message": f"the process that fetches it talks nonsense: {error}"}
             )
@@ -140,7 +140,7 @@ class Puller:
 
     def _take(self, message: dict[str, Any]) -> None:
         if "layer" not in message:
-            if not self._opened.done():
+            if "trying" not in message and not self._opened.done():
                 _settle(self._opened, message, "image")
             return
         done, progress = self._layers[message["layer"]]
@@ -165,7 +165,7 @@ class Puller:
         await asyncio.wait([self._reading])
         if not self._opened.done():
             self._opened.cancel()
-        await kill_session(self._process)
+        await asyncio.shield(kill_session(self._process))
 
 
 def _settle(future: asyncio.Future[dict[str, Any]], message: dict[str, Any], wanted: str) -> None:
@@ -230,7 +230,7 @@ async def unpack_tar(
     except TimeoutError as error:
         raise Failed({"kind": "unreachable", "message": f"no progress for {stall_s:g} s"}) from error
     finally:
-        await kill_session(process)
+        await asyncio.shield(kill_session(process))
     words = read_last_words(last, status)
     if "failed" in words:
         raise Failed(words["failed"])
@@ -253,6 +253,7 @@ async def _start(module: str, *fds: int) -> asyncio.subprocess.Process:
 
 async def kill_session(process: asyncio.subprocess.Process) -> None:
     """Kill a process that leads a session, with all that is in it, and wait for its end."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    if process.returncode is None:  # else its number may be another's, and whatever it started ends with it
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     await process.wait()

@@ -11,7 +11,7 @@ import errno
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -47,7 +47,9 @@ from garden_py.model.image import (
 )
 
 log = structlog.get_logger()
+_STORE_SHARE = 0.5  # of its file system, that images nobody uses may take
 LAYERS_MAX = 400  # overlayfs takes 500 lower directories (OVL_MAX_STACK)
+_SIZE_MAX = 1 << 53  # what JSON numbers are good for
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _ROOT_FS = "fs"
 
@@ -163,9 +165,17 @@ class Images:
             with self.store.staging() as scratch:
                 return await self._fetch_image(ref, auth, scratch, report, pins)
         except Failed as failure:
+            if failure.facts.get("kind") == "no_space":
+                self._make_room()
             raise failure.as_garden_error(str(ref), field) from failure
         except OSError as error:
             raise _host_fault(error) from error
+
+    def _make_room(self) -> None:
+        """The disk is full: the next try shall find what nobody uses gone."""
+        if self._config.image_gc_bytes:
+            gone, freed = self.store.prune(named=True)
+            log.warning("images.made_room", images=[image.id for image in gone], bytes=freed)
 
     async def _fetch_image(
         self, ref: ImageRef, auth: RegistryAuth | None, scratch: Path, report: Report, pins: ExitStack
@@ -178,8 +188,12 @@ class Images:
             told = await puller.image()
             plan = plan_of(str(ref), told)
             pins.enter_context(self.store.pinned(plan.diff_ids))
-            await self._fetch_layers(plan, puller, scratch, report)
-            self._check_size(str(ref), plan)
+            try:
+                await self._fetch_layers(str(ref), plan, puller, scratch, report)
+            except ImageTooLarge:
+                pins.close()
+                self.store.sweep()
+                raise
             image = Image(
                 id=plan.id,
                 diff_ids=plan.diff_ids,
@@ -193,24 +207,35 @@ class Images:
         self.start_writing_out()
         return image
 
-    def _check_size(self, image: str, plan: ImagePlan) -> None:
-        """Each layer was small enough; are they together?"""
-        found, most = self.store.layer_bytes(plan.diff_ids), self._config.image_max_bytes
-        if found > most:
-            raise ImageTooLarge(image, f"{found} bytes unpacked, {most} are allowed", "--image-max-bytes")
+    def _check_size(self, image: str, diff_ids: Iterable[str]) -> None:
+        """Each layer was small enough; are those that are there together?"""
+        size, entries = self.store.layer_bytes(diff_ids), self.store.layer_entries(diff_ids)
+        if size > (most := self._config.image_max_bytes):
+            raise ImageTooLarge(image, f"{size} bytes unpacked, {most} are allowed", "--image-max-bytes")
+        if entries > (most := self._config.image_max_entries):
+            raise ImageTooLarge(image, f"{entries} entries, {most} are allowed", "--image-max-entries")
 
-    async def _fetch_layers(self, plan: ImagePlan, puller: Puller, scratch: Path, report: Report) -> None:
+    async def _fetch_layers(
+        self, image: str, plan: ImagePlan, puller: Puller, scratch: Path, report: Report
+    ) -> None:
         account = _Account(plan, self.store, report)
         try:
             async with asyncio.TaskGroup() as group:
                 for number, layer in plan.distinct():
                     staged = scratch / str(number)
-                    group.create_task(self._fetch_layer(number, layer, puller, staged, account))
+                    done = partial(self._check_size, image, plan.diff_ids)
+                    group.create_task(self._fetch_layer(number, layer, puller, staged, account, done))
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
 
     async def _fetch_layer(
-        self, number: int, layer: PlannedLayer, puller: Puller, staged: Path, account: _Account
+        self,
+        number: int,
+        layer: PlannedLayer,
+        puller: Puller,
+        staged: Path,
+        account: _Account,
+        check: Callable[[], None],
     ) -> None:
         async with self._fetching.hold(layer.diff_id):
             if not self.store.has_layer(layer.diff_id):
@@ -218,10 +243,17 @@ class Images:
                 target.mkdir(mode=0o755, parents=True)
                 job = layer.job(target)
                 self._commit(staged, await puller.layer(number, job, partial(account.fetched, number)))
+        check()
         account.done(number)
 
     def _commit(self, staged: Path, done: dict[str, Any]) -> None:
-        layer = Layer(done["diff_id"], done["bytes"], read_boot_id(), hides_lower=done["opaque_root"])
+        layer = Layer(
+            done["diff_id"],
+            done["bytes"],
+            read_boot_id(),
+            hides_lower=done["opaque_root"],
+            entries=done["entries"],
+        )
         self.store.commit_layer(staged, layer)
 
     async def _fetch_tar(self, ref: ImageRef, report: Report) -> Image:
@@ -299,6 +331,7 @@ class Images:
         self._allow_images()
         reading, writing = os.pipe()
         feeding = asyncio.ensure_future(_feed(writing, chunks))
+        feeding.add_done_callback(lambda _: os.close(writing))
         try:
             image = await self.import_tar(reading, str(ref), lambda progress: None)
             await feeding
@@ -337,9 +370,13 @@ class Images:
     # --- housekeeping
 
     def _collect(self, keep: str = "") -> None:
-        """Remove what is unused for longest when the store has grown over its threshold."""
+        """Remove what is unused for longest when the store has grown over its threshold, or most of its disk."""
         most = self._config.image_gc_bytes
-        if not most or self.store.total_bytes() <= most:
+        if not most:
+            return
+        found = os.statvfs(self.store.root)
+        most = min(most, int(found.f_blocks * found.f_frsize * _STORE_SHARE))
+        if self.store.total_bytes() <= most:
             return
         gone, freed = self.store.prune(named=True, above_bytes=most, keep=keep)
         log.info("images.collected", images=[image.id for image in gone], bytes=freed)
@@ -423,7 +460,7 @@ def plan_of(image: str, told: dict[str, Any]) -> ImagePlan:
             PlannedLayer(blob["digest"], blob["size"], str(blob.get("mediaType", "")), diff_id)
             for blob, diff_id in zip(blobs, diff_ids, strict=True)
         )
-        well_formed = all(isinstance(layer.size, int) and layer.size >= 0 for layer in layers)
+        well_formed = all(isinstance(layer.size, int) and 0 <= layer.size <= _SIZE_MAX for layer in layers)
         digests = [image_id, *(layer.digest for layer in layers), *(layer.diff_id for layer in layers)]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ImageInvalid(image, f"its manifest and its config do not describe layers: {error!r}") from error
@@ -517,14 +554,22 @@ def stamp_of(ref: ImageRef) -> tuple[int, ...]:
 
 
 async def _feed(fd: int, chunks: AsyncIterator[bytes]) -> None:
-    """Write what comes into a pipe, which is closed at the end. Who reads it says what was wrong if it breaks."""
+    """Write what comes into a pipe. Who reads it says what was wrong if it breaks."""
     try:
         async for chunk in chunks:
-            await asyncio.to_thread(_write_all, fd, chunk)
+            await _write_in_thread(fd, chunk)
     except BrokenPipeError:
         return
-    finally:
-        os.close(fd)
+
+
+async def _write_in_thread(fd: int, data: bytes) -> None:
+    """Write all of it. Returns only when the thread has: its descriptor's number may be another file's soon."""
+    writing = asyncio.ensure_future(asyncio.to_thread(_write_all, fd, data))
+    try:
+        await asyncio.shield(writing)
+    except asyncio.CancelledError:
+        await asyncio.wait([writing])  # whoever cancels has closed the other end
+        raise
 
 
 def _write_all(fd: int, data: bytes) -> None:

@@ -14,6 +14,7 @@ import base64
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 from collections.abc import Callable
@@ -65,6 +66,8 @@ class ImageProxy:
     """
 
     def __init__(self, source: Source, scratch: Path) -> None:
+        if shutil.which("skopeo") is None:
+            raise FileNotFoundError("skopeo")
         self._start(source, scratch)
         try:
             version = str(self._ask("Initialize"))
@@ -78,7 +81,10 @@ class ImageProxy:
     def _start(self, source: Source, scratch: Path) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         auth = _auth_file(source)
-        argv = ["skopeo", "--insecure-policy"]  # who signed an image is not judged here
+        # It ends with the thread that starts it, also when that is killed; setpriv(1).
+        argv = ["setpriv", "--pdeathsig", "KILL", "skopeo"]
+        argv += ["--insecure-policy"]  # who signed an image is not judged here
+        argv += ["--tmpdir", str(scratch)]  # it takes archives apart
         argv += [
             "--registries-conf",
             os.devnull,

@@ -59,6 +59,9 @@ _INVALID = (
     "larger than",
 )
 
+_LAYER_FIELDS = ("digest", "size", "mediaType")
+_CONFIG_FIELDS = ("Env", "User", "WorkingDir", "Entrypoint", "Cmd", "Labels")
+
 _output = threading.Lock()
 
 
@@ -72,7 +75,7 @@ def main() -> None:
         digest, manifest = proxy.manifest()
         config = proxy.config()
     except ProxyFailed as error:
-        _say({"failed": _describe(str(error))})
+        _say({"failed": _describe(error, sources[-1])})
         return
     except TimeoutError:
         _say({"failed": {"kind": "unreachable", "message": "the registry does not answer"}})
@@ -80,9 +83,12 @@ def main() -> None:
     except FileNotFoundError:
         _say({"failed": {"kind": "no_skopeo", "message": "skopeo is not installed on the server"}})
         return
-    _say(
-        {"image": {"source": source.image, "manifest_digest": digest, "manifest": manifest, "config": config}}
-    )
+    try:
+        image = _essence(digest, manifest, config)
+    except (AttributeError, TypeError, KeyError) as error:
+        _say({"failed": {"kind": "invalid", "message": f"its manifest or config is none: {error!r}"}})
+        return
+    _say({"image": {"source": source.image, **image}})
     jobs: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     lanes = [_Lane(jobs, source, scratch, job["limits"]) for _ in range(job["lanes"])]
     lanes[0].proxy = proxy
@@ -101,16 +107,18 @@ def _open_first(sources: list[Source], scratch: Path) -> tuple[Source, ImageProx
     """
     told: list[str] = []
     for source in sources[:-1]:
+        _say({"trying": source.host})
         try:
             return source, ImageProxy(source, scratch)
         except (ProxyFailed, TimeoutError) as error:
             told.append(f"{source.image}: {error}")
+    _say({"trying": sources[-1].host})
     try:
         return sources[-1], ImageProxy(sources[-1], scratch)
     except ProxyFailed as error:
-        if not told:
-            raise
-        raise ProxyFailed(f"{error} (mirrors, asked before: {'; '.join(told)})") from error
+        if told:
+            error.add_note(f"(mirrors, asked before: {'; '.join(told)})")
+        raise
 
 
 class _Lane(threading.Thread):
@@ -137,9 +145,11 @@ class _Lane(threading.Thread):
             try:
                 answer = self._fetch(job)
             except ProxyFailed as error:
-                answer = {"failed": _describe(str(error))}
+                answer = {"failed": _describe(error, self._source)}
             except TimeoutError:
                 answer = {"failed": {"kind": "unreachable", "message": "the registry does not answer"}}
+            except Exception as error:  # noqa: BLE001 - somebody waits for an answer
+                answer = {"failed": {"kind": "host_fault", "message": f"{type(error).__name__}: {error}"}}
             if "failed" in answer and self.proxy is not None:
                 self.proxy.close()
                 self.proxy = None
@@ -209,9 +219,32 @@ def read_last_words(last: dict[str, Any], status: int) -> dict[str, Any]:
     }
 
 
-def _describe(message: str) -> dict[str, Any]:
-    """A refusal of skopeo's by kind; it knows texts only."""
-    lower = message.lower()
+def _essence(digest: str, manifest: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """Of a manifest and a config only what the server reads: they are of any size and depth.
+
+    Raises:
+        AttributeError, TypeError, KeyError: they are not what they should be.
+    """
+    layers = [{name: layer.get(name) for name in _LAYER_FIELDS} for layer in manifest["layers"]]
+    own = config.get("config")
+    return {
+        "manifest_digest": str(digest),
+        "manifest": {"config": {"digest": manifest["config"]["digest"]}, "layers": layers},
+        "config": {
+            **{name: config.get(name) for name in ("architecture", "os", "created")},
+            "config": {name: own.get(name) for name in _CONFIG_FIELDS} if isinstance(own, dict) else {},
+            "rootfs": {"diff_ids": config["rootfs"]["diff_ids"]},
+        },
+    }
+
+
+def _describe(error: ProxyFailed, source: Source) -> dict[str, Any]:
+    """A refusal of skopeo's by kind; it knows texts only, in which names may stand that read like any of them."""
+    message = "; ".join([str(error), *getattr(error, "__notes__", ())])
+    name, _, tag = source.image.partition("://")[2].rpartition(":")
+    lower = str(error).lower()
+    for text in (f"{name}:{tag}", name, f"manifest {tag} in", source.host):
+        lower = lower.replace(text.lower(), "") if text else lower
     for kind, texts in (("denied", _DENIED), ("missing", _MISSING), ("invalid", _INVALID)):
         if any(text.lower() in lower for text in texts):
             return {"kind": kind, "message": message}

@@ -46,6 +46,7 @@ class Layer:
         bytes: on disk.
         boot: of the machine when it was unpacked.
         synced: it has been written out; else it is worth nothing after another boot.
+        entries: files and directories in it.
         hides_lower: nothing of the layers below it is to be seen. overlayfs does not look at an opaque root.
     """
 
@@ -54,6 +55,7 @@ class Layer:
     boot: str
     synced: bool = False
     hides_lower: bool = False
+    entries: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,7 @@ class ImageStore:
     """
 
     def __init__(self, root: Path, throw_away: Callable[[Path], None]) -> None:
-        self._root = root
+        self.root = self._root = root
         self._throw_away = throw_away
         self._layers: dict[str, Layer] = {}
         self._images: dict[str, Image] = {}
@@ -117,6 +119,9 @@ class ImageStore:
             (self._root / name).mkdir(mode=0o700, parents=True, exist_ok=True)
         for entry in os.scandir(self._root / "staging"):
             self._throw_away(Path(entry.path))
+        for name in ("images", "names"):
+            for file in (self._root / name).glob(".*"):
+                file.unlink()  # written, and never named
         self._key = self._open_key()
         self._layers = {layer.diff_id: layer for layer in self._load_layers()}
         self._images = {image.id: image for image in self._load_images()}
@@ -183,6 +188,10 @@ class ImageStore:
     def layer_bytes(self, diff_ids: Iterable[str]) -> int:
         """Disk space of the layers among these that are there."""
         return sum(self._layers[diff_id].bytes for diff_id in set(diff_ids) if diff_id in self._layers)
+
+    def layer_entries(self, diff_ids: Iterable[str]) -> int:
+        """Files and directories in the layers among these that are there."""
+        return sum(self._layers[diff_id].entries for diff_id in set(diff_ids) if diff_id in self._layers)
 
     @contextmanager
     def staging(self) -> Iterator[Path]:
@@ -400,6 +409,8 @@ class ImageStore:
         needed.update(*(used.diff_ids for used in self._users.values()))
         freed = 0
         for layer in [layer for layer in self._layers.values() if layer.diff_id not in needed]:
+            # Without it, what a crash leaves of the deletion is no layer.
+            (self._layer(layer.diff_id) / "layer.json").unlink(missing_ok=True)
             self._throw_away(self._layer(layer.diff_id))
             del self._layers[layer.diff_id]
             freed += layer.bytes

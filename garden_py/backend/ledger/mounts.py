@@ -7,14 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from garden_py.backend.ledger.book import Book
+from garden_py.backend.ledger.book import Book, Shared
 from garden_py.backend.ledger.files import book_id
 from garden_py.model.leak import Direction, Leak, LeakKind
 
 _ESCAPE = re.compile(r"\\([0-7]{3})")
-_ELSEWHERE = (
-    "the server makes no mounts on the host, so somebody else made this one; it may keep a directory busy"
-)
+_ELSEWHERE = "the server makes no mounts there, so somebody else made this one; it may keep a directory busy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +22,12 @@ class Sight:
     Attributes:
         staged: runtime ids below the launcher's mount directory.
         host: mount points of the host below directories that are the server's alone.
+        store: where the server's own file system is mounted; empty: nowhere.
     """
 
     staged: frozenset[str] = frozenset()
     host: frozenset[str] = frozenset()
+    store: str = ""
 
 
 def parse_mount_points(mountinfo: str, below: Iterable[Path]) -> frozenset[str]:
@@ -41,9 +41,10 @@ def parse_mount_points(mountinfo: str, below: Iterable[Path]) -> frozenset[str]:
     return frozenset(point for point in plain if point.startswith(parents))
 
 
-def look(staged: Iterable[str], below: Iterable[Path]) -> Sight:
-    """Read the host's mount table; `staged` is what the launcher said."""
-    return Sight(frozenset(staged), parse_mount_points(Path("/proc/self/mountinfo").read_text(), below))
+def look(staged: Iterable[str], below: Iterable[Path], store: Path | None) -> Sight:
+    """Read the host's mount table; `staged` is what the launcher said, `store` where one would be mounted."""
+    host = parse_mount_points(Path("/proc/self/mountinfo").read_text(), below)
+    return Sight(frozenset(staged), host, str(store) if store is not None and store.is_mount() else "")
 
 
 def judge(book: Book, seen: Sight) -> list[Leak]:
@@ -61,4 +62,7 @@ def judge(book: Book, seen: Sight) -> list[Leak]:
         if book_id(name) not in book.runtime_ids or name in complete
     ]
     found += [Leak(LeakKind.MOUNT, Direction.ORPHAN, point, keep_because=_ELSEWHERE) for point in seen.host]
+    if seen.store and book.shared is Shared.ORPHANED:
+        detail = "the store's file system, though no server runs and no container is left"
+        found.append(Leak(LeakKind.MOUNT, Direction.ORPHAN, seen.store, detail=detail))
     return found

@@ -109,7 +109,7 @@ class LinuxBackend:
 
     async def open(self, events: BackendEvents, rows: list[ContainerRow]) -> None:
         """Get ready, and hold what rows lease; see service.ports."""
-        check_dns_servers(self._config.dns_server)
+        check_dns_servers((*self._config.dns_server, *self._config.additional_dns_server))
         check_apparmor(self._config.apparmor)
         self._events = events
         self._store = await asyncio.to_thread(open_store, self._config)
@@ -152,9 +152,8 @@ class LinuxBackend:
 
     def _open_images(self, default: str) -> Images:
         place = self._config.state_dir / "images"
-        if (
-            not place.exists()
-        ):  # of a time before the store; else containers of before would lose their layers
+        layers = place / "layers"  # of a time before the store
+        if not layers.is_dir() or not any(layers.iterdir()):
             place = self._site.store_root / "images"
         store = ImageStore(place, self._site.depot.throw_away)
         store.open()

@@ -143,9 +143,14 @@ class Construction:
         gateway = str(self._network.host.gateway)
         host_resolv = Path("/etc/resolv.conf")
         contents = {
-            "hosts": build_hosts(str(facts.lease.address), launch.hostname),
+            "hosts": build_hosts(
+                str(facts.lease.address), launch.hostname, self._site.config.additional_host_entry
+            ),
             "resolv.conf": build_resolv_conf(
-                host_resolv.read_text() if host_resolv.exists() else "", self._site.config.dns_server, gateway
+                host_resolv.read_text() if host_resolv.exists() else "",
+                self._site.config.dns_server,
+                gateway,
+                self._site.config.additional_dns_server,
             ),
         }
         id_map = launch.isolation.id_map(self._site.facts.highest_id)

@@ -82,7 +82,8 @@ class ContainerDisk:
         scope, most = container.disk_scope, found.bytes
         if most and scope is DiskScope.TOTAL:
             most += await self._image_bytes(container)
-        return Limits(disk_bytes=most, disk_inodes=found.inodes, disk_scope=scope if most else None)
+        scope = (scope or DiskScope.EXCLUSIVE) if most else None
+        return Limits(disk_bytes=most, disk_inodes=found.inodes, disk_scope=scope)
 
     async def update(self, container: LinuxContainer, changed: Limits) -> None:
         """Change limits; what is not stated stays.
@@ -97,7 +98,7 @@ class ContainerDisk:
         self._volumes.limit(
             container.facts.runtime_id, await self._volume_limits(wanted, image_bytes, None, "limits")
         )
-        container.disk_scope = wanted.disk_scope
+        container.disk_scope = wanted.disk_scope if wanted.disk_bytes else None
 
     async def usage(self, container: LinuxContainer) -> DiskUsage:
         """What a container takes: what it wrote, and that with its image. What is not counted is 0."""

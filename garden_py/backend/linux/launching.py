@@ -21,7 +21,7 @@ from garden_py.backend.oci.request import BundleRequest
 from garden_py.backend.rootfs.mounts import BindSource, MountPlan
 from garden_py.backend.runtime.command import AGENT_FILTER_FD
 from garden_py.model.errors import FieldViolation, HostFault, InvalidRequest
-from garden_py.model.files import BindMount, MountMode
+from garden_py.model.files import BindMount, MountMode, MountOrigin
 
 NAME_FILES = ("hosts", "resolv.conf")
 
@@ -38,6 +38,7 @@ class Launch:
         joins: namespaces of others, by the OCI's names, to the paths they are entered by.
         layers: directories of its image, lowest first.
         image: what to call that in errors.
+        field: what the names of the request's fields begin with, for errors.
         fail_points: to be reached in the worker (observe/failpoints.py).
     """
 
@@ -53,6 +54,7 @@ class Launch:
     cgroup_path: str
     bind_mounts: Sequence[BindMount] = ()
     joins: tuple[tuple[str, str], ...] = ()
+    field: str = "spec."
     fail_points: dict[str, Any] | None = None
 
 
@@ -104,7 +106,14 @@ class AgentStarter:
         )  # Garden statement BI4
         binds = [BindSource(str(self._site.agent_dir), "agent", read_only=True, hardened=True)]
         binds += [
-            BindSource(m.source, f"bind-{i}", m.mode is MountMode.READ_ONLY, mapped=maps_owners)
+            BindSource(
+                m.source,
+                f"bind-{i}",
+                m.mode is MountMode.READ_ONLY,
+                mapped=maps_owners,
+                inside=m.origin is MountOrigin.CONTAINER,
+                field=f"{launch.field}bind_mounts[{i}].source",
+            )
             for i, m in enumerate(launch.bind_mounts)
         ]
         binds += [BindSource(str(launch.etc / name), name, read_only=False) for name in NAME_FILES]
@@ -171,7 +180,7 @@ def check_bind_sources(mounts: Sequence[BindMount], field: str) -> None:
     found = [
         FieldViolation(f"{field}[{i}].source", f"{mount.source} does not exist on the host")
         for i, mount in enumerate(mounts)
-        if not os.path.exists(mount.source)
+        if mount.origin is MountOrigin.HOST and not os.path.exists(mount.source)
     ]
     if found:
         raise InvalidRequest(found)

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from garden_py.backend.cgroup import groups
 from garden_py.backend.cgroup.layout import ContainerCgroup, Hierarchies
 from garden_py.backend.depot import Depot
+from garden_py.backend.disk.store import LoopStore
 from garden_py.backend.disk.volumes import Volumes
 from garden_py.backend.host.pids import ProcessIdentity, kill_and_wait, read_start_time, read_wait_channel
 from garden_py.backend.ledger import cgroups, files, leases, mounts, network, processes
@@ -68,6 +69,7 @@ class Places:
     host: HostPlan
     depot: Depot
     volumes: Volumes
+    store: Path
     hierarchies: Hierarchies
     mount_dir: Path
     runtime_roots: tuple[Path, ...]
@@ -85,7 +87,8 @@ def places_of(
     """The places that settings lead to; those of a runtime used by an earlier server included."""
     names = dict.fromkeys((Path(config.runtime).name, "runc", "crun"))
     roots = tuple(config.run_dir / name for name in names)
-    return Places(config.tag, host, depot, volumes, hierarchies, config.run_dir / "mnt", roots)
+    store = config.state_dir / "store"
+    return Places(config.tag, host, depot, volumes, store, hierarchies, config.run_dir / "mnt", roots)
 
 
 def holding_of(claim: Claim) -> Holding:
@@ -136,7 +139,7 @@ class Ledger:
             cgroups=cgroups.look(places.hierarchies, places.tag, handles),
             processes=processes.look(places.mount_dir, self._hands.launcher_session(), known),
             network=network.look(places.host, survey, addresses),
-            mounts=mounts.look(staged, places.private),
+            mounts=mounts.look(staged, places.private, places.store),
             leases=leases.Sight(),
         )
 
@@ -159,6 +162,8 @@ class Ledger:
                 await self._remove_cgroup(leak)
             case LeakKind.LINK | LeakKind.NFT_ELEMENT | LeakKind.NFT_CHAIN:
                 return await self._remove_from_network(leak, book)
+            case LeakKind.MOUNT if leak.name == str(self._places.store):
+                await asyncio.to_thread(LoopStore(self._places.store.parent).unmount)
             case LeakKind.MOUNT:
                 await self._hands.release_mounts(leak.name.removeprefix("launcher:"))
             case LeakKind.DIRECTORY | LeakKind.SOCKET | LeakKind.RUNTIME:

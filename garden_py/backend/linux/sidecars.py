@@ -197,6 +197,7 @@ class Sidecars:
                 cgroup_path=container.cgroup.sidecar(process_id).runtime_path,
                 bind_mounts=apart.bind_mounts,
                 joins=joins,
+                field="spec.sidecar.",
             )
             self._starter.prepare(launch)
             with listen(place / _SOCKET) as listener:

@@ -131,6 +131,9 @@ def open_store(config: Config) -> LoopStore | None:
     store = LoopStore(config.state_dir)
     if not config.store_size and not store.exists:
         return None
+    containers = config.state_dir / "containers"
+    if not store.exists and containers.is_dir() and any(containers.iterdir()):
+        raise InvalidField("store_size", "cannot be turned on while there are containers: destroy them first")
     store.open(config.store_size)
     return store
 

@@ -21,16 +21,17 @@ import os
 import shutil
 import stat
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from garden_py.backend.host import syscalls
 from garden_py.backend.host.idmap import IdMap
 from garden_py.backend.host.userns import make_userns
-from garden_py.model.errors import ImageInvalid
+from garden_py.model.errors import GardenError, ImageInvalid, InvalidField
 
 _USERNS_CACHE_MAX = 64
 _PLACES = ("dev", "etc", "proc", "sys")  # where the runtime mounts
+_FILES = ("etc/hosts", "etc/resolv.conf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,8 @@ class BindSource:
     Attributes:
         mapped: show its owners through the container's user namespace.
         hardened: nosuid and nodev as well.
+        inside: source is a path in the container's own root file system, not the host's.
+        field: of the request, for errors about an inside one.
     """
 
     source: str
@@ -47,6 +50,8 @@ class BindSource:
     read_only: bool
     mapped: bool = False
     hardened: bool = False
+    inside: bool = False
+    field: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +93,7 @@ def apply(plan: MountPlan) -> None:
     Raises:
         MountStepFailed: naming the mount that failed.
         ImageInvalid: the image has something in the way of what every container gets.
+        InvalidField: a bind source is not in the image.
     """
     plan.directory.mkdir(mode=0o711)
     try:
@@ -96,7 +102,7 @@ def apply(plan: MountPlan) -> None:
         _check_places(plan)
         for bind in plan.binds:
             _clone_bind(plan.directory, bind, userns_fd)
-    except (OSError, ImageInvalid):
+    except (OSError, GardenError):
         release(plan.directory)
         raise
 
@@ -160,9 +166,33 @@ def _check_places(plan: MountPlan) -> None:
         if not stat.S_ISDIR(mode):
             what = "a symbolic link" if stat.S_ISLNK(mode) else "not a directory"
             raise ImageInvalid(plan.image, f"its /{name} is {what}; a container needs a directory there")
+    root = os.open(plan.rootfs, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for name in _FILES:
+            _check_file(root, name, plan.image)
+    finally:
+        os.close(root)
+
+
+def _check_file(root: int, name: str, image: str) -> None:
+    """Refuse what a file cannot be mounted over; a link is followed within the root, and may lead to nothing."""
+    try:
+        fd = syscalls.open_in_root(root, name)
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            return
+        raise ImageInvalid(image, f"its /{name} cannot be resolved: {error.strerror}") from error
+    try:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise ImageInvalid(image, f"its /{name} is a directory; a container needs a file there")
+    finally:
+        os.close(fd)
 
 
 def _clone_bind(directory: Path, bind: BindSource, userns_fd: int | None) -> None:
+    if bind.inside:
+        _clone_inside(directory, bind)
+        return
     source, target = Path(bind.source), directory / bind.name
     try:
         if stat.S_ISDIR(source.stat().st_mode):
@@ -175,6 +205,23 @@ def _clone_bind(directory: Path, bind: BindSource, userns_fd: int | None) -> Non
         _clone(source, target, attributes=attributes, userns_fd=userns_fd if bind.mapped else None)
     except OSError as error:
         raise MountStepFailed(f"bind mount of {bind.source}", error) from error
+
+
+def _clone_inside(directory: Path, bind: BindSource) -> None:
+    """As `_clone_bind` for a part of the root file system itself: owners are mapped there already."""
+    root = os.open(directory / "rootfs", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fd = syscalls.open_in_root(root, bind.source)
+    except OSError as error:
+        problem = f"{bind.source} in the container's image: {error.strerror}"
+        raise InvalidField(bind.field, problem) from error
+    finally:
+        os.close(root)
+    try:
+        source = Path(f"/proc/self/fd/{fd}")
+        _clone_bind(directory, replace(bind, source=str(source), inside=False, mapped=False), None)
+    finally:
+        os.close(fd)
 
 
 def _clone(source: Path, target: Path, *, attributes: int, userns_fd: int | None) -> None:

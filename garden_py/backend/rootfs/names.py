@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 
-def build_hosts(container_ip: str, hostname: str) -> str:
-    """Content of /etc/hosts. Source: Garden behaviour, statement N30."""
+def build_hosts(container_ip: str, hostname: str, additional: tuple[str, ...] = ()) -> str:
+    """Content of /etc/hosts; additional: lines as they are. Source: Garden behaviour, statement N30."""
     lines = ["127.0.0.1 localhost"]
     if container_ip:
         lines.append(f"{container_ip} {hostname}")
+    lines += additional
     return "\n".join(lines) + "\n"
 
 
-def build_resolv_conf(host_text: str, dns_servers: tuple[str, ...], gateway: str) -> str:
+def build_resolv_conf(
+    host_text: str, dns_servers: tuple[str, ...], gateway: str, additional: tuple[str, ...] = ()
+) -> str:
     """Content of /etc/resolv.conf.
 
     Args:
         host_text: the host's own file.
         dns_servers: the server's setting, which replaces the host's name servers.
         gateway: used when the host asks only itself, since its loopback is not the container's.
+        additional: name servers after all others.
 
     Source: Garden behaviour, statement N31; resolv.conf(5).
     """
-    if dns_servers:
-        return "".join(f"nameserver {server}\n" for server in dns_servers)
+    more = [f"nameserver {server}" for server in additional]
     lines = [line for line in host_text.splitlines() if line.strip()]
-    if len(lines) == 1 and _is_loopback_server(lines[0]):
-        return f"nameserver {gateway}\n"
-    return "".join(f"{line}\n" for line in lines if not _is_loopback_server(line))
+    if dns_servers:
+        lines = [f"nameserver {server}" for server in dns_servers]
+    elif len(lines) == 1 and _is_loopback_server(lines[0]):
+        lines = [f"nameserver {gateway}"]
+    else:
+        lines = [line for line in lines if not _is_loopback_server(line)]
+    return "".join(f"{line}\n" for line in (*lines, *more))
 
 
 def _is_loopback_server(line: str) -> bool:

@@ -77,8 +77,8 @@ def check_disk_quota(state_dir: Path) -> Finding:
         "disk quota",
         Level.WARN,
         f"none on {mount.kind} at {mount.point}",
-        "nothing bounds what one container writes but the size of the disk",
-        "put --state-dir on btrfs"
-        + (", e.g. an image file on a loop device (mkfs.btrfs is here)" if loop_store else "")
-        + ", or mount xfs or ext4 with prjquota",
+        "disk limits are refused, and nothing bounds what one container writes but the size of the disk",
+        "garden server --store-size 20G"
+        + ("" if loop_store else " (apt-get install btrfs-progs)")
+        + ", or --state-dir on btrfs, or on xfs or ext4 mounted with prjquota",
     )
