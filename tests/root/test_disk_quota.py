@@ -103,7 +103,7 @@ def records(top: Path) -> dict[int, list[int]]:
 
 def make_files(container: Container, count: int, user: str = "") -> bool:
     """Whether so many empty files could be made below /tmp."""
-    script = f"mkdir -p /tmp/$$ && cd /tmp/$$ && i=0; while [ $i -lt {count} ]; do : >$i || exit 1; i=$((i+1)); done"
+    script = f"mkdir /tmp/$$ && cd /tmp/$$ || exit; i=0; while [ $i -lt {count} ]; do : >$i || exit; i=$((i+1)); done"
     return container.run(sh(script), user=user).output().exit.code == 0
 
 
@@ -124,6 +124,7 @@ def test_a_writer_over_the_limit_gets_an_error(
         text_of(container, "rm /root/eleven")
         assert write(container, "/root/again", 8)
         assert not write(container, "/tmp/alice", 3, user="alice")
+        assert write(container, "/tmp/alice", 1, user="alice")
         limits = container.limits()
         assert limits.disk_bytes == (10 + image_mib) * MIB
         assert scope in (None, limits.disk_scope)
