@@ -172,7 +172,7 @@ def test_inodes_are_limited(
 
 @pytest.mark.parametrize("user", ["root", "alice"])
 def test_a_mapped_file_is_no_way_around_it(garden: GardenClient, image: str, user: str) -> None:
-    """A page fault has the task's own rights, not overlayfs's: without CAP_SYS_RESOURCE over the host they are no more."""
+    """A page fault has the task's own rights, not overlayfs's: which lack CAP_SYS_RESOURCE over the host."""
     with limited(garden, 10, image=image) as container:
         done = container.run(["/mapper", "/tmp/mapped"], user=user).output()
         assert done.exit.signal == signal.SIGBUS
