@@ -275,7 +275,7 @@ def test_limits_and_use_outlive_the_server(garden: GardenClient, server: ServerP
         limits = container.limits()
         assert (limits.disk_bytes, limits.disk_inodes, limits.disk_scope) == (20 * MIB, 60, DiskScope.TOTAL)
         (metrics,) = garden.metrics([container.handle])
-        assert 5 * MIB < metrics.disk_exclusive_bytes < 6 * MIB
+        assert 5 * MIB <= metrics.disk_exclusive_bytes < 6 * MIB
         assert not write(container, "/root/b", 14)
         assert not make_files(container, 60)
 
