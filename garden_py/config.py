@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import os
-import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ from pydantic import (
 )
 
 from garden_py.model.errors import FieldViolation, InvalidRequest
+from garden_py.model.size import parse_size
 from garden_py.observe.failpoints import parse_fail_point
 
 ENV_PREFIX = "GARDEN_"
@@ -33,13 +33,12 @@ UID_POOL_START = 0x7000_0000
 UIDS_PER_CONTAINER = 65_536
 
 
-_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
-
-
 def _parse_bytes(value: Any) -> Any:
-    """A number of bytes, or text such as 512M or 20G (powers of 1024)."""
-    found = re.fullmatch(r"([0-9]+)([KMGT]?)(?:i?B)?", value) if isinstance(value, str) else None
-    return int(found[1]) << _UNITS[found[2]] if found else value
+    return parse_size(value) if isinstance(value, str) else value
+
+
+ByteCount = Annotated[int, BeforeValidator(_parse_bytes)]
+"""A number of bytes, or text such as 512M or 20G (model/size.py)."""
 
 
 class RegistrySettings(BaseModel):
@@ -82,7 +81,8 @@ class Config(BaseModel):
         Path | None, Field(description="CA (PEM) that client certificates must chain to.")
     ] = None
     max_message_bytes: Annotated[
-        int, Field(ge=1 << 20, le=64 << 20, description="Largest gRPC message taken, in bytes.")
+        ByteCount,
+        Field(ge=1 << 20, le=64 << 20, description="Largest gRPC message taken, in bytes or as 16M."),
     ] = 16 << 20
 
     # -- the Garden door: api/http/door.py
@@ -122,8 +122,7 @@ class Config(BaseModel):
         Path("/run/garden")
     )
     store_size: Annotated[
-        int,
-        BeforeValidator(_parse_bytes),
+        ByteCount,
         Field(
             ge=0,
             description="Size of a store of its own for images and writable layers: a btrfs in a sparse file below "
@@ -151,17 +150,17 @@ class Config(BaseModel):
         Field(gt=0, description="Seconds without any progress until the fetch of an image is given up."),
     ] = 60.0
     image_max_bytes: Annotated[
-        int, Field(ge=1 << 20, description="Largest image taken, in bytes, unpacked.")
+        ByteCount, Field(ge=1 << 20, description="Largest image taken, unpacked, in bytes or as 20G.")
     ] = 32 << 30
     image_max_entries: Annotated[int, Field(ge=1, description="Most files and directories in an image.")] = (
         2_000_000
     )
     image_gc_bytes: Annotated[
-        int,
+        ByteCount,
         Field(
             ge=0,
-            description="Above this many bytes of unpacked layers, images that no container uses are removed, those "
-            "unused for longest first; 0: never.",
+            description="Above this many bytes of unpacked layers, e.g. 20G, images that no container uses go: "
+            "those unused for longest first; 0: never.",
         ),
     ] = 64 << 30
     no_image_plugin: Annotated[
@@ -317,7 +316,7 @@ class Config(BaseModel):
         float, Field(ge=0, description="Seconds an unused container lives if it states nothing; 0: for ever.")
     ] = 0.0
     output_retention_bytes: Annotated[
-        int, Field(ge=64 << 10, description="Output kept per stream of a process, in bytes.")
+        ByteCount, Field(ge=64 << 10, description="Output kept per stream of a process, in bytes or as 64M.")
     ] = 64 << 20
 
     # -- observe

@@ -6,11 +6,11 @@ import re
 from datetime import timedelta
 from typing import TYPE_CHECKING, Final
 
+from garden_py.model import size
+
 if TYPE_CHECKING:
     from garden_py.client import BindMount, PortMapping, Stream
 
-_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
-_SIZE_UNITS: Final = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _DURATION: Final = re.compile(r"(?:(\d+(?:\.\d+)?)(ms|s|m|h|d))+")
 _DURATION_PART: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 _DURATION_UNITS_S: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -24,11 +24,11 @@ class BadInput(ValueError):
 
 
 def parse_size(text: str) -> int:
-    """Bytes: `64M`, `1GiB`, `1.5g`, `65536`. Units are powers of 1024, with or without "i" and "B"."""
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise BadInput(f"{text!r} is not a size; write bytes or e.g. 64M, 1GiB")
-    return int(float(match[1]) * _SIZE_UNITS[match[2].lower()])
+    """Bytes; see model.size."""
+    try:
+        return size.parse_size(text)
+    except ValueError as error:
+        raise BadInput(str(error)) from error
 
 
 def parse_duration(text: str) -> timedelta:

@@ -14,6 +14,7 @@ from typing import Any, Final, Generic, TypeVar
 from google.protobuf.message import Message
 
 from garden_py.api._pb import garden_pb2 as pb
+from garden_py.api.wire_form import bytes_head
 from garden_py.client import convert
 from garden_py.client import values as v
 from garden_py.client.times import duration_to_pb
@@ -75,8 +76,8 @@ def check_leaks(*, remove: bool) -> Call[list[v.Leak]]:
 def create(spec: v.ContainerSpec, request_id: str) -> Call[v.ContainerInfo]:
     """A new container."""
     request = pb.CreateContainerRequest(spec=convert.container_spec_to_pb(spec), request_id=request_id)
-    fetches = not spec.image.startswith("/") and bool(spec.image)  # which takes as long as it takes
-    return Call("CreateContainer", request, pb.Container, convert.container_from_pb, waits=fetches)
+    # The fetch of an image, the server's default one included, takes as long as it takes; the server bounds the rest.
+    return Call("CreateContainer", request, pb.Container, convert.container_from_pb, waits=True)
 
 
 def info(handle: str) -> Call[v.ContainerInfo]:
@@ -311,16 +312,8 @@ def serialize(message: Message | bytes) -> bytes:
 
 
 def _stream_in_data(piece: bytes) -> bytes:
-    """StreamInRequest(data=piece) as protobuf would write it, without a copy into the message and one out of it.
-
-    Source: protobuf.dev/programming-guides/encoding: tag, length in base 128, data.
-    """
-    head, length = bytearray((pb.StreamInRequest.DATA_FIELD_NUMBER << 3 | 2,)), len(piece)
-    while length > 0x7F:
-        head.append(length & 0x7F | 0x80)
-        length >>= 7
-    head.append(length)
-    return b"".join((head, piece))
+    """StreamInRequest(data=piece) as protobuf would write it, without a copy into the message and one out of it."""
+    return b"".join((bytes_head(pb.StreamInRequest.DATA_FIELD_NUMBER, len(piece)), piece))
 
 
 def stream_in(handle: str, path: str, user: str) -> Upload[None]:

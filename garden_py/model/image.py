@@ -23,9 +23,7 @@ DOCKER_HUB = "docker.io"
 _PATH_COMPONENT = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
 _REPOSITORY = re.compile(rf"{_PATH_COMPONENT}(?:/{_PATH_COMPONENT})*")
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
-_LOCAL_TAG = re.compile(
-    r"[A-Za-z0-9_][A-Za-z0-9._/:-]*"
-)  # a layout's ref.name may be a whole name with its tag
+_LOCAL_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/:-]*")  # a layout's ref.name may be a whole name and tag
 _HOST = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9a-fA-F:]+\])(?::[0-9]{1,5})?")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _NAME_MAX = 255
@@ -78,7 +76,7 @@ class ImageRef:
     @property
     def id(self) -> str:
         """The image id that a reference into the store states itself; else empty."""
-        return self.name if self.transport is Transport.STORE and _DIGEST.fullmatch(self.name) else ""
+        return self.name if self.transport is Transport.STORE and is_digest(self.name) else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +190,11 @@ class PullProgress:
         return f"{self.phase} image: {layers}, {self.bytes_done} of {self.bytes} bytes"
 
 
+def is_digest(text: str) -> bool:
+    """Whether a text is `sha256:` and 64 hexadecimal digits in lower case."""
+    return _DIGEST.fullmatch(text) is not None
+
+
 class BadReference(ValueError):
     """A text is no image reference; the message says what would be."""
 
@@ -264,7 +267,7 @@ def _parse_registry(rest: str) -> ImageRef:
         raise BadReference("must not have a user or password in it; they are given apart")
     host, name = _split_host(text)
     name, at, digest = name.partition("@")
-    if at and not _DIGEST.fullmatch(digest):
+    if at and not is_digest(digest):
         raise BadReference("a digest must be sha256: and 64 hexadecimal digits in lower case")
     name, colon, tag = name.partition(":")
     if colon and not _TAG.fullmatch(tag):
@@ -295,7 +298,7 @@ def _split_host(text: str) -> tuple[str, str]:
 
 def _parse_store(name: str) -> ImageRef:
     base, colon, tag = name.partition(":")
-    if _DIGEST.fullmatch(name):
+    if is_digest(name):
         return ImageRef(Transport.STORE, name=name)
     if not _REPOSITORY.fullmatch(base) or (colon and not _TAG.fullmatch(tag)) or len(base) > _NAME_MAX:
         raise BadReference(

@@ -86,8 +86,9 @@ class Images:
 
     def count(self) -> dict[str, float]:
         """How many images there are, by whether anything is made of them."""
-        used = sum(image.in_use > 0 for image in self.list_images())
-        return {"used": used, "unused": len(self.list_images()) - used}
+        images = self.list_images()
+        used = sum(image.in_use > 0 for image in images)
+        return {"used": used, "unused": len(images) - used}
 
     def count_bytes(self) -> dict[str, float]:
         """Disk space of layers, by whether anything is made of an image that has them; each layer once."""

@@ -31,6 +31,18 @@ def test_lists_in_the_environment_are_separated_by_commas() -> None:
     assert config.dns_server == ("192.0.2.1", "192.0.2.2")
 
 
+@pytest.mark.parametrize(
+    "setting",
+    ["store_size", "image_max_bytes", "image_gc_bytes", "output_retention_bytes", "max_message_bytes"],
+)
+def test_bytes_are_written_with_or_without_a_unit(setting: str) -> None:
+    """In a flag, the environment and the file; in powers of 1024."""
+    for written in ("16M", "16 MiB", "16m", str(16 << 20), 16 << 20):
+        assert getattr(load_config({setting: written}, environ={}), setting) == 16 << 20
+    with pytest.raises(InvalidRequest, match="not a size"):
+        load_config({setting: "16 miles"}, environ={})
+
+
 def test_door_is_in_the_run_directory_unless_stated() -> None:
     """Two servers with directories of their own need no further setting."""
     assert load_config({"run_dir": "/run/x"}, environ={}).listen_address == "unix:/run/x/garden.sock"

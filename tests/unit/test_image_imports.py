@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from garden_py.backend.images.images import Images, _write_in_thread
+from garden_py.backend.host.threads import in_thread
+from garden_py.backend.images.images import Images, _write_all
 from garden_py.backend.images.store import ImageStore
 from garden_py.config import load_config
 from garden_py.model.errors import HostFault
@@ -43,7 +44,7 @@ async def test_an_import_that_cannot_begin_leaks_no_descriptor(
 async def test_a_cancelled_write_ends_before_its_descriptor_may_be_closed() -> None:
     """Else the rest of the bytes would go into whatever file gets its number next."""
     reading, writing = os.pipe()
-    task = asyncio.ensure_future(_write_in_thread(writing, bytes(1 << 20)))
+    task = asyncio.ensure_future(in_thread(_write_all, writing, bytes(1 << 20)))
     await asyncio.sleep(0.05)
     task.cancel()
     await asyncio.sleep(0.05)

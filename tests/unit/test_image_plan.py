@@ -10,7 +10,7 @@ import pytest
 
 from garden_py.backend.images.config import parse_config
 from garden_py.backend.images.fetch import Failed
-from garden_py.backend.images.images import LAYERS_MAX, plan_of
+from garden_py.backend.images.plan import LAYERS_MAX, plan_of
 from garden_py.backend.images.proxy import ProxyFailed, Source
 from garden_py.backend.images.puller import _describe, _essence
 from garden_py.backend.images.sources import sources_of

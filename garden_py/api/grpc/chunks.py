@@ -12,12 +12,7 @@ from collections.abc import Callable
 from typing import Any, NewType
 
 from garden_py.api._pb import garden_pb2 as pb
-
-_LENGTH_DELIMITED = 2
-_DATA = pb.OutputChunk.DATA_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
-_STREAM_OUT = pb.StreamOutResponse.DATA_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
-_OUTPUT = pb.ProcessEvent.OUTPUT_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
-
+from garden_py.api.wire_form import bytes_head
 
 Encoded = NewType("Encoded", bytes)
 """A message in its wire form; `pass_encoded` lets it through."""
@@ -31,26 +26,20 @@ def encode_chunk(stream: pb.Stream.ValueType, offset: int, data: bytes) -> Encod
 def encode_output(stream: pb.Stream.ValueType, offset: int, data: bytes) -> Encoded:
     """A ProcessEvent of an OutputChunk."""
     head = _chunk_head(stream, offset, data)
-    return Encoded(b"".join((_head(_OUTPUT, len(head) + len(data)), head, data)))
+    return Encoded(
+        b"".join((bytes_head(pb.ProcessEvent.OUTPUT_FIELD_NUMBER, len(head) + len(data)), head, data))
+    )
 
 
 def encode_stream_out(data: bytes) -> Encoded:
     """A StreamOutResponse."""
-    return Encoded(b"".join((_head(_STREAM_OUT, len(data)), data)))
+    return Encoded(b"".join((bytes_head(pb.StreamOutResponse.DATA_FIELD_NUMBER, len(data)), data)))
 
 
 def _chunk_head(stream: pb.Stream.ValueType, offset: int, data: bytes) -> bytes:
-    return pb.OutputChunk(stream=stream, offset=offset).SerializeToString() + _head(_DATA, len(data))
-
-
-def _head(tag: int, length: int) -> bytes:
-    """Tag and length; both are base 128, lowest digit first, and all digits but the last have the top bit set."""
-    digits = bytearray((tag,))
-    while length > 0x7F:
-        digits.append(length & 0x7F | 0x80)
-        length >>= 7
-    digits.append(length)
-    return bytes(digits)
+    return pb.OutputChunk(stream=stream, offset=offset).SerializeToString() + bytes_head(
+        pb.OutputChunk.DATA_FIELD_NUMBER, len(data)
+    )
 
 
 def pass_encoded(serialize: Callable[[Any], bytes] | None) -> Callable[[Any], bytes]:

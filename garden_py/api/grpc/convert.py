@@ -47,11 +47,8 @@ def duration(value_s: float) -> Duration:
 # --- limits
 
 
-_SCOPES: dict[int, DiskScope] = {
-    pb.Limits.EXCLUSIVE: DiskScope.EXCLUSIVE,
-    pb.Limits.TOTAL: DiskScope.TOTAL,
-}
-_SCOPES_OUT = {DiskScope.EXCLUSIVE: pb.Limits.EXCLUSIVE, DiskScope.TOTAL: pb.Limits.TOTAL}
+_SCOPES = {pb.Limits.EXCLUSIVE: DiskScope.EXCLUSIVE, pb.Limits.TOTAL: DiskScope.TOTAL}
+_SCOPES_OUT = {value: key for key, value in _SCOPES.items()}
 
 
 def limits_from(message: pb.Limits) -> Limits:
@@ -68,7 +65,7 @@ def limits_from(message: pb.Limits) -> Limits:
     )
 
 
-def _scope_from(value: int) -> DiskScope:
+def _scope_from(value: pb.Limits.DiskScope.ValueType) -> DiskScope:
     if value not in _SCOPES:
         raise InvalidField("limits.disk_scope", f"unknown value {value}")
     return _SCOPES[value]

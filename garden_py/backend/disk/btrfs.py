@@ -12,12 +12,11 @@ import fcntl
 import os
 import struct
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from garden_py.backend.disk.driver import DiskLimits, DiskUse
+from garden_py.backend.disk.driver import DiskLimits, DiskUse, opened
 
 MAGIC: Final = 0x9123683E  # linux/magic.h, BTRFS_SUPER_MAGIC
 _IOC_WRITE, _IOC_READ = 1, 2  # asm-generic/ioctl.h
@@ -60,7 +59,7 @@ class Btrfs:
     counts_inodes = False
 
     def __init__(self, root: Path, *, turn_on: bool = True) -> None:
-        with _opened(root) as fd:
+        with opened(root) as fd:
             if turn_on:
                 fcntl.ioctl(fd, _QUOTA_CTL, bytearray(_QUOTA.pack(_QUOTA_ENABLE, 0)))
             info = bytearray(_FS_INFO_BYTES)
@@ -71,17 +70,17 @@ class Btrfs:
 
     def make(self, volume: Path) -> None:
         """See Driver."""
-        with _opened(volume.parent) as fd:
+        with opened(volume.parent) as fd:
             fcntl.ioctl(fd, _SUBVOL_CREATE, bytearray(_NAME.pack(0, os.fsencode(volume.name))))
 
     def limit(self, volume: Path, limits: DiskLimits) -> None:
         """See Driver; inodes cannot be limited."""
         if limits.inodes:
             raise OSError(errno.ENOTSUP, "btrfs limits no inodes", str(volume))
-        with _opened(volume) as fd:
+        with opened(volume) as fd:
             subvolume = _subvolume_id(fd)
         # Asked for through the volume itself, the change would count against its limit, and fail in one that is full.
-        with _opened(volume.parent) as fd:
+        with opened(volume.parent) as fd:
             most = limits.bytes or (1 << 64) - 1  # which takes a limit away
             fcntl.ioctl(
                 fd, _QGROUP_LIMIT, bytearray(_LIMIT.pack(subvolume, _LIMIT_REFERENCED, most, 0, 0, 0))
@@ -99,14 +98,14 @@ class Btrfs:
         return DiskUse(_read(group / "referenced") + _read(group / "rsv_data"))
 
     def _group(self, volume: Path) -> Path:
-        with _opened(volume) as fd:
+        with opened(volume) as fd:
             return self._qgroups / f"0_{_subvolume_id(fd)}"
 
     def remove(self, volume: Path) -> bool:
         """See Driver."""
-        with _opened(volume) as fd:
+        with opened(volume) as fd:
             subvolume = _subvolume_id(fd)
-        with _opened(volume.parent) as fd:
+        with opened(volume.parent) as fd:
             try:
                 fcntl.ioctl(fd, _SNAP_DESTROY, bytearray(_NAME.pack(0, os.fsencode(volume.name))))
             except OSError as error:
@@ -133,12 +132,3 @@ def _subvolume_id(fd: int) -> int:
 
 def _read(file: Path) -> int:
     return int(file.read_text())
-
-
-@contextmanager
-def _opened(directory: Path) -> Iterator[int]:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        yield fd
-    finally:
-        os.close(fd)

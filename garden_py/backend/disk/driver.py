@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -56,3 +59,13 @@ class Driver(Protocol):
 
     def remove(self, volume: Path) -> bool:
         """Remove it with all that is in it; False: its limits are gone, and the directory is still to be deleted."""
+
+
+@contextmanager
+def opened(directory: Path) -> Iterator[int]:
+    """A descriptor of a directory, which is no link."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)

@@ -13,12 +13,10 @@ import fcntl
 import hashlib
 import os
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from garden_py.backend.disk.driver import DiskLimits, DiskUse
+from garden_py.backend.disk.driver import DiskLimits, DiskUse, opened
 
 _FSXATTR = struct.Struct("=5I8s")  # xflags, extsize, nextents, projid, cowextsize, padding
 _FS_IOC_FSGETXATTR = 2 << 30 | _FSXATTR.size << 16 | ord("X") << 8 | 31
@@ -58,7 +56,7 @@ class ProjectQuota:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        with self._opened(root) as fd:
+        with opened(root) as fd:
             state = ctypes.create_string_buffer(_STATE.pack(_STATE_VERSION, 0), _STATE.size)
             self._quotactl(fd, _Q_XGETQSTATV, 0, state)
             flags = _STATE.unpack(state.raw)[1]
@@ -72,7 +70,7 @@ class ProjectQuota:
         """See Driver."""
         volume.mkdir(mode=0o700)
         try:
-            with self._opened(volume) as fd:
+            with opened(volume) as fd:
                 project = self._free_project(fd, volume.name)
                 facts = bytearray(_FSXATTR.size)
                 fcntl.ioctl(fd, _FS_IOC_FSGETXATTR, facts)
@@ -95,24 +93,24 @@ class ProjectQuota:
 
     def limit(self, volume: Path, limits: DiskLimits) -> None:
         """See Driver. Bytes are rounded up to blocks of 1024."""
-        with self._opened(volume) as fd:
+        with opened(volume) as fd:
             self._set(fd, _project_of(fd), limits)
 
     def limits(self, volume: Path) -> DiskLimits:
         """See Driver."""
-        with self._opened(volume) as fd:
+        with opened(volume) as fd:
             quota = self._get(fd, _project_of(fd))
         return DiskLimits(quota[0] * _BLOCK_BYTES, quota[3])
 
     def use(self, volume: Path) -> DiskUse:
         """See Driver."""
-        with self._opened(volume) as fd:
+        with opened(volume) as fd:
             quota = self._get(fd, _project_of(fd))
         return DiskUse(quota[2], quota[5])
 
     def remove(self, volume: Path) -> bool:
         """See Driver: its limits go; the directory is deleted like any other."""
-        with self._opened(volume) as fd:
+        with opened(volume) as fd:
             self._set(fd, _project_of(fd), DiskLimits())
         return False
 
@@ -135,14 +133,6 @@ class ProjectQuota:
         if _libc.syscall(_QUOTACTL_FD, fd, ctypes.c_uint(code), ctypes.c_uint(project), record) != 0:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number), str(self._root))
-
-    @contextmanager
-    def _opened(self, directory: Path) -> Iterator[int]:
-        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            yield fd
-        finally:
-            os.close(fd)
 
 
 def _project_of(fd: int) -> int:

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import os
 from collections.abc import Callable
@@ -19,13 +18,14 @@ from garden_py.backend.disk.btrfs import Btrfs
 from garden_py.backend.disk.driver import DiskLimits, DiskUse, Driver
 from garden_py.backend.disk.project import ProjectQuota
 from garden_py.backend.host.syscalls import file_system_magic
+from garden_py.backend.host.threads import in_thread
 from garden_py.model.errors import HostFault, NotSupported
 
 log = structlog.get_logger()
 
 
 class Volumes:
-    """Volumes below one directory.
+    """Volumes below one directory. What changes one has a thread: it may have to wait for what others write.
 
     Args:
         root: the directory; it is made.
@@ -64,32 +64,35 @@ class Volumes:
                 f"inodes cannot be limited by {self._driver.name}; they can on ext4 or xfs mounted with prjquota"
             )
 
-    def make(self, volume_id: str, limits: DiskLimits) -> Path | None:
+    async def make(self, volume_id: str, limits: DiskLimits) -> Path | None:
         """Make a volume with limits in force; None without a driver.
 
         Raises:
-            HostFault: it cannot be made; nothing of it is left.
+            HostFault: it cannot be made. What may be there of it is `remove`d.
         """
         if self._driver is None:
             return None
         volume = self._place / volume_id
+        if volume.exists():  # of a start that failed
+            await self.remove(volume_id)
         try:
-            self._place.mkdir(mode=0o700, exist_ok=True)
-            if volume.exists() and not self._release(volume_id):  # of a start that failed
-                self._discard(volume_id)
-            self._driver.make(volume)
-            if limits != DiskLimits():
-                self._driver.limit(volume, limits)
+            await in_thread(self._make, self._driver, volume, limits)
         except OSError as error:
             raise HostFault("make volume", str(error)) from error
         return volume
+
+    def _make(self, driver: Driver, volume: Path, limits: DiskLimits) -> None:
+        self._place.mkdir(mode=0o700, exist_ok=True)
+        driver.make(volume)
+        if limits != DiskLimits():
+            driver.limit(volume, limits)
 
     def find(self, volume_id: str) -> Path | None:
         """A volume, if there is one: containers of before there was a driver have none."""
         volume = self._place / volume_id
         return volume if self._driver is not None and volume.is_dir() else None
 
-    def limit(self, volume_id: str, limits: DiskLimits) -> None:
+    async def limit(self, volume_id: str, limits: DiskLimits) -> None:
         """Replace the limits of a volume.
 
         Raises:
@@ -103,7 +106,7 @@ class Volumes:
                 return
             raise NotSupported("this container was made by a server that could not limit its disk space")
         try:
-            self._driver.limit(volume, limits)
+            await in_thread(self._driver.limit, volume, limits)
         except OSError as error:
             raise HostFault("limit disk space", str(error)) from error
 
@@ -135,8 +138,7 @@ class Volumes:
         Raises:
             HostFault: it cannot be removed.
         """
-        # The file system may take its time, so it has a thread; what is thrown away belongs to the event loop.
-        if not await asyncio.to_thread(self._release, volume_id):
+        if not await in_thread(self._release, volume_id):  # what is thrown away belongs to the event loop
             self._discard(volume_id)
 
     def _release(self, volume_id: str) -> bool:

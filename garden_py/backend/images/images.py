@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import ExitStack, asynccontextmanager
@@ -22,15 +21,16 @@ import structlog
 
 from garden_py.backend.boot import read_boot_id
 from garden_py.backend.host import syscalls
+from garden_py.backend.host.threads import in_thread
 from garden_py.backend.images.config import parse_config
 from garden_py.backend.images.fetch import Failed, Puller, pulling, unpack_tar
+from garden_py.backend.images.plan import ImagePlan, PlannedLayer, plan_of
 from garden_py.backend.images.sources import sources_of
 from garden_py.backend.images.store import Image, ImageStore, Layer, Name
 from garden_py.config import Config
 from garden_py.model.errors import (
     GardenError,
     HostFault,
-    ImageInvalid,
     ImageNotFound,
     ImageTooLarge,
     InvalidField,
@@ -48,9 +48,6 @@ from garden_py.model.image import (
 
 log = structlog.get_logger()
 _STORE_SHARE = 0.5  # of its file system, that images nobody uses may take
-LAYERS_MAX = 400  # overlayfs takes 500 lower directories (OVL_MAX_STACK)
-_SIZE_MAX = 1 << 53  # what JSON numbers are good for
-_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _ROOT_FS = "fs"
 
 Report = Callable[[PullProgress], None]
@@ -171,6 +168,11 @@ class Images:
         except OSError as error:
             raise _host_fault(error) from error
 
+    @property
+    def _limits(self) -> dict[str, int]:
+        """For the unpacker."""
+        return {"max_bytes": self._config.image_max_bytes, "max_entries": self._config.image_max_entries}
+
     def _make_room(self) -> None:
         """The disk is full: the next try shall find what nobody uses gone."""
         if self._config.image_gc_bytes:
@@ -182,9 +184,8 @@ class Images:
     ) -> Image:
         stamp = stamp_of(ref)  # before it is read, so that a change meanwhile is seen
         report(PullProgress("resolving"))
-        limits = {"max_bytes": self._config.image_max_bytes, "max_entries": self._config.image_max_entries}
         sources = sources_of(ref, auth, self._config)
-        async with pulling(sources, scratch, limits, stall_s=self._config.image_stall_s) as puller:
+        async with pulling(sources, scratch, self._limits, stall_s=self._config.image_stall_s) as puller:
             told = await puller.image()
             plan = plan_of(str(ref), told)
             pins.enter_context(self.store.pinned(plan.diff_ids))
@@ -290,8 +291,7 @@ class Images:
                 "media_type": "",
                 "digest": None,
                 "diff_id": None,
-                "max_bytes": self._config.image_max_bytes,
-                "max_entries": self._config.image_max_entries,
+                **self._limits,
             }
 
             def progress(count: int) -> None:
@@ -408,69 +408,6 @@ class Images:
             await asyncio.wait(set(self._background))
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedLayer:
-    """One layer as the manifest has it, and what it shall come to."""
-
-    digest: str
-    size: int
-    media_type: str
-    diff_id: str
-
-    def job(self, target: Path) -> dict[str, Any]:
-        """For the puller."""
-        return {
-            "digest": self.digest,
-            "size": self.size,
-            "media_type": self.media_type,
-            "diff_id": self.diff_id,
-            "target": str(target),
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class ImagePlan:
-    """What a manifest and its config ask for."""
-
-    id: str
-    layers: tuple[PlannedLayer, ...]
-
-    @property
-    def diff_ids(self) -> tuple[str, ...]:
-        """Of all layers, lowest first."""
-        return tuple(layer.diff_id for layer in self.layers)
-
-    def distinct(self) -> list[tuple[int, PlannedLayer]]:
-        """Each layer once: an empty one is often there several times."""
-        first = {layer.diff_id: number for number, layer in reversed(list(enumerate(self.layers)))}
-        return [(number, self.layers[number]) for number in sorted(first.values())]
-
-
-def plan_of(image: str, told: dict[str, Any]) -> ImagePlan:
-    """What is to be fetched, by a manifest and a config that anybody may have written.
-
-    Raises:
-        ImageInvalid: they are not a manifest and a config, or do not go together.
-    """
-    try:
-        manifest, config = told["manifest"], told["config"]
-        image_id = manifest["config"]["digest"]
-        blobs, diff_ids = manifest["layers"], config["rootfs"]["diff_ids"]
-        layers = tuple(
-            PlannedLayer(blob["digest"], blob["size"], str(blob.get("mediaType", "")), diff_id)
-            for blob, diff_id in zip(blobs, diff_ids, strict=True)
-        )
-        well_formed = all(isinstance(layer.size, int) and 0 <= layer.size <= _SIZE_MAX for layer in layers)
-        digests = [image_id, *(layer.digest for layer in layers), *(layer.diff_id for layer in layers)]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ImageInvalid(image, f"its manifest and its config do not describe layers: {error!r}") from error
-    if not well_formed or not all(isinstance(each, str) and _DIGEST.fullmatch(each) for each in digests):
-        raise ImageInvalid(image, "a layer without a size and sha256 digests")
-    if not 0 < len(layers) <= LAYERS_MAX:
-        raise ImageInvalid(image, f"it has {len(layers)} layers; 1 to {LAYERS_MAX} are possible")
-    return ImagePlan(image_id, layers)
-
-
 class _Locks:
     """A lock for each name that somebody holds or waits for."""
 
@@ -557,19 +494,9 @@ async def _feed(fd: int, chunks: AsyncIterator[bytes]) -> None:
     """Write what comes into a pipe. Who reads it says what was wrong if it breaks."""
     try:
         async for chunk in chunks:
-            await _write_in_thread(fd, chunk)
+            await in_thread(_write_all, fd, chunk)  # whoever cancels has closed the other end
     except BrokenPipeError:
         return
-
-
-async def _write_in_thread(fd: int, data: bytes) -> None:
-    """Write all of it. Returns only when the thread has: its descriptor's number may be another file's soon."""
-    writing = asyncio.ensure_future(asyncio.to_thread(_write_all, fd, data))
-    try:
-        await asyncio.shield(writing)
-    except asyncio.CancelledError:
-        await asyncio.wait([writing])  # whoever cancels has closed the other end
-        raise
 
 
 def _write_all(fd: int, data: bytes) -> None:

@@ -443,7 +443,7 @@ class LinuxBackend:
     async def update_limits(self, handle: str, limits: Limits) -> Limits:
         """Change limits; those in force afterwards."""
         container = self._get(handle)
-        before = await self._disk.limits(container)
+        before = await self._disk.limits(container) if limits.states_disk else None
         await self._disk.update(container, limits)
         try:
             with may_be_gone(handle):
@@ -451,7 +451,7 @@ class LinuxBackend:
                 change_limits(container.cgroup, limits.over(_period_of(limits, now)))
                 now = read_limits(container.cgroup)
         except BaseException:
-            if limits.states_disk:
+            if before is not None:
                 await self._disk.update(container, before)
             raise
         return now.over(await self._disk.limits(container))

@@ -122,6 +122,7 @@ class Construction:
         self, spec: ContainerSpec, facts: ContainerFacts, rootfs: Rootfs, directory: Path, layer: Path
     ) -> Launch:
         site = self._site
+        assert facts.isolation is not None  # by `lease`
         return Launch(
             handle=spec.handle,
             runtime_id=facts.runtime_id,
@@ -130,7 +131,7 @@ class Construction:
             etc=directory / "etc",
             layers=rootfs.directories,
             image=rootfs.name,
-            isolation=facts.isolation or site.isolation(privileged=spec.privileged, slot=facts.uid_slot),
+            isolation=facts.isolation,
             hostname=spec.hostname or hostname_for(spec.handle),
             cgroup_path=site.cgroup(spec.handle).runtime_path,
             bind_mounts=spec.bind_mounts,

@@ -40,32 +40,20 @@ class ContainerDisk:
             HostFault.
         """
         self.check(limits)
-        wanted = await self._volume_limits(
-            limits, rootfs.used.bytes if rootfs.used else None, rootfs.directories[0], field
-        )
-        return self._volumes.make(volume_id, wanted)
-
-    async def _volume_limits(
-        self, limits: Limits, image_bytes: int | None, directory: Path | None, field: str
-    ) -> DiskLimits:
-        """What the writable layer may take, so that all that counts stays within limits."""
-        most = limits.disk_bytes or 0
-        if most and limits.disk_scope is DiskScope.TOTAL:
-            if image_bytes is None and directory is not None:
-                image_bytes = await directory_bytes(directory)
-            rest = most - (image_bytes or 0)
-            if rest <= 0:  # the reference's words come first (Garden statement M11)
-                problem = f"disk limit is smaller than volume size: the image takes {image_bytes} bytes"
-                raise InvalidField(f"{field}.disk_bytes", problem)
-            most = max(rest, DISK_FLOOR_BYTES)
-        return DiskLimits(most, limits.disk_inodes or 0)
+        image_bytes = 0
+        if _counts_image(limits):
+            image_bytes = rootfs.used.bytes if rootfs.used else await directory_bytes(rootfs.directories[0])
+        return await self._volumes.make(volume_id, _volume_limits(limits, image_bytes, field))
 
     async def _image_bytes(self, container: LinuxContainer) -> int:
         used = self._images.store.held_by(container.handle)
         if used is not None:
             return used.bytes
         directory = self._directory_of(container.image)
-        return 0 if directory is None else await directory_bytes(directory)
+        try:
+            return 0 if directory is None else await directory_bytes(directory)
+        except FileNotFoundError:  # it has just gone
+            return 0
 
     def _directory_of(self, image: str) -> Path | None:
         """The directory that a container was made of; None if it is not there any more."""
@@ -94,10 +82,8 @@ class ContainerDisk:
         if not changed.states_disk:
             return
         wanted = changed.over(await self.limits(container))
-        image_bytes = await self._image_bytes(container) if wanted.disk_scope is DiskScope.TOTAL else 0
-        self._volumes.limit(
-            container.facts.runtime_id, await self._volume_limits(wanted, image_bytes, None, "limits")
-        )
+        image_bytes = await self._image_bytes(container) if _counts_image(wanted) else 0
+        await self._volumes.limit(container.facts.runtime_id, _volume_limits(wanted, image_bytes, "limits"))
         container.disk_scope = wanted.disk_scope if wanted.disk_bytes else None
 
     async def usage(self, container: LinuxContainer) -> DiskUsage:
@@ -115,3 +101,19 @@ class ContainerDisk:
         ]
         for volume_id in ids:
             await self._volumes.remove(volume_id)
+
+
+def _counts_image(limits: Limits) -> bool:
+    return bool(limits.disk_bytes) and limits.disk_scope is DiskScope.TOTAL
+
+
+def _volume_limits(limits: Limits, image_bytes: int, field: str) -> DiskLimits:
+    """What the writable layer may take, so that all that counts stays within limits."""
+    most = limits.disk_bytes or 0
+    if _counts_image(limits):
+        rest = most - image_bytes
+        if rest <= 0:  # the reference's words come first (Garden statement M11)
+            problem = f"disk limit is smaller than volume size: the image takes {image_bytes} bytes"
+            raise InvalidField(f"{field}.disk_bytes", problem)
+        most = max(rest, DISK_FLOOR_BYTES)
+    return DiskLimits(most, limits.disk_inodes or 0)

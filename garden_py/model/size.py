@@ -1,0 +1,21 @@
+"""Numbers of bytes as people write them."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
+_UNITS: Final = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def parse_size(text: str) -> int:
+    """Bytes: `64M`, `1GiB`, `1.5g`, `65536`. Units are powers of 1024, with or without "i" and "B".
+
+    Raises:
+        ValueError: says what would be right.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is not a size; write bytes or e.g. 64M, 1GiB")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
