@@ -64,6 +64,7 @@ class Place:
     def __post_init__(self) -> None:
         self.target.mkdir()
         for canary in self.canaries:
+            shutil.rmtree(canary, ignore_errors=True)  # of a run that was killed
             canary.mkdir()
             (canary / "kept").write_bytes(b"kept")
 
@@ -266,26 +267,20 @@ def test_the_process_keeps_next_to_nothing(place: Place) -> None:
         "target": str(place.target), "source_fd": receive, "size": None, "media_type": "", "digest": None,
         "diff_id": None, "max_bytes": MIB, "max_entries": 10,
     }  # fmt: skip
-    command = [sys.executable, "-m", "garden_py.backend.images.unpack"]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[receive]
-    ) as process:
-        assert process.stdin is not None
+    # The writing end is closed first, whatever happens: the process waits for it.
+    with os.fdopen(receive, "rb"), started(receive, asked) as process, os.fdopen(send, "wb", buffering=0) as pipe:
         assert process.stdout is not None
-        process.stdin.write(json.dumps(asked).encode() + b"\n")
-        process.stdin.flush()
         data = layer(build.file(b"f", b"x"))
-        os.write(send, data[:600])
+        pipe.write(data[:300])  # no header yet: nothing is opened meanwhile
         assert b"progress" in process.stdout.readline()
         proc = Path(f"/proc/{process.pid}")
         status = dict(line.split(":\t", 1) for line in (proc / "status").read_text().splitlines())
         mounts = (proc / "mounts").read_text().splitlines()
         own = {name: os.readlink(proc / "ns" / name) for name in ("mnt", "net", "ipc")}
         files = [os.readlink(each) for each in (proc / "fd").iterdir()]
-        os.write(send, data[600:])
-        os.close(send)
+        pipe.write(data[300:])
+        pipe.close()
         assert b"done" in process.stdout.read()
-    os.close(receive)
     assert len(mounts) == 1
     assert all(os.readlink(f"/proc/self/ns/{name}") != found for name, found in own.items())
     # CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SYS_ADMIN, SETFCAP: capabilities(7).
