@@ -268,6 +268,13 @@ class Config(BaseModel):
     allow_host_access: Annotated[
         bool, Field(description="Let containers reach the host's own addresses.")
     ] = False
+    deny_network: Annotated[
+        tuple[ipaddress.IPv4Network, ...],
+        Field(
+            description="Network that containers may not connect to unless a rule of theirs allows it, e.g. "
+            "169.254.0.0/16; repeatable."
+        ),
+    ] = ()
     default_egress: Annotated[
         Literal["allow", "deny"], Field(description="Egress policy of containers that state none.")
     ] = "allow"

@@ -103,7 +103,9 @@ def remove_rules(policy: EgressPolicy, rules: tuple[EgressRule, ...]) -> EgressP
     return replace(policy, rules=tuple(rule for rule in policy.rules if format_rule(rule) not in unwanted))
 
 
-def change_policy(container: Container, change: Callable[[EgressPolicy], EgressPolicy]) -> EgressPolicy:
+def change_policy(
+    container: Container, change: Callable[[EgressPolicy], EgressPolicy], *, cut: bool = False
+) -> EgressPolicy:
     """Read, change, write with etag; again from the start when somebody else was faster.
 
     Raises:
@@ -113,13 +115,17 @@ def change_policy(container: Container, change: Callable[[EgressPolicy], EgressP
 
     for remaining in reversed(range(_MAX_TRIES)):
         try:
-            return container.set_egress(change(container.egress()))
+            return container.set_egress(change(container.egress()), cut=cut)
         except Aborted:
             if not remaining:
                 raise
     raise AssertionError("the last try returns or raises")
 
 
+CutOption = Annotated[
+    bool,
+    typer.Option("--cut", help="End connections that the new policy does not allow, too."),
+]
 RulesArgument = Annotated[
     list[str],
     typer.Argument(metavar="RULE...", help="e.g. tcp:10.0.0.0/8:443 or 'deny all'", show_default=False),
@@ -148,6 +154,9 @@ def get(
         [str(number), format_rule(rule), str(rule.packets), parse.format_size(rule.bytes)]
         for number, rule in enumerate(policy.rules, 1)
     ]
+    if policy.denied_network_packets:
+        denied = policy.denied_network_packets, policy.denied_network_bytes
+        rows.append(["", "the server's denied networks", str(denied[0]), parse.format_size(denied[1])])
     default = policy.default_action.name.lower()
     rows.append(
         ["", f"default: {default}", str(policy.default_packets), parse.format_size(policy.default_bytes)]
@@ -163,11 +172,12 @@ def set_policy(
     default: Annotated[
         EgressAction, typer.Option("--default", help="What no rule matches.")
     ] = EgressAction.SERVER,
+    cut: CutOption = False,
     address: opt.AddressOption = None,
 ) -> None:
     """Replace the whole policy in one step.
 
-    New connections follow it at once; established ones go on.
+    New connections follow it at once; established ones go on unless --cut is given.
 
     garden egress set web --default deny tcp:10.0.0.0/8:443 udp:10.0.0.53:53
 
@@ -177,7 +187,7 @@ def set_policy(
 
     policy = EgressPolicy(default.to_value(), parse_rules(rules or []))
     with opt.connect(context, address) as garden:
-        garden.container(handle).set_egress(policy)
+        garden.container(handle).set_egress(policy, cut=cut)
 
 
 @app.command("add")
@@ -191,6 +201,7 @@ def add(
             "--at", metavar="N", min=1, help="Before rule N.  [default: at the end]", show_default=False
         ),
     ] = None,
+    cut: CutOption = False,
     address: opt.AddressOption = None,
 ) -> None:
     """Add rules, at the end or before a rule.
@@ -201,7 +212,7 @@ def add(
     """
     parsed = parse_rules(rules)
     with opt.connect(context, address) as garden:
-        change_policy(garden.container(handle), lambda policy: add_rules(policy, parsed, position))
+        change_policy(garden.container(handle), lambda policy: add_rules(policy, parsed, position), cut=cut)
 
 
 @app.command("remove")
@@ -209,6 +220,7 @@ def remove(
     context: typer.Context,
     handle: opt.HandleArgument,
     rules: RulesArgument,
+    cut: CutOption = False,
     address: opt.AddressOption = None,
 ) -> None:
     """Remove rules, written as `get` shows them.
@@ -217,4 +229,50 @@ def remove(
     """
     parsed = parse_rules(rules)
     with opt.connect(context, address) as garden:
-        change_policy(garden.container(handle), lambda policy: remove_rules(policy, parsed))
+        change_policy(garden.container(handle), lambda policy: remove_rules(policy, parsed), cut=cut)
+
+
+_CAUSES: Final = {
+    "DENIED_NETWORK": "a denied network of the server (--deny-network)",
+    "DEFAULT": "the policy's default",
+    "HOST": "it is an address of the host (--allow-host-access)",
+    "CONTAINERS": "it is an address of another container",
+    "UNREACHABLE": "no container has this address",
+    "IPV6": "containers have no IPv6",
+    "LOOPBACK": "it is the container itself",
+}
+
+
+@app.command("explain")
+def explain(
+    context: typer.Context,
+    handle: opt.HandleArgument,
+    protocol: Annotated[str, typer.Argument(metavar="PROTO", help="tcp, udp, icmp or all.")],
+    destination: Annotated[
+        str, typer.Argument(metavar="ADDRESS[:PORT]", help="For icmp, ADDRESS[:TYPE/CODE].")
+    ],
+    output: opt.FormatOption = render.OutputFormat.TABLE,
+    address: opt.AddressOption = None,
+) -> None:
+    """Say what would become of a connection, and which rule decides. No packet is sent.
+
+    garden egress explain web tcp 10.0.0.5:443
+    """
+    from garden_py.client import values as v
+    from garden_py.model.errors import InvalidField
+    from garden_py.model.netrule import Destination
+
+    try:
+        asked = Destination.parse(protocol, destination)
+    except InvalidField as error:
+        raise parse.BadInput(str(error)) from error
+    icmp = None if asked.icmp is None else v.IcmpMatch(asked.icmp.type, asked.icmp.code)
+    wanted = v.Destination(v.EgressProtocol[asked.protocol.name], str(asked.address), asked.port or 0, icmp)
+    with opt.connect(context, address) as garden:
+        decision = garden.container(handle).explain_egress(wanted)
+    if output is render.OutputFormat.JSON:
+        render.print_json(decision)
+        return
+    what = "allowed" if decision.action is v.EgressAction.ALLOW else "denied"
+    why = f"rule {decision.rule_number}: {format_rule(decision.rule)}" if decision.rule else ""
+    print(f"{asked}: {what} by {why}" if why else f"{asked}: {what}: {_CAUSES[decision.cause.name]}")

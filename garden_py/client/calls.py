@@ -175,9 +175,19 @@ def egress(handle: str) -> Call[v.EgressPolicy]:
     return Call("GetEgress", pb.GetEgressRequest(handle=handle), pb.EgressPolicy, convert.egress_from_pb)
 
 
-def set_egress(handle: str, policy: v.EgressPolicy) -> Call[v.EgressPolicy]:
+def explain_egress(handle: str, destination: v.Destination) -> Call[v.EgressDecision]:
+    """What would become of a connection."""
+    request = convert.destination_to_pb(handle, destination)
+    return Call("ExplainEgress", request, pb.ExplainEgressResponse, convert.decision_from_pb)
+
+
+def set_egress(handle: str, policy: v.EgressPolicy, *, cut: bool) -> Call[v.EgressPolicy]:
     """The policy after it was replaced."""
-    request = pb.SetEgressRequest(handle=handle, policy=convert.egress_to_pb(policy))
+    request = pb.SetEgressRequest(
+        handle=handle,
+        policy=convert.egress_to_pb(policy),
+        established=pb.SetEgressRequest.CUT if cut else pb.SetEgressRequest.KEEP,
+    )
     return Call("SetEgress", request, pb.EgressPolicy, convert.egress_from_pb)
 
 

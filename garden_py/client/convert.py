@@ -105,6 +105,30 @@ def egress_from_pb(message: pb.EgressPolicy) -> v.EgressPolicy:
         etag=message.etag,
         default_packets=message.default_packets,
         default_bytes=message.default_bytes,
+        denied_network_packets=message.denied_network_packets,
+        denied_network_bytes=message.denied_network_bytes,
+    )
+
+
+def destination_to_pb(handle: str, destination: v.Destination) -> pb.ExplainEgressRequest:
+    """A connection to ask about."""
+    icmp = destination.icmp
+    return pb.ExplainEgressRequest(
+        handle=handle,
+        protocol=pb.EgressRule.Protocol.ValueType(destination.protocol),
+        address=destination.address,
+        port=destination.port,
+        icmp=None if icmp is None else pb.IcmpMatch(type=icmp.type, code=icmp.code),
+    )
+
+
+def decision_from_pb(message: pb.ExplainEgressResponse) -> v.EgressDecision:
+    """What would become of it."""
+    return v.EgressDecision(
+        v.EgressAction(message.action),
+        v.EgressCause(message.cause),
+        message.rule_number,
+        _egress_rule_from_pb(message.rule) if message.HasField("rule") else None,
     )
 
 

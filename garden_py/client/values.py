@@ -82,6 +82,20 @@ class Stream(IntEnum):
     STDERR = 1
 
 
+class EgressCause(IntEnum):
+    """What decides about a connection; see ExplainEgressResponse in garden.proto."""
+
+    UNSPECIFIED = 0
+    RULE = 1
+    DENIED_NETWORK = 2
+    DEFAULT = 3
+    HOST = 4
+    CONTAINERS = 5
+    UNREACHABLE = 6
+    IPV6 = 7
+    LOOPBACK = 8
+
+
 class EventKind(IntEnum):
     """What an event tells."""
 
@@ -100,6 +114,8 @@ class EventKind(IntEnum):
     PROPERTIES_CHANGED = 12
     WATCHING = 13
     LEAK_FOUND = 14
+    CONNECTION_DENIED = 15
+    CONNECTION_ALLOWED = 16
 
 
 class LeakKind(IntEnum):
@@ -214,6 +230,35 @@ class EgressPolicy:
     etag: str = ""
     default_packets: int = 0
     default_bytes: int = 0
+    denied_network_packets: int = 0
+    denied_network_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Where a connection would go: port of tcp and udp; icmp None with protocol ICMP: an echo request."""
+
+    protocol: EgressProtocol
+    address: str
+    port: int = 0
+    icmp: IcmpMatch | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EgressDecision:
+    """What would become of a connection.
+
+    Attributes:
+        action: ALLOW or DENY.
+        cause: what decides.
+        rule_number: of the policy's rules, from 1; 0 if none decides.
+        rule: that rule.
+    """
+
+    action: EgressAction
+    cause: EgressCause
+    rule_number: int = 0
+    rule: EgressRule | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -211,7 +211,8 @@ class EgressPolicy:
     Attributes:
         default_action: for what no rule matches.
         rules: in the caller's order; the first match decides.
-        log_denied: also report each connection that the default denies.
+        generation: how often established connections have been cut. Those that were let out under an earlier
+            generation are judged again, by the rules now in force.
 
     Raises:
         InvalidField: more than MAX_RULES rules (field `rules`).
@@ -219,11 +220,141 @@ class EgressPolicy:
 
     default_action: DefaultAction = DefaultAction.ALLOW
     rules: tuple[EgressRule, ...] = ()
-    log_denied: bool = False
+    generation: int = 0
 
     def __post_init__(self) -> None:
         if len(self.rules) > MAX_RULES:
             raise InvalidField("rules", f"{len(self.rules)} rules; at most {MAX_RULES} are accepted")
+
+
+class Cause(Enum):
+    """What decides about a connection. Values are part of events and of the API."""
+
+    RULE = "rule"
+    DENIED_NETWORK = "denied_network"
+    DEFAULT = "default"
+    IPV6 = "ipv6"
+    HOST = "host"
+    CONTAINERS = "containers"
+    SPOOFED = "spoofed"
+    MARTIAN = "martian"
+    UNREACHABLE = "unreachable"
+    LOOPBACK = "loopback"
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Where a connection would go.
+
+    Attributes:
+        protocol: ALL stands for one that has neither ports nor is ICMP.
+        address: of the other end, as the container names it.
+        port: of TCP and UDP, 1..65535; else None.
+        icmp: of ICMP; its code is given.
+
+    Raises:
+        InvalidField: a part is missing, or does not belong to the protocol.
+    """
+
+    protocol: Protocol
+    address: IPAddress
+    port: int | None = None
+    icmp: IcmpMatch | None = None
+
+    def __post_init__(self) -> None:
+        has_ports = self.protocol in (Protocol.TCP, Protocol.UDP)
+        if has_ports != (self.port is not None):
+            problem = "is needed" if has_ports else "is for tcp and udp only"
+            raise InvalidField("port", problem)
+        if self.port is not None and not 1 <= self.port <= MAX_PORT:
+            raise InvalidField("port", f"port {self.port} is not within 1..{MAX_PORT}")
+        if self.icmp is not None and self.protocol is not Protocol.ICMP:
+            raise InvalidField("icmp", f"protocol is {self.protocol.value}; use icmp")
+
+    @classmethod
+    def parse(cls, protocol: str, text: str) -> Destination:
+        """Read a protocol and what follows it on a command line.
+
+        `10.0.0.5:443` or `[2001:db8::5]:443` for tcp and udp; `10.0.0.5:3/1` for icmp, or an address alone for an echo
+        request; an address alone for all, which stands for another protocol.
+
+        Raises:
+            InvalidField: naming the part.
+        """
+        try:
+            kind = Protocol(protocol)
+        except ValueError as error:
+            known = ", ".join(p.value for p in Protocol)
+            raise InvalidField("protocol", f"{protocol!r} is none of {known}") from error
+        match = re.fullmatch(r"(?:\[([^\]]+)\]|([^:\[\]]+))(?::(.+))?", text)
+        try:
+            if match is None:
+                raise ValueError("write ADDRESS, ADDRESS:PORT or [IPv6]:PORT")
+            address = ip_address(match[1] or match[2])
+        except ValueError as error:
+            raise InvalidField("address", f"{text!r} is no destination: {error}") from error
+        last = match[3]
+        if kind is Protocol.ICMP:
+            with at_field("icmp"):
+                found = IcmpMatch.parse(last or "8/0")
+            return cls(kind, address, icmp=IcmpMatch(found.type, found.code or 0))
+        if last is not None and not re.fullmatch(r"[0-9]{1,5}", last):
+            raise InvalidField("port", f"{last!r} is no port")
+        return cls(kind, address, None if last is None else int(last))
+
+    def __str__(self) -> str:
+        shown = f"[{self.address}]" if self.address.version == 6 else str(self.address)
+        last = self.port if self.icmp is None else self.icmp
+        return f"{self.protocol.value} {shown}" + ("" if last is None else f":{last}")
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What happens to a new connection, and why.
+
+    Attributes:
+        action: allowed or refused.
+        cause: what decided.
+        rule: index into the policy's rules if one of them decided.
+    """
+
+    action: RuleAction
+    cause: Cause
+    rule: int | None = None
+
+
+def decide(policy: EgressPolicy, destination: Destination, denied: tuple[AddressRange, ...] = ()) -> Decision:
+    """What a container's policy says of a new connection; the kernel is told the same by backend/net/firewall.py.
+
+    Args:
+        policy: of the container.
+        destination: of the connection.
+        denied: networks that the server denies to what no rule allows.
+    """
+    for index, rule in enumerate(policy.rules):
+        if _matches(rule, destination):
+            return Decision(rule.action, Cause.RULE, index)
+    if any(_holds(each, destination.address) for each in denied):
+        return Decision(RuleAction.DENY, Cause.DENIED_NETWORK)
+    return Decision(RuleAction(policy.default_action.value), Cause.DEFAULT)
+
+
+def _matches(rule: EgressRule, destination: Destination) -> bool:
+    if rule.protocol not in (Protocol.ALL, destination.protocol):
+        return False
+    if rule.networks and not any(_holds(each, destination.address) for each in rule.networks):
+        return False
+    if rule.ports and not any(each.start <= (destination.port or 0) <= each.end for each in rule.ports):
+        return False
+    if rule.icmp is None:
+        return True
+    kind = destination.icmp
+    return kind is not None and rule.icmp.type == kind.type and rule.icmp.code in (None, kind.code)
+
+
+def _holds(addresses: AddressRange, address: IPAddress) -> bool:
+    same = addresses.start.version == address.version
+    return same and int(addresses.start) <= int(address) <= int(addresses.end)
 
 
 def parse_egress_rule(text: str) -> EgressRule:

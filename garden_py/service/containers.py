@@ -21,7 +21,7 @@ from garden_py.model.handle import hostname_for, make_name
 from garden_py.model.image import PullProgress, RegistryAuth, UsedImage
 from garden_py.model.lifecycle import USABLE, State
 from garden_py.model.limits import Limits, limit_violations
-from garden_py.model.netrule import DefaultAction, EgressPolicy, EgressRule
+from garden_py.model.netrule import Decision, DefaultAction, Destination, EgressPolicy, EgressRule
 from garden_py.model.spec import (
     REQUEST_ID_MAX,
     ContainerSpec,
@@ -375,20 +375,37 @@ class Containers:
             policy = self._complete(container.spec.egress)
             return policy, await self._backend.egress_counts(handle, len(policy.rules))
 
-    async def set_egress(self, handle: str, policy: EgressPolicy | None, etag: str) -> EgressPolicy:
+    async def explain_egress(self, handle: str, destination: Destination) -> tuple[Decision, EgressPolicy]:
+        """What would become of a new connection of the container, and the policy that says so."""
+        with self._usable(handle, "asked for its egress policy") as container:
+            policy = self._complete(container.spec.egress)
+            return await self._backend.explain_egress(handle, policy, destination), policy
+
+    async def set_egress(
+        self, handle: str, policy: EgressPolicy | None, etag: str, *, cut: bool = False
+    ) -> EgressPolicy:
         """Replace the whole policy; None: the server's default.
+
+        Args:
+            handle: of the container.
+            policy: its generation does not matter.
+            etag: of the policy that is to be replaced; empty: whichever it is.
+            cut: end established connections that the new policy does not allow, instead of letting them go on.
 
         Raises:
             EtagMismatch: etag is given and is not the current one's.
         """
-        return await self._guard.complete("egress", self._set_egress(handle, self._complete(policy), etag))
+        wanted = self._complete(policy)
+        return await self._guard.complete("egress", self._set_egress(handle, wanted, etag, cut=cut))
 
-    async def _set_egress(self, handle: str, wanted: EgressPolicy, etag: str) -> EgressPolicy:
+    async def _set_egress(self, handle: str, wanted: EgressPolicy, etag: str, *, cut: bool) -> EgressPolicy:
         async with self._changing(handle, "given an egress policy") as container:
             current = self._etag(container)
             if etag and etag != current:
                 raise errors.EtagMismatch(etag, current)
-            await self._change_egress(container, self._complete(container.spec.egress), wanted)
+            former = self._complete(container.spec.egress)
+            wanted = replace(wanted, generation=former.generation + int(cut))
+            await self._change_egress(container, former, wanted)
         return wanted
 
     async def _change_egress(self, container: Container, former: EgressPolicy, wanted: EgressPolicy) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
 import time
 from collections import deque
 from collections.abc import AsyncIterator
@@ -13,6 +14,7 @@ from garden_py.model.errors import OffsetOutOfRange
 from garden_py.model.process import ExitStatus
 
 KEPT_EVENTS = 10_000
+KEPT_CONNECTIONS = 10_000
 
 
 class EventKind(Enum):
@@ -31,6 +33,12 @@ class EventKind(Enum):
     PORT_MAPPED = "PORT_MAPPED"
     PROPERTIES_CHANGED = "PROPERTIES_CHANGED"
     LEAK_FOUND = "LEAK_FOUND"
+    CONNECTION_DENIED = "CONNECTION_DENIED"
+    CONNECTION_ALLOWED = "CONNECTION_ALLOWED"
+
+
+# A container can cause any number of these: they push out each other, never what else has happened.
+_CONNECTIONS = (EventKind.CONNECTION_DENIED, EventKind.CONNECTION_ALLOWED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +60,7 @@ class Event:
 
 
 class EventHub:
-    """The latest events, and the watchers that follow them.
+    """The latest events, and the watchers that follow them: 10,000, and beside them 10,000 of connections.
 
     Args:
         first_cursor: of the moment before the first event. Above all of an earlier server's, whose cursors are then
@@ -61,6 +69,8 @@ class EventHub:
 
     def __init__(self, first_cursor: int = 0) -> None:
         self._kept: deque[Event] = deque(maxlen=KEPT_EVENTS)
+        self._connections: deque[Event] = deque(maxlen=KEPT_CONNECTIONS)
+        self._oldest = first_cursor
         self._waiters: set[asyncio.Future[None]] = set()
         self.cursor = first_cursor
 
@@ -76,7 +86,13 @@ class EventHub:
         """Tell of something that has happened; empty details are left out."""
         self.cursor += 1
         details = {name: text for name, text in details.items() if text}
-        self._kept.append(Event(self.cursor, time.time_ns(), kind, handle, process_id, exit, details))
+        event = Event(self.cursor, time.time_ns(), kind, handle, process_id, exit, details)
+        if kind in _CONNECTIONS:
+            self._connections.append(event)
+        else:
+            if len(self._kept) == KEPT_EVENTS:
+                self._oldest = self._kept[0].cursor
+            self._kept.append(event)
         waiters, self._waiters = self._waiters, set()
         for future in waiters:
             if not future.done():
@@ -88,9 +104,8 @@ class EventHub:
         Raises:
             OffsetOutOfRange: with the oldest cursor that can be continued from.
         """
-        oldest = self._kept[0].cursor - 1 if self._kept else self.cursor
-        if not oldest <= after <= self.cursor:
-            raise OffsetOutOfRange(after, oldest, self.cursor)
+        if not self._oldest <= after <= self.cursor:
+            raise OffsetOutOfRange(after, self._oldest, self.cursor)
 
     async def watch(self, after: int) -> AsyncIterator[Event]:
         """Every event after a cursor, and then those to come.
@@ -100,7 +115,9 @@ class EventHub:
         """
         while True:
             self.check_cursor(after)
-            for event in [event for event in self._kept if event.cursor > after]:
+            for event in heapq.merge(
+                _after(self._kept, after), _after(self._connections, after), key=lambda event: event.cursor
+            ):
                 yield event
                 after = event.cursor
             if after == self.cursor:
@@ -110,3 +127,14 @@ class EventHub:
                     await future
                 finally:
                     self._waiters.discard(future)
+
+
+def _after(events: deque[Event], cursor: int) -> list[Event]:
+    """Those after a cursor, oldest first; looked for from the newest, where a watcher that keeps up finds its place."""
+    found: list[Event] = []
+    for event in reversed(events):
+        if event.cursor <= cursor:
+            break
+        found.append(event)
+    found.reverse()
+    return found

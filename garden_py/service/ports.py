@@ -10,11 +10,12 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from garden_py.model.connection import Connection
 from garden_py.model.image import ImageInfo, ImageRef, PullProgress, RegistryAuth, UsedImage
 from garden_py.model.leak import Leak
 from garden_py.model.lifecycle import State
 from garden_py.model.limits import Limits
-from garden_py.model.netrule import EgressPolicy
+from garden_py.model.netrule import Decision, Destination, EgressPolicy
 from garden_py.model.process import ExitStatus, OutputStream, ProcessSpec, WindowSize
 from garden_py.model.spec import ContainerSpec, PortMapping
 
@@ -163,10 +164,11 @@ class RuleCount:
 
 @dataclass(frozen=True, slots=True)
 class EgressCounts:
-    """Counts of a container's policy: one per rule in its order, and the default action's."""
+    """Counts of a container's policy: one per rule in its order, the default action's, the denied networks'."""
 
     rules: tuple[RuleCount, ...]
     default: RuleCount
+    denied_network: RuleCount = RuleCount()
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,11 +296,14 @@ class BackendEvents:
         process_exited: (handle, process).
         out_of_memory: (handle, process id or "").
         broken: (handle, reason): the container's agent is gone.
+        connection: (handle, connection) that the network refused, or that a rule which logs allowed; not each one: the
+            backend bounds the rate.
     """
 
     process_exited: Callable[[str, RunningProcess], None]
     out_of_memory: Callable[[str, str], None]
     broken: Callable[[str, str], None]
+    connection: Callable[[str, Connection], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -479,7 +484,10 @@ class Backend(LeakFinder, Protocol):
         """Make a port reachable on the host; PortInUse, PoolExhausted. The mapping with its ports filled in."""
 
     async def set_egress(self, handle: str, policy: EgressPolicy) -> None:
-        """Replace the egress policy in one step; established connections go on."""
+        """Replace the egress policy in one step; established connections go on if its generation is the former's."""
+
+    async def explain_egress(self, handle: str, policy: EgressPolicy, destination: Destination) -> Decision:
+        """What would become of a new connection under the policy, which is the container's."""
 
     async def egress_counts(self, handle: str, rules: int) -> EgressCounts:
         """What each of the policy's `rules` rules has decided."""

@@ -16,6 +16,7 @@ import structlog
 from garden_py.model.codec import load_container_spec, load_process_spec
 from garden_py.model.errors import ContainerBroken, GardenError, ProcessNotFound
 from garden_py.model.lifecycle import USABLE, State
+from garden_py.service.connections import Connections
 from garden_py.service.containers import Containers
 from garden_py.service.events import EventHub, EventKind
 from garden_py.service.ports import Backend, BackendEvents, ContainerRow
@@ -66,7 +67,13 @@ class Recovery:
         if rebooted or discard:
             rows = [self._outdate(row, _REBOOTED if rebooted else _DISCARDED) for row in rows]
         await self._backend.open(
-            BackendEvents(self._processes.exited, self._out_of_memory, self._broken), rows
+            BackendEvents(
+                self._processes.exited,
+                self._out_of_memory,
+                self._broken,
+                Connections(self._registry, self._events).heard,
+            ),
+            rows,
         )
         destroys: list[asyncio.Future[None]] = []
         for row in rows:

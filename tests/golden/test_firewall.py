@@ -27,7 +27,7 @@ from garden_py.backend.net.host_firewall import (
     split_forget,
 )
 from garden_py.backend.net.plan import HostPlan, plan_link
-from garden_py.model.netrule import DefaultAction, EgressPolicy, parse_egress_rule
+from garden_py.model.netrule import AddressRange, DefaultAction, EgressPolicy, parse_egress_rule
 
 GOLDEN = Path(__file__).parent / "firewall"
 HOST = HostPlan("3fa1", IPv4Network("10.254.0.0/22"), IPv4Address("10.254.0.1"))
@@ -36,8 +36,8 @@ MAPPING = PortMapping(PortProtocol.TCP, 61001, IPv4Address("10.254.0.7"), 8080)
 DNS = IPv4Address("10.254.0.1")
 
 
-def policy(default: DefaultAction, *rules: str, log_denied: bool = False) -> EgressPolicy:
-    return EgressPolicy(default, tuple(parse_egress_rule(rule) for rule in rules), log_denied)
+def policy(default: DefaultAction, *rules: str, generation: int = 0) -> EgressPolicy:
+    return EgressPolicy(default, tuple(parse_egress_rule(rule) for rule in rules), generation)
 
 
 EVERY_SHAPE = policy(
@@ -54,23 +54,28 @@ EVERY_SHAPE = policy(
     "udp:[2001:db8::1],192.0.2.7",
     "tcp:0.0.0.0-255.255.255.255:1-65535",
     "tcp:*:443,80-90,85-100,101",
-    log_denied=True,
 )
+DENIED = tuple(AddressRange.parse(text) for text in ("10.0.0.0/8", "192.0.2.7", "2001:db8::/32"))
 
 TEXTS = {
     "container_open": compile_container_ruleset(policy(DefaultAction.ALLOW)),
     "container_closed": compile_container_ruleset(policy(DefaultAction.DENY)),
-    "container_every_shape": compile_container_ruleset(EVERY_SHAPE, dns_servers=[DNS]),
+    "container_every_shape": compile_container_ruleset(EVERY_SHAPE),
     "container_deny_networks": compile_container_ruleset(
-        policy(DefaultAction.ALLOW, "tcp:10.1.0.0/16:443", "deny all:10.0.0.0/8,172.16.0.0/12"),
-        dns_servers=[IPv4Address("8.8.8.8"), DNS, DNS],
+        policy(DefaultAction.ALLOW, "tcp:10.1.0.0/16:443", "deny all:10.0.0.0/8,172.16.0.0/12"), denied=DENIED
+    ),
+    "container_cut": compile_container_ruleset(
+        policy(DefaultAction.ALLOW, "tcp:10.1.0.0/16 log", generation=3)
     ),
     "host_default": compile_host_base(HOST, HostPolicy()),
     "host_closed": compile_host_base(HOST, HostPolicy(Access.DENY, Access.DENY, (DNS,))),
     "host_open": compile_host_base(HOST, HostPolicy(Access.ALLOW, Access.ALLOW)),
     "host_removal": compile_host_removal(HOST),
     "element_attach": compile_attach(HOST, LINK),
-    "element_attach_privileged": compile_attach(HOST, LINK, host_side_policy=EVERY_SHAPE, dns_servers=[DNS]),
+    "element_attach_privileged": compile_attach(HOST, LINK, host_side_policy=EVERY_SHAPE, denied=DENIED),
+    "element_attach_privileged_cut": compile_attach(
+        HOST, LINK, host_side_policy=policy(DefaultAction.ALLOW, "tcp:10.1.0.0/16 log", generation=3)
+    ),
     "element_detach": compile_detach(HOST, LINK, mappings=[MAPPING]),
     "element_detach_privileged": compile_detach(HOST, LINK, has_host_side_policy=True),
     "element_map_port": compile_map_port(HOST, MAPPING),

@@ -20,7 +20,7 @@ from garden_py.model.image import PullProgress, Transport, UsedImage, parse_imag
 from garden_py.model.leak import Leak
 from garden_py.model.lifecycle import USABLE
 from garden_py.model.limits import Limits
-from garden_py.model.netrule import EgressPolicy
+from garden_py.model.netrule import Decision, Destination, EgressPolicy, decide
 from garden_py.model.process import ProcessSpec
 from garden_py.model.spec import ContainerSpec, PortMapping
 from garden_py.service.ports import (
@@ -286,6 +286,10 @@ class FakeBackend:
 
     async def set_egress(self, handle: str, policy: EgressPolicy) -> None:
         self._get(handle).policy = policy
+
+    async def explain_egress(self, handle: str, policy: EgressPolicy, destination: Destination) -> Decision:
+        self._get(handle)
+        return decide(policy, destination)
 
     async def egress_counts(self, handle: str, rules: int) -> EgressCounts:
         self._get(handle)

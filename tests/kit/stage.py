@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from garden_py.model.codec import dump_container_spec, dump_exit, dump_process_spec
+from garden_py.model.connection import Connection
 from garden_py.model.errors import ContainerBroken
 from garden_py.model.handle import make_name
 from garden_py.model.lifecycle import State
@@ -33,12 +34,14 @@ class Heard:
     exits: list[tuple[str, str]] = field(default_factory=list)
     out_of_memory: list[tuple[str, str]] = field(default_factory=list)
     broken: list[tuple[str, str]] = field(default_factory=list)
+    connections: list[tuple[str, Connection]] = field(default_factory=list)
 
     def events(self) -> BackendEvents:
         return BackendEvents(
             process_exited=lambda handle, process: self.exits.append((handle, process.id)),
             out_of_memory=lambda handle, process_id: self.out_of_memory.append((handle, process_id)),
             broken=lambda handle, reason: self.broken.append((handle, reason)),
+            connection=lambda handle, connection: self.connections.append((handle, connection)),
         )
 
 

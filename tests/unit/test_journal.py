@@ -44,7 +44,7 @@ FULL_SPEC = ContainerSpec(
             parse_egress_rule("deny icmp:*:8/0"),
             parse_egress_rule("all:[2001:db8::/32]"),
         ),
-        log_denied=True,
+        generation=2,
     ),
     hostname="host",
 )

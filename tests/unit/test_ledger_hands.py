@@ -24,7 +24,9 @@ PORT = 61_001
 def network() -> LinuxNetwork:
     """Pools of addresses and ports; no launcher is asked for anything here."""
     launcher: Any = None
-    return LinuxNetwork(load_config({"network_pool": "10.9.0.0/29"}, environ={}), launcher, 1500)
+    return LinuxNetwork(
+        load_config({"network_pool": "10.9.0.0/29"}, environ={}), launcher, 1500, lambda *_: None
+    )
 
 
 @pytest.fixture

@@ -14,6 +14,9 @@ from garden_py.model.errors import InvalidField
 from garden_py.model.netrule import (
     MAX_RULES,
     AddressRange,
+    Cause,
+    Decision,
+    Destination,
     EgressPolicy,
     EgressRule,
     IcmpMatch,
@@ -21,6 +24,7 @@ from garden_py.model.netrule import (
     Protocol,
     RuleAction,
     at_field,
+    decide,
     format_egress_rule,
     parse_egress_rule,
 )
@@ -136,3 +140,64 @@ def test_fields_are_paths_from_the_request() -> None:
         PortRange(80, 70000)
     assert caught.value.field == "rules[3].ports[0].end"
     assert "70000" in caught.value.problem
+
+
+@pytest.mark.parametrize(
+    ("protocol", "text", "shown"),
+    [
+        ("tcp", "10.0.0.5:443", "tcp 10.0.0.5:443"),
+        ("udp", "[2001:db8::5]:53", "udp [2001:db8::5]:53"),
+        ("icmp", "10.0.0.5", "icmp 10.0.0.5:8/0"),
+        ("icmp", "10.0.0.5:3/1", "icmp 10.0.0.5:3/1"),
+        ("all", "10.0.0.5", "all 10.0.0.5"),
+    ],
+)
+def test_destinations_are_read_as_written(protocol: str, text: str, shown: str) -> None:
+    """As on a command line."""
+    assert str(Destination.parse(protocol, text)) == shown
+
+
+@pytest.mark.parametrize(
+    ("protocol", "text", "field"),
+    [
+        ("sctp", "10.0.0.5:1", "protocol"),
+        ("tcp", "10.0.0.5", "port"),
+        ("tcp", "10.0.0.5:0", "port"),
+        ("tcp", "10.0.0.5:http", "port"),
+        ("tcp", "example.org:80", "address"),
+        ("tcp", "2001:db8::5", "address"),
+        ("all", "10.0.0.5:80", "port"),
+        ("icmp", "10.0.0.5:echo", "icmp.type"),
+    ],
+)
+def test_bad_destinations_name_the_part(protocol: str, text: str, field: str) -> None:
+    """And nothing is guessed."""
+    with pytest.raises(InvalidField) as caught:
+        Destination.parse(protocol, text)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("destination", "decision"),
+    [
+        ("tcp 10.0.0.5:443", Decision(RuleAction.DENY, Cause.RULE, 0)),
+        ("tcp 10.0.0.6:443", Decision(RuleAction.ALLOW, Cause.RULE, 1)),
+        ("tcp 10.0.0.6:81", Decision(RuleAction.DENY, Cause.DENIED_NETWORK)),
+        ("udp 10.0.0.6:443", Decision(RuleAction.DENY, Cause.DENIED_NETWORK)),
+        ("icmp 10.0.0.6:3/1", Decision(RuleAction.ALLOW, Cause.RULE, 2)),
+        ("icmp 10.0.0.6:3/2", Decision(RuleAction.DENY, Cause.DENIED_NETWORK)),
+        ("icmp 192.0.2.1:8/0", Decision(RuleAction.ALLOW, Cause.RULE, 3)),
+        ("all 192.0.2.1", Decision(RuleAction.ALLOW, Cause.DEFAULT)),
+        ("all 198.51.100.7", Decision(RuleAction.DENY, Cause.RULE, 4)),
+        ("tcp [2001:db8::5]:443", Decision(RuleAction.ALLOW, Cause.RULE, 5)),
+    ],
+)
+def test_the_first_match_then_denied_networks_then_the_default(destination: str, decision: Decision) -> None:
+    """As the compiled rules have it, which tests on real containers compare."""
+    texts = (
+        "deny all:10.0.0.1-10.0.0.5", "tcp:10.0.0.0/24:80,443", "icmp:*:3/1", "icmp:192.0.2.0/24:8",
+        "deny all:198.51.100.0/24", "tcp:[2001:db8::/32]",
+    )  # fmt: skip
+    policy = EgressPolicy(rules=tuple(map(parse_egress_rule, texts)))
+    asked = Destination.parse(*destination.split(" "))
+    assert decide(policy, asked, (AddressRange.parse("10.0.0.0/8"),)) == decision

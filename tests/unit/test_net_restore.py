@@ -50,7 +50,9 @@ def host() -> TablelessHost:
 @pytest.fixture
 def network(host: TablelessHost) -> LinuxNetwork:
     launcher: Any = host
-    return LinuxNetwork(load_config({"network_pool": "10.9.0.0/29"}, environ={}), launcher, 1500)
+    return LinuxNetwork(
+        load_config({"network_pool": "10.9.0.0/29"}, environ={}), launcher, 1500, lambda *_: None
+    )
 
 
 def lease(network: LinuxNetwork, *ports: int) -> NetworkLease:

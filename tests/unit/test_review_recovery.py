@@ -39,7 +39,7 @@ def make_container(directory: Path) -> LinuxContainer:
     cgroup.directory("memory", *cgroup.leaf(None)).mkdir(parents=True)
     cgroup.directory("memory", *cgroup.leaf(None), "memory.oom_control").write_text("oom_kill 0\n")
     facts = ContainerFacts("id", False, NetworkLease(cast(Any, "10.0.0.2"), ()), 0)
-    nobody = BackendEvents(lambda *_: None, lambda *_: None, lambda *_: None)
+    nobody = BackendEvents(*[lambda *_: None] * 4)
     return LinuxContainer("c", facts, cgroup, directory, nobody)
 
 

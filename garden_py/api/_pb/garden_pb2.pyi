@@ -539,7 +539,10 @@ Global___PortMapping: _TypeAlias = PortMapping  # noqa: Y015
 
 @_typing.final
 class EgressPolicy(_message.Message):
-    """The first rule that matches decides; if none does, `default_action`."""
+    """The first rule that matches decides; if none does, the server's denied networks (--deny-network), then `default_action`.
+    What they let through is still refused, unless the server is set to allow it, at the host's own addresses.
+    Every connection that is refused is told as an event (CONNECTION_DENIED), as are those that a rule with `log` allows.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -567,12 +570,17 @@ class EgressPolicy(_message.Message):
     ETAG_FIELD_NUMBER: _builtins.int
     DEFAULT_PACKETS_FIELD_NUMBER: _builtins.int
     DEFAULT_BYTES_FIELD_NUMBER: _builtins.int
+    DENIED_NETWORK_PACKETS_FIELD_NUMBER: _builtins.int
+    DENIED_NETWORK_BYTES_FIELD_NUMBER: _builtins.int
     default_action: Global___EgressPolicy.Action.ValueType
     etag: _builtins.str
     """Changes with every change of the policy. In SetEgress: if given, must be the current one."""
     default_packets: _builtins.int
     """What the default action decided; output only."""
     default_bytes: _builtins.int
+    denied_network_packets: _builtins.int
+    """What the server's denied networks decided; output only."""
+    denied_network_bytes: _builtins.int
     @_builtins.property
     def rules(self) -> _containers.RepeatedCompositeFieldContainer[Global___EgressRule]: ...
     def __init__(
@@ -583,10 +591,12 @@ class EgressPolicy(_message.Message):
         etag: _builtins.str = ...,
         default_packets: _builtins.int = ...,
         default_bytes: _builtins.int = ...,
+        denied_network_packets: _builtins.int = ...,
+        denied_network_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_action", b"default_action", "default_bytes", b"default_bytes", "default_packets", b"default_packets", "etag", b"etag", "rules", b"rules"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_action", b"default_action", "default_bytes", b"default_bytes", "default_packets", b"default_packets", "denied_network_bytes", b"denied_network_bytes", "denied_network_packets", b"denied_network_packets", "etag", b"etag", "rules", b"rules"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -624,7 +634,7 @@ class EgressRule(_message.Message):
     action: Global___EgressPolicy.Action.ValueType
     protocol: Global___EgressRule.Protocol.ValueType
     log: _builtins.bool
-    """new connections that match are logged"""
+    """connections that it allows are told as events, and in the server's log"""
     packets: _builtins.int
     """Output only: what this rule decided since it was set."""
     bytes: _builtins.int
@@ -1857,9 +1867,30 @@ Global___GetEgressRequest: _TypeAlias = GetEgressRequest  # noqa: Y015
 class SetEgressRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    class _Established:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _EstablishedEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[SetEgressRequest._Established.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        KEEP: SetEgressRequest._Established.ValueType  # 0
+        """they go on, also where the new policy would not allow them"""
+        CUT: SetEgressRequest._Established.ValueType  # 1
+        """they are judged by the new policy; one that it does not allow ends with its next packet (TCP: a reset)"""
+
+    class Established(_Established, metaclass=_EstablishedEnumTypeWrapper):
+        """What becomes of connections that the container has made already."""
+
+    KEEP: SetEgressRequest.Established.ValueType  # 0
+    """they go on, also where the new policy would not allow them"""
+    CUT: SetEgressRequest.Established.ValueType  # 1
+    """they are judged by the new policy; one that it does not allow ends with its next packet (TCP: a reset)"""
+
     HANDLE_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
+    ESTABLISHED_FIELD_NUMBER: _builtins.int
     handle: _builtins.str
+    established: Global___SetEgressRequest.Established.ValueType
     @_builtins.property
     def policy(self) -> Global___EgressPolicy: ...
     def __init__(
@@ -1867,14 +1898,126 @@ class SetEgressRequest(_message.Message):
         *,
         handle: _builtins.str = ...,
         policy: Global___EgressPolicy | None = ...,
+        established: Global___SetEgressRequest.Established.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle", "policy", b"policy"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["established", b"established", "handle", b"handle", "policy", b"policy"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SetEgressRequest: _TypeAlias = SetEgressRequest  # noqa: Y015
+
+@_typing.final
+class ExplainEgressRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HANDLE_FIELD_NUMBER: _builtins.int
+    PROTOCOL_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    PORT_FIELD_NUMBER: _builtins.int
+    ICMP_FIELD_NUMBER: _builtins.int
+    handle: _builtins.str
+    protocol: Global___EgressRule.Protocol.ValueType
+    """ALL: one that has no ports and is not ICMP"""
+    address: _builtins.str
+    """IPv4 or IPv6"""
+    port: _builtins.int
+    """tcp and udp"""
+    @_builtins.property
+    def icmp(self) -> Global___IcmpMatch:
+        """icmp; unset: an echo request; an unset code is 0"""
+
+    def __init__(
+        self,
+        *,
+        handle: _builtins.str = ...,
+        protocol: Global___EgressRule.Protocol.ValueType = ...,
+        address: _builtins.str = ...,
+        port: _builtins.int = ...,
+        icmp: Global___IcmpMatch | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["icmp", b"icmp"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "handle", b"handle", "icmp", b"icmp", "port", b"port", "protocol", b"protocol"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainEgressRequest: _TypeAlias = ExplainEgressRequest  # noqa: Y015
+
+@_typing.final
+class ExplainEgressResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Cause:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _CauseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[ExplainEgressResponse._Cause.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        CAUSE_UNSPECIFIED: ExplainEgressResponse._Cause.ValueType  # 0
+        RULE: ExplainEgressResponse._Cause.ValueType  # 1
+        """`rule_number` and `rule` say which"""
+        DENIED_NETWORK: ExplainEgressResponse._Cause.ValueType  # 2
+        """of the server (--deny-network)"""
+        DEFAULT: ExplainEgressResponse._Cause.ValueType  # 3
+        """the policy's default action"""
+        HOST: ExplainEgressResponse._Cause.ValueType  # 4
+        """an address of the host itself (--allow-host-access)"""
+        CONTAINERS: ExplainEgressResponse._Cause.ValueType  # 5
+        """an address of another container"""
+        UNREACHABLE: ExplainEgressResponse._Cause.ValueType  # 6
+        """an address of the server's pool that no container has"""
+        IPV6: ExplainEgressResponse._Cause.ValueType  # 7
+        """containers have no IPv6"""
+        LOOPBACK: ExplainEgressResponse._Cause.ValueType  # 8
+        """the container's own address"""
+
+    class Cause(_Cause, metaclass=_CauseEnumTypeWrapper): ...
+    CAUSE_UNSPECIFIED: ExplainEgressResponse.Cause.ValueType  # 0
+    RULE: ExplainEgressResponse.Cause.ValueType  # 1
+    """`rule_number` and `rule` say which"""
+    DENIED_NETWORK: ExplainEgressResponse.Cause.ValueType  # 2
+    """of the server (--deny-network)"""
+    DEFAULT: ExplainEgressResponse.Cause.ValueType  # 3
+    """the policy's default action"""
+    HOST: ExplainEgressResponse.Cause.ValueType  # 4
+    """an address of the host itself (--allow-host-access)"""
+    CONTAINERS: ExplainEgressResponse.Cause.ValueType  # 5
+    """an address of another container"""
+    UNREACHABLE: ExplainEgressResponse.Cause.ValueType  # 6
+    """an address of the server's pool that no container has"""
+    IPV6: ExplainEgressResponse.Cause.ValueType  # 7
+    """containers have no IPv6"""
+    LOOPBACK: ExplainEgressResponse.Cause.ValueType  # 8
+    """the container's own address"""
+
+    ACTION_FIELD_NUMBER: _builtins.int
+    CAUSE_FIELD_NUMBER: _builtins.int
+    RULE_NUMBER_FIELD_NUMBER: _builtins.int
+    RULE_FIELD_NUMBER: _builtins.int
+    action: Global___EgressPolicy.Action.ValueType
+    """ALLOW or DENY"""
+    cause: Global___ExplainEgressResponse.Cause.ValueType
+    rule_number: _builtins.int
+    """of the policy's rules, from 1"""
+    @_builtins.property
+    def rule(self) -> Global___EgressRule: ...
+    def __init__(
+        self,
+        *,
+        action: Global___EgressPolicy.Action.ValueType = ...,
+        cause: Global___ExplainEgressResponse.Cause.ValueType = ...,
+        rule_number: _builtins.int = ...,
+        rule: Global___EgressRule | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["rule", b"rule"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "cause", b"cause", "rule", b"rule", "rule_number", b"rule_number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainEgressResponse: _TypeAlias = ExplainEgressResponse  # noqa: Y015
 
 @_typing.final
 class StreamInRequest(_message.Message):
@@ -2792,6 +2935,14 @@ class Event(_message.Message):
         """first answer of WatchEvents: events after this cursor will be seen"""
         LEAK_FOUND: Event._Kind.ValueType  # 14
         """details: what, direction, name, removed (yes or no); told once per leak"""
+        CONNECTION_DENIED: Event._Kind.ValueType  # 15
+        """Connections of a container that were refused, or that a rule with `log` allowed. Details: protocol, source,
+        source_port, destination, destination_port, icmp (type/code), decided_by (as ExplainEgressResponse.Cause, and spoofed or
+        martian for forged packets), rule_number, rule, and count: the first to a destination is told at once, further ones within a
+        second together. The kernel tells of about ten a second per container; counters in GetEgress count all. Of these
+        events the latest 10,000 are kept, apart from the others.
+        """
+        CONNECTION_ALLOWED: Event._Kind.ValueType  # 16
 
     class Kind(_Kind, metaclass=_KindEnumTypeWrapper): ...
     KIND_UNSPECIFIED: Event.Kind.ValueType  # 0
@@ -2811,6 +2962,14 @@ class Event(_message.Message):
     """first answer of WatchEvents: events after this cursor will be seen"""
     LEAK_FOUND: Event.Kind.ValueType  # 14
     """details: what, direction, name, removed (yes or no); told once per leak"""
+    CONNECTION_DENIED: Event.Kind.ValueType  # 15
+    """Connections of a container that were refused, or that a rule with `log` allowed. Details: protocol, source,
+    source_port, destination, destination_port, icmp (type/code), decided_by (as ExplainEgressResponse.Cause, and spoofed or
+    martian for forged packets), rule_number, rule, and count: the first to a destination is told at once, further ones within a
+    second together. The kernel tells of about ten a second per container; counters in GetEgress count all. Of these
+    events the latest 10,000 are kept, apart from the others.
+    """
+    CONNECTION_ALLOWED: Event.Kind.ValueType  # 16
 
     @_typing.final
     class DetailsEntry(_message.Message):

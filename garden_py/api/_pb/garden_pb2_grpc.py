@@ -109,6 +109,11 @@ class GardenStub:
                 request_serializer=garden_dot_v1_dot_garden__pb2.SetEgressRequest.SerializeToString,
                 response_deserializer=garden_dot_v1_dot_garden__pb2.EgressPolicy.FromString,
                 _registered_method=True)
+        self.ExplainEgress = channel.unary_unary(
+                '/garden.v1.Garden/ExplainEgress',
+                request_serializer=garden_dot_v1_dot_garden__pb2.ExplainEgressRequest.SerializeToString,
+                response_deserializer=garden_dot_v1_dot_garden__pb2.ExplainEgressResponse.FromString,
+                _registered_method=True)
         self.StreamIn = channel.stream_unary(
                 '/garden.v1.Garden/StreamIn',
                 request_serializer=garden_dot_v1_dot_garden__pb2.StreamInRequest.SerializeToString,
@@ -310,7 +315,15 @@ class GardenServicer:
 
     def SetEgress(self, request, context):
         """Replaces the whole egress policy of a running container in one atomic step. New connections follow the new
-        rules at once; established ones go on. Errors: ABORTED when `policy.etag` is given and is not the current one.
+        rules at once; established ones go on, or are cut: the request says. Errors: ABORTED when `policy.etag` is given and is
+        not the current one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExplainEgress(self, request, context):
+        """What would become of a new connection of a container, and which rule or setting decides. No packet is sent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -526,6 +539,11 @@ def add_GardenServicer_to_server(servicer, server):
                     servicer.SetEgress,
                     request_deserializer=garden_dot_v1_dot_garden__pb2.SetEgressRequest.FromString,
                     response_serializer=garden_dot_v1_dot_garden__pb2.EgressPolicy.SerializeToString,
+            ),
+            'ExplainEgress': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainEgress,
+                    request_deserializer=garden_dot_v1_dot_garden__pb2.ExplainEgressRequest.FromString,
+                    response_serializer=garden_dot_v1_dot_garden__pb2.ExplainEgressResponse.SerializeToString,
             ),
             'StreamIn': grpc.stream_unary_rpc_method_handler(
                     servicer.StreamIn,
@@ -1018,6 +1036,33 @@ class Garden:
             '/garden.v1.Garden/SetEgress',
             garden_dot_v1_dot_garden__pb2.SetEgressRequest.SerializeToString,
             garden_dot_v1_dot_garden__pb2.EgressPolicy.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainEgress(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/garden.v1.Garden/ExplainEgress',
+            garden_dot_v1_dot_garden__pb2.ExplainEgressRequest.SerializeToString,
+            garden_dot_v1_dot_garden__pb2.ExplainEgressResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from ipaddress import ip_address
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -163,6 +164,47 @@ def _rule_from(message: pb.EgressRule, field: str) -> netrule.EgressRule:
         )
 
 
+def cuts(established: int) -> bool:
+    """Whether SetEgress ends connections that the new policy does not allow."""
+    if established not in (pb.SetEgressRequest.KEEP, pb.SetEgressRequest.CUT):
+        raise InvalidField("established", f"unknown value {established}")
+    return established == pb.SetEgressRequest.CUT
+
+
+def destination_from(message: pb.ExplainEgressRequest) -> netrule.Destination:
+    """Where a connection would go.
+
+    Raises:
+        InvalidField: naming the field.
+    """
+    if message.protocol not in _PROTOCOLS:
+        raise InvalidField("protocol", f"unknown value {message.protocol}")
+    protocol = _PROTOCOLS[message.protocol]
+    try:
+        address = ip_address(message.address)
+    except ValueError as error:
+        raise InvalidField("address", str(error)) from error
+    icmp = None
+    if protocol is netrule.Protocol.ICMP or message.HasField("icmp"):
+        asked = message.icmp if message.HasField("icmp") else pb.IcmpMatch(type=8)
+        with netrule.at_field("icmp"):
+            icmp = netrule.IcmpMatch(asked.type, asked.code)
+    return netrule.Destination(protocol, address, message.port or None, icmp)
+
+
+def decision_to(decision: netrule.Decision, policy: netrule.EgressPolicy) -> pb.ExplainEgressResponse:
+    """What would become of a connection, as a message."""
+    allowed = decision.action is netrule.RuleAction.ALLOW
+    message = pb.ExplainEgressResponse(
+        action=pb.EgressPolicy.ALLOW if allowed else pb.EgressPolicy.DENY,
+        cause=pb.ExplainEgressResponse.Cause.Value(decision.cause.name),
+    )
+    if decision.rule is not None:
+        message.rule_number = decision.rule + 1
+        message.rule.CopyFrom(_rule_to(policy.rules[decision.rule]))
+    return message
+
+
 def policy_to(
     policy: netrule.EgressPolicy, counts: EgressCounts | None = None, *, etag: str = ""
 ) -> pb.EgressPolicy:
@@ -175,6 +217,8 @@ def policy_to(
     )
     if counts is not None:
         message.default_packets, message.default_bytes = counts.default.packets, counts.default.bytes
+        message.denied_network_packets = counts.denied_network.packets
+        message.denied_network_bytes = counts.denied_network.bytes
         for rule, count in zip(message.rules, counts.rules, strict=True):
             rule.packets, rule.bytes = count.packets, count.bytes
     return message

@@ -188,8 +188,17 @@ class GardenServicer(ImageServicer, garden_pb2_grpc.GardenServicer):
     async def SetEgress(self, request: pb.SetEgressRequest, context: Context) -> pb.EgressPolicy:
         """See the proto."""
         policy = convert.policy_from(request.policy, self._core.default_egress, "policy")
-        now = await self._core.containers.set_egress(request.handle, policy, request.policy.etag)
+        cut = convert.cuts(request.established)
+        now = await self._core.containers.set_egress(request.handle, policy, request.policy.etag, cut=cut)
         return convert.policy_to(now, etag=self._core.containers.egress_etag(request.handle))
+
+    async def ExplainEgress(
+        self, request: pb.ExplainEgressRequest, context: Context
+    ) -> pb.ExplainEgressResponse:
+        """See the proto."""
+        destination = convert.destination_from(request)
+        decision, policy = await self._core.containers.explain_egress(request.handle, destination)
+        return convert.decision_to(decision, policy)
 
     # --- files
 

@@ -55,7 +55,7 @@ from garden_py.model.image import (
 from garden_py.model.leak import Leak
 from garden_py.model.lifecycle import USABLE, State
 from garden_py.model.limits import Limits
-from garden_py.model.netrule import EgressPolicy
+from garden_py.model.netrule import Decision, Destination, EgressPolicy
 from garden_py.model.process import ProcessSpec
 from garden_py.model.spec import ContainerSpec, PortMapping
 from garden_py.observe import failpoints
@@ -121,7 +121,9 @@ class LinuxBackend:
         self._site, _ = await asyncio.gather(
             asyncio.to_thread(open_site, self._config, self._store), self._launcher.start()
         )
-        self._network = LinuxNetwork(self._config, self._launcher, self._site.facts.uplink_mtu)
+        self._network = LinuxNetwork(
+            self._config, self._launcher, self._site.facts.uplink_mtu, self._events.connection
+        )
         self._site.depot.open()
         default_image = await asyncio.to_thread(self._default_image)
         self._images = self._open_images(default_image)
@@ -233,6 +235,7 @@ class LinuxBackend:
         )
         spec = load_container_spec(row.spec)
         container.image, container.disk_scope = spec.image, spec.limits.disk_scope
+        container.policy = spec.egress
         container.watch(pidfd)
         try:
             container.connect(site.depot.socket(row.handle), patience_s=self._config.agent_patience_s)
@@ -261,10 +264,21 @@ class LinuxBackend:
             log.info("process.unknown_ended", handle=handle, process_id=process_id)
             await container.link.cancel(process_id)
         container.held.clear()
+        await self._renew_rules(container)
         self._sidecars.tidy(container)
         self._upgrades.consider(container)
         for sidecar in container.sidecars.values():
             self._upgrades.consider(sidecar)
+
+    async def _renew_rules(self, container: LinuxContainer) -> None:
+        """Hear of its connections again, and put its rules in force as this server has them."""
+        policy, facts = container.policy, container.facts
+        if policy is None or facts.privileged:  # those on the host have been renewed with the table
+            return
+        if self._network.has_rules(container.directory, policy):
+            await self._network.watch(container.handle, facts.pid, policy)
+        else:
+            await self._set_egress(container, policy)
 
     def agent(self, handle: str) -> AgentFacts:
         """Which agent a container has."""
@@ -278,6 +292,7 @@ class LinuxBackend:
         """Let go; with no container left, also give back what they shared."""
         self._heartbeat.stop()
         await self._upgrades.close()
+        self._network.close()
         for container in self._containers.values():
             container.let_go()
         await self._images.settle()
@@ -476,8 +491,19 @@ class LinuxBackend:
 
     async def set_egress(self, handle: str, policy: EgressPolicy) -> None:
         """Replace the egress policy."""
-        facts = self._get(handle).facts
-        await self._network.set_egress(handle, facts.pid, facts.lease, policy, privileged=facts.privileged)
+        container = self._get(handle)
+        await self._set_egress(container, policy)
+
+    async def _set_egress(self, container: LinuxContainer, policy: EgressPolicy) -> None:
+        facts = container.facts
+        await self._network.set_egress(
+            container.handle, facts.pid, facts.lease, policy, privileged=facts.privileged
+        )
+        self._network.note_rules(container.directory, policy)
+
+    async def explain_egress(self, handle: str, policy: EgressPolicy, destination: Destination) -> Decision:
+        """What would become of a new connection."""
+        return await self._network.explain(self._get(handle).facts.lease, policy, destination)
 
     async def egress_counts(self, handle: str, rules: int) -> EgressCounts:
         """What each of the policy's rules has decided."""

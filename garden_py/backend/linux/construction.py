@@ -103,16 +103,18 @@ class Construction:
         failpoints.reach(Point.CREATE_LIMIT)
         async with asyncio.TaskGroup() as steps:
             steps.create_task(self._greet(container))
-            steps.create_task(self._connect(spec, facts))
+            steps.create_task(self._connect(container, spec))
         return container
 
     async def _greet(self, container: LinuxContainer) -> None:
         await container.greet(timeout_s=self._site.config.create_timeout_s)
         failpoints.reach(Point.CREATE_GREET)
 
-    async def _connect(self, spec: ContainerSpec, facts: ContainerFacts) -> None:
+    async def _connect(self, container: LinuxContainer, spec: ContainerSpec) -> None:
+        facts = container.facts
         policy = spec.egress or EgressPolicy(default_action=DefaultAction(self._site.config.default_egress))
         await self._network.attach(spec.handle, facts.pid, facts.lease, policy, privileged=spec.privileged)
+        self._network.note_rules(container.directory, policy)
         failpoints.reach(Point.CREATE_CONNECT)
 
     def _shares_ids(self, spec: ContainerSpec) -> bool:

@@ -28,6 +28,7 @@ from garden_py.backend.streams.agent_link import AgentLink
 from garden_py.backend.streams.agent_replies import AgentExit
 from garden_py.model.errors import ContainerBroken
 from garden_py.model.limits import DiskScope, Limits
+from garden_py.model.netrule import EgressPolicy
 from garden_py.model.process import ProcessSpec
 from garden_py.service.ports import BackendEvents
 
@@ -92,6 +93,7 @@ class LinuxContainer(AgentOwner):
         broken_because: why it can only be destroyed; empty while it is whole.
         image: as its spec has it.
         disk_scope: what its limit on disk space counts.
+        policy: its egress policy when it was taken over; None: made by this server.
         sidecars: agents besides PID 1, by the process that each of them was started for (linux/sidecars.py).
         retiring: removals of sidecars under way, by process.
         jobs: starts and removals of sidecars under way.
@@ -116,6 +118,7 @@ class LinuxContainer(AgentOwner):
         self.jobs: set[asyncio.Future[Any]] = set()
         self.image = ""
         self.disk_scope: DiskScope | None = None
+        self.policy: EgressPolicy | None = None
         self._events = events
         self.spawning: set[str] = set()
         self._early_exits: dict[str, AgentExit] = {}

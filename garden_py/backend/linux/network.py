@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import math
 import os
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -14,22 +16,38 @@ from typing import Any
 
 import structlog
 
+from garden_py.agent.rtnetlink import Rtnetlink
+from garden_py.backend.host.threads import in_thread
 from garden_py.backend.launcher.client import Launcher
+from garden_py.backend.linux.connections import ConnectionLog
 from garden_py.backend.net import firewall, host_firewall
 from garden_py.backend.net import host_firewall as hf
 from garden_py.backend.net.apply import TABLE_MISSING
 from garden_py.backend.net.messages import Attachment
-from garden_py.backend.net.plan import HostPlan, LinkPlan, plan_link
+from garden_py.backend.net.plan import HostPlan, LinkPlan, address_of_link, plan_link
 from garden_py.backend.net.pools import AddressPool, PortPool
 from garden_py.config import Config
+from garden_py.model.connection import Connection
 from garden_py.model.errors import ContainerBroken, HostFault, InvalidField
-from garden_py.model.netrule import DefaultAction, EgressPolicy
+from garden_py.model.netrule import (
+    AddressRange,
+    Cause,
+    Decision,
+    DefaultAction,
+    Destination,
+    EgressPolicy,
+    Protocol,
+    RuleAction,
+    decide,
+)
 from garden_py.model.spec import PortMapping, Transport
 from garden_py.service.ports import EgressCounts, RuleCount
 
 log = structlog.get_logger()
 # How long the host's own address is believed: a list of all containers asks once for each.
 _ADDRESS_KEPT_S = 2.0
+_RULES_FILE = "egress-rules"
+ICMP_ECHO_REQUEST = 8  # RFC 792
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +94,27 @@ class _Attached:
 class LinuxNetwork:
     """Leases and rules of all containers of one server.
 
+    Args:
+        config: of the server.
+        launcher: carries changes out.
+        uplink_mtu: bytes.
+        report: told of connections that rules refuse or log.
+
     The table on the host is the server's own, but others can remove it (`nft flush ruleset`, a firewall that is
     reloaded). A change that meets no table puts it back first, with all that containers had in it.
     """
 
-    def __init__(self, config: Config, launcher: Launcher, uplink_mtu: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        launcher: Launcher,
+        uplink_mtu: int,
+        report: Callable[[str, Connection], None],
+    ) -> None:
         self._config = config
+        self._denied = tuple(AddressRange.parse(str(network)) for network in config.deny_network)
+        self._dns = tuple(IPv4Address(text) for text in (*config.dns_server, *config.additional_dns_server))
+        self._connections = ConnectionLog(report, self._owner_of)
         self._launcher = launcher
         self._mtu = config.mtu or uplink_mtu
         self.addresses = AddressPool(config.network_pool)
@@ -191,6 +224,7 @@ class LinuxNetwork:
     async def ensure_host(self) -> None:
         """Make or repair what all containers share, and what each has in the table, when the server starts."""
         await self._job("ensure_host", self._shared())
+        await self._connections.watch_host(host_firewall.log_target(self.host).group)
 
     async def restore_host(self) -> None:
         """Repair it at any other time."""
@@ -203,11 +237,17 @@ class LinuxNetwork:
 
     def _shared(self) -> dict[str, Any]:
         elements = "".join(self._elements_of(handle, each) for handle, each in self._attached.items())
-        return {"host_access": self._config.allow_host_access, "elements": elements}
+        return {
+            "host_access": self._config.allow_host_access,
+            "dns_servers": [str(server) for server in self._dns],
+            "elements": elements,
+        }
 
     def _elements_of(self, handle: str, attached: _Attached) -> str:
         link = self._link(attached.lease, handle)
-        rules = host_firewall.compile_attach(self.host, link, host_side_policy=attached.policy)
+        rules = host_firewall.compile_attach(
+            self.host, link, host_side_policy=attached.policy, denied=self._denied
+        )
         mappings = self._mappings(attached.lease)
         return rules + "".join(host_firewall.compile_map_port(self.host, each) for each in mappings)
 
@@ -230,19 +270,22 @@ class LinuxNetwork:
         """Connect a container, with its policy in force before its first packet."""
         link = self._link(lease, handle)
         host_rules = host_firewall.compile_attach(
-            self.host, link, host_side_policy=policy if privileged else None
+            self.host, link, host_side_policy=policy if privileged else None, denied=self._denied
         )
-        container_rules = "" if privileged else firewall.compile_container_ruleset(policy)
+        container_rules = "" if privileged else self.container_rules(policy)
         params = {
             "attachment": Attachment(link, host_rules, container_rules).to_json(),
             "mappings": [mapping.to_json() for mapping in self._mappings(lease)],
         }
         with _Namespaces("", pid, privileged=privileged) as fds:
             await self.job("attach", params, fds)
+        if not privileged:
+            await self.watch(handle, pid, policy)
         self._attached[handle] = _Attached(lease, policy if privileged else None)
 
     async def detach(self, handle: str, lease: NetworkLease, *, privileged: bool) -> None:
         """Disconnect a container and its ports; what is gone already is fine."""
+        self._connections.unwatch(handle)
         self._attached.pop(handle, None)
         async with self._restoring:
             # A repair that had begun knows of this container still: what it puts back is to go as well.
@@ -265,12 +308,15 @@ class LinuxNetwork:
     ) -> None:
         """Replace a container's whole policy in one transaction."""
         if privileged:
-            rules = host_firewall.compile_host_side_policy(self.host, self._link(lease, handle), policy)
+            rules = host_firewall.compile_host_side_policy(
+                self.host, self._link(lease, handle), policy, denied=self._denied
+            )
             await self.job("set_egress", {"host_side": True, "rules": rules})
             self._attached[handle] = _Attached(lease, policy)
             return
         with _Namespaces(handle, pid, privileged=False) as fds:
-            rules = firewall.compile_container_ruleset(policy)
+            rules = self.container_rules(policy)
+            await self.watch(handle, pid, policy)
             await self.job("set_egress", {"host_side": False, "rules": rules}, fds)
 
     async def egress_counts(
@@ -282,7 +328,77 @@ class LinuxNetwork:
             answer = await self.job("egress_counters", params, fds)
         counts = {c["rule"]: RuleCount(c["packets"], c["bytes"]) for c in answer["counters"]}
         per_rule = tuple(counts.get(index, RuleCount()) for index in range(rules))
-        return EgressCounts(per_rule, counts.get("default", RuleCount()))
+        return EgressCounts(
+            per_rule, counts.get("default", RuleCount()), counts.get("denied_network", RuleCount())
+        )
+
+    def container_rules(self, policy: EgressPolicy) -> str:
+        """An unprivileged container's own table."""
+        return firewall.compile_container_ruleset(policy, denied=self._denied)
+
+    def note_rules(self, directory: Path, policy: EgressPolicy) -> None:
+        """Remember in a container's directory which rules are in force in its namespace."""
+        (directory / _RULES_FILE).write_text(_digest(self.container_rules(policy)))
+
+    def has_rules(self, directory: Path, policy: EgressPolicy) -> bool:
+        """Whether these are: not if another release of this program, or other settings of the server, made them."""
+        try:
+            return (directory / _RULES_FILE).read_text() == _digest(self.container_rules(policy))
+        except FileNotFoundError:
+            return False
+
+    # --- connections
+
+    async def watch(self, handle: str, pid: int, policy: EgressPolicy) -> None:
+        """Report what an unprivileged container's own rules refuse or log.
+
+        Raises:
+            ContainerBroken: its PID 1 has ended.
+            HostFault: the kernel refused.
+        """
+        try:
+            await self._connections.watch(handle, f"/proc/{pid}/ns/net", policy, self._denied)
+        except (FileNotFoundError, ProcessLookupError) as error:
+            raise ContainerBroken(handle, "its PID 1 has ended") from error
+        except OSError as error:
+            raise HostFault("network.watch", str(error)) from error
+
+    def close(self) -> None:
+        """Stop reporting; nothing on the host changes."""
+        self._connections.close()
+
+    def _owner_of(self, link: str) -> str:
+        address = address_of_link(self.host, link)
+        owners = (h for h, each in self._attached.items() if each.lease.address == address)
+        return next(owners, "") if address is not None else ""
+
+    async def explain(self, lease: NetworkLease, policy: EgressPolicy, destination: Destination) -> Decision:
+        """What would become of a new connection of a container, as the rules of its namespace and the host have it."""
+        address = destination.address
+        if address.is_loopback or address == lease.address:
+            return Decision(RuleAction.ALLOW, Cause.LOOPBACK)
+        if not isinstance(address, IPv4Address):
+            return Decision(RuleAction.DENY, Cause.IPV6)
+        decision = decide(policy, destination, self._denied)
+        if decision.action is RuleAction.DENY:
+            return decision
+        if address in await in_thread(_host_addresses):
+            is_open = self._is_open_on_host(destination)
+            return decision if is_open else Decision(RuleAction.DENY, Cause.HOST)
+        if address in self.host.pool and address not in self.addresses.taken:
+            return Decision(RuleAction.DENY, Cause.UNREACHABLE)
+        return decision
+
+    def _is_open_on_host(self, destination: Destination) -> bool:
+        """Whether an address of the host can be connected to; see host_firewall: map_ports, then to_host."""
+        if self._config.allow_host_access:
+            return True
+        protocol, port = destination.protocol, destination.port
+        if protocol in (Protocol.TCP, Protocol.UDP) and (protocol.value, port) in self.taken_ports():
+            return True
+        if destination.icmp is not None and destination.icmp.type == ICMP_ECHO_REQUEST:
+            return destination.address == self.host.gateway
+        return port == firewall.DNS_PORT and destination.address in self._dns
 
     def read_traffic(self, handle: str, lease: NetworkLease) -> LinkTraffic:
         """Traffic as the container sees it: what its host end receives is what it sends."""
@@ -330,6 +446,15 @@ def _own_address() -> str:
         except OSError:
             return ""
         return str(probe.getsockname()[0])
+
+
+def _digest(rules: str) -> str:
+    return hashlib.sha256(rules.encode()).hexdigest()
+
+
+def _host_addresses() -> set[IPv4Address]:
+    with Rtnetlink() as netlink:
+        return {each.address for each in netlink.addresses()}
 
 
 def check_dns_servers(servers: tuple[str, ...]) -> None:

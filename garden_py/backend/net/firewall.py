@@ -7,49 +7,122 @@ privileged container could undo them there, so its rules become a chain in the s
 Each rule becomes one nft statement with its own counter and the comment `rule N`, evaluated in order. Rules
 are not folded into shared sets: that would lose the counters which answer "why was this denied", and only the
 first packet of a connection walks the list.
+
+Whatever is refused goes through one chain, which tells of it before it answers: as a message to an NFLOG group, with
+the cause in the packet's mark, at a bounded rate. Kernel log targets do not work in child namespaces.
+
+Cutting connections: what a policy of a later generation has let out carries that generation as its connection mark.
+A connection without it is judged again by the rules, once. Only policies that have cut use marks. Those of a privileged
+container's connections are on the host, where other tools may have marks of their own: see CONNECTION_MARK.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from ipaddress import IPv4Address, summarize_address_range
 
-from garden_py.model.netrule import AddressRange, DefaultAction, EgressPolicy, EgressRule, PortRange, Protocol
+from garden_py.model.netrule import (
+    AddressRange,
+    Cause,
+    DefaultAction,
+    EgressPolicy,
+    EgressRule,
+    PortRange,
+    Protocol,
+)
 from garden_py.model.netrule import RuleAction as Action
 
 CONTAINER_TABLE = "garden"
 LOG_GROUP = 0x6764
-"""NFLOG group of logged connections ("gd"); a group per namespace, see nfnetlink_log in libnetfilter_log."""
+"""NFLOG group in containers' namespaces ("gd"); each namespace has groups of its own (nfnetlink_log.c)."""
 
-REJECT = "goto refuse"
-REFUSE = ["meta l4proto tcp reject with tcp reset", "reject with icmpx admin-prohibited"]
-"""What chain `refuse` does: an error at once where a silent drop would cost a time-out (RFC 1812 §5.2.7.1).
+LOG_RATE = "limit rate 10/second burst 20 packets"
+"""How many connections of one container are told of; the counters count all."""
+
+CAUSE_MARKS = {
+    Cause.DEFAULT: 0x8000_0001,
+    Cause.DENIED_NETWORK: 0x8000_0002,
+    Cause.IPV6: 0x8000_0003,
+    Cause.HOST: 0x8000_0004,
+    Cause.CONTAINERS: 0x8000_0005,
+    Cause.SPOOFED: 0x8000_0006,
+    Cause.MARTIAN: 0x8000_0007,
+}
+"""Marks of refused packets by cause; a rule's is its index and one."""
+
+REJECT = ["meta l4proto tcp reject with tcp reset", "reject with icmpx admin-prohibited"]
+"""How a packet is refused: an error at once where a silent drop would cost a time-out (RFC 1812 §5.2.7.1).
 
 A TCP connect gets a reset: the kernel drops an ICMP error that meets the connecting socket still locked
 (tcp_v4_err, LockDroppedIcmps), and the caller would wait for the retransmission, a second later.
 """
 
+CONNECTION_MARK = 0x6764_0000
+"""Upper half of the connection mark of what a policy has let out after a cut; its lower half is the generation."""
+
+LOG_SNAP_BYTES = 128
+"""Of each logged packet: an IPv4 header with options, and ports."""
+
+DENY_PREFIX = "garden deny"
+ALLOW_PREFIX = "garden allow "
+
 DNS_PORT = 53
+_ESTABLISHED = "ct state established,related"
 _LAST_IPV4 = IPv4Address("255.255.255.255")
 
 
-def compile_container_ruleset(policy: EgressPolicy, *, dns_servers: Sequence[IPv4Address] = ()) -> str:
+@dataclass(frozen=True, slots=True)
+class LogTarget:
+    """Where messages of connections go.
+
+    Attributes:
+        group: of NFLOG, 0..65535.
+        rate: an nft statement that matches as often as a message may be sent.
+    """
+
+    group: int
+    rate: str = LOG_RATE
+
+    def statement(self, prefix: str) -> str:
+        """Tell of a packet, if the rate allows; the rule goes on either way only in a rule of its own."""
+        return f'{self.rate} log prefix "{prefix}" group {self.group} snaplen {LOG_SNAP_BYTES}'
+
+
+CONTAINER_LOG = LogTarget(LOG_GROUP)
+
+
+def refuse(cause: int | Cause) -> str:
+    """The verdict for what a rule, by its index, or another cause refuses."""
+    mark = CAUSE_MARKS[cause] if isinstance(cause, Cause) else cause + 1
+    return f"meta mark set {mark:#x} goto refuse"
+
+
+def refuse_chain(log: LogTarget) -> list[str]:
+    """What chain `refuse` does with a packet that `refuse` has marked."""
+    return [log.statement(DENY_PREFIX), *REJECT]
+
+
+def compile_container_ruleset(policy: EgressPolicy, *, denied: Sequence[AddressRange] = ()) -> str:
     """The whole `inet garden` table of a container's namespace, as one transaction that replaces any former.
 
-    Loopback and replies are free, IPv6 is refused (containers have no IPv6 address), the DNS servers that the
-    container was given are reachable on port 53, then the policy decides. Established connections outlive a
-    replacement: connection tracking belongs to the namespace, not to the table. Forwarding is refused: a
-    container is no router, whatever its `ip_forward` says.
+    Loopback and replies are free, IPv6 is refused (containers have no IPv6 address), then the policy decides.
+    Established connections outlive a replacement, unless it is of another generation: connection tracking belongs to
+    the namespace, not to the table. Forwarding is refused: a container is no router, whatever its `ip_forward` says.
+
+    Args:
+        policy: of the container.
+        denied: networks that are refused where no rule has let them through.
 
     Returns:
         nft text; `nft -f -` in the container's namespace applies it.
     """
-    body = [*_preamble(), *compile_policy(policy, dns_servers=dns_servers)]
+    body = [*_preamble(policy), *compile_policy(policy, CONTAINER_LOG, denied=denied)]
     lines = [
         f"add table inet {CONTAINER_TABLE}",  # so that the delete finds one
         f"delete table inet {CONTAINER_TABLE}",
         f"table inet {CONTAINER_TABLE} {{",
-        *chain("refuse", "", REFUSE),
+        *chain("refuse", "", refuse_chain(CONTAINER_LOG)),
         *chain("output", "type filter hook output priority filter; policy drop;", body),
         *chain("forward", "type filter hook forward priority filter; policy drop;", []),
         "}",
@@ -57,17 +130,32 @@ def compile_container_ruleset(policy: EgressPolicy, *, dns_servers: Sequence[IPv
     return "\n".join(lines) + "\n"
 
 
-def compile_policy(policy: EgressPolicy, *, dns_servers: Sequence[IPv4Address] = ()) -> list[str]:
-    """The statements that decide about a new connection: DNS, the rules, the default."""
+def compile_host_side_chain(
+    policy: EgressPolicy, log: LogTarget, *, denied: Sequence[AddressRange] = ()
+) -> list[str]:
+    """The statements of a privileged container's chain, which sees every packet that it sends."""
+    return [*_accept_established(policy), *compile_policy(policy, log, denied=denied)]
+
+
+def compile_policy(policy: EgressPolicy, log: LogTarget, *, denied: Sequence[AddressRange] = ()) -> list[str]:
+    """The statements that decide about a new connection: the rules, the denied networks, the default.
+
+    Args:
+        policy: of the container.
+        log: where to tell of what is refused, and of what rules that log allow.
+        denied: networks that are refused where no rule has let them through.
+    """
+    accept = f"ct mark set {_mark(policy)} accept" if policy.generation else "accept"
     lines = []
-    if dns_servers:
-        servers = _set(sorted({str(s) for s in dns_servers}))
-        lines.append(
-            f'ip daddr {servers} meta l4proto {{ tcp, udp }} th dport {DNS_PORT} counter accept comment "dns"'
-        )
     for index, rule in enumerate(policy.rules):
-        lines.extend(_rule_statements(index, rule))
-    lines.append(_default_statement(policy))
+        lines += _rule_statements(index, rule, accept, log)
+    if (addresses := match_addresses(denied) if denied else None) is not None:
+        parts = [addresses, "counter", refuse(Cause.DENIED_NETWORK), 'comment "denied_network"']
+        lines.append(" ".join(part for part in parts if part))
+    if policy.default_action is DefaultAction.ALLOW:
+        lines.append(f'counter {accept} comment "default"')
+    else:
+        lines.append(f'counter {refuse(Cause.DEFAULT)} comment "default"')
     return lines
 
 
@@ -97,22 +185,37 @@ def match_addresses(ranges: Sequence[AddressRange]) -> str | None:
     return f"ip daddr {_set(items)}"
 
 
-def _preamble() -> list[str]:
+def _preamble(policy: EgressPolicy) -> list[str]:
     return [
         'oifname "lo" accept',
-        "ct state established,related accept",
-        f'meta nfproto ipv6 counter {REJECT} comment "ipv6"',
+        *_accept_established(policy),
+        f'meta nfproto ipv6 counter {refuse(Cause.IPV6)} comment "ipv6"',
     ]
 
 
-def _rule_statements(index: int, rule: EgressRule) -> list[str]:
+def _accept_established(policy: EgressPolicy) -> list[str]:
+    """Replies to those who have connected to the container, and what this generation has let out; 0: what any has."""
+    if not policy.generation:
+        return [f"{_ESTABLISHED} accept"]
+    return [f"{_ESTABLISHED} ct direction reply accept", f"{_ESTABLISHED} ct mark {_mark(policy)} accept"]
+
+
+def _mark(policy: EgressPolicy) -> str:
+    return f"{CONNECTION_MARK | policy.generation & 0xFFFF:#x}"
+
+
+def _rule_statements(index: int, rule: EgressRule, accept: str, log: LogTarget) -> list[str]:
     addresses = match_addresses(rule.networks)
     if addresses is None:
         return []  # IPv6 networks only: nothing that a container can send, the preamble refused it
-    log = f'log prefix "garden rule {index} {rule.action.value}: " group {LOG_GROUP}' if rule.log else ""
-    verdict = "accept" if rule.action is Action.ALLOW else REJECT
-    parts = [addresses, _match_protocol(rule), log, "counter", verdict, f'comment "rule {index}"']
-    return [" ".join(part for part in parts if part)]
+    match = " ".join(part for part in (addresses, _match_protocol(rule)) if part)
+    allows = rule.action is Action.ALLOW
+    verdict = accept if allows else refuse(index)
+    lines = [f'{match} counter {verdict} comment "rule {index}"'.lstrip()]
+    if rule.log and allows:
+        # A rule of its own: a limit that is passed ends a rule without its verdict.
+        lines.insert(0, f"ct state new {match} {log.statement(ALLOW_PREFIX + str(index))}".replace("  ", " "))
+    return lines
 
 
 def _match_protocol(rule: EgressRule) -> str:
@@ -128,13 +231,6 @@ def _match_protocol(rule: EgressRule) -> str:
                 return "meta l4proto icmp"
             code = "" if rule.icmp.code is None else f" icmp code {rule.icmp.code}"
             return f"icmp type {rule.icmp.type}{code}"
-
-
-def _default_statement(policy: EgressPolicy) -> str:
-    if policy.default_action is DefaultAction.ALLOW:
-        return 'counter accept comment "default"'
-    log = f'log prefix "garden default deny: " group {LOG_GROUP} ' if policy.log_denied else ""
-    return f'{log}counter {REJECT} comment "default"'
 
 
 def _address_items(start: int, end: int) -> list[str]:

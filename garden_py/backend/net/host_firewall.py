@@ -22,12 +22,22 @@ from enum import Enum
 from ipaddress import IPv4Address
 from typing import Any
 
-from garden_py.backend.net.firewall import DNS_PORT, REFUSE, REJECT, chain, compile_policy
+from garden_py.backend.net.firewall import (
+    DENY_PREFIX,
+    DNS_PORT,
+    LOG_RATE,
+    REJECT,
+    LogTarget,
+    chain,
+    compile_host_side_chain,
+    refuse,
+    refuse_chain,
+)
 from garden_py.backend.net.plan import HostPlan, LinkPlan
-from garden_py.model.netrule import EgressPolicy
+from garden_py.model.netrule import AddressRange, Cause, EgressPolicy
 
 BASE_CHAINS = (
-    "refuse", "antispoof", "judge", "map_ports", "map_ports_local", "to_host", "input", "from_container",
+    "refuse", "vanish", "antispoof", "judge", "map_ports", "map_ports_local", "to_host", "input", "from_container",
     "to_container", "forward", "source_nat",
 )  # fmt: skip
 
@@ -97,8 +107,10 @@ def compile_host_base(host: HostPlan, policy: HostPolicy) -> str:
     chains stay.
     """
     ours = f'"{host.link_prefix}*"'
+    log = log_target(host)
     chains = {
-        "refuse": ("", REFUSE),
+        "refuse": ("", refuse_chain(log)),
+        "vanish": ("", [log.statement(DENY_PREFIX), "drop"]),
         "antispoof": ("type filter hook prerouting priority raw; policy accept;", _antispoof(ours)),
         "judge": ("type filter hook prerouting priority mangle; policy accept;", _judge(ours)),
         "map_ports": ("type nat hook prerouting priority dstnat; policy accept;", [_MAP_PORTS]),
@@ -108,7 +120,7 @@ def compile_host_base(host: HostPlan, policy: HostPolicy) -> str:
         "from_container": ("", _from_container(ours, policy)),
         "to_container": (
             "",
-            ["ct state established,related accept", "ct status dnat accept", f"counter {REJECT}"],
+            ["ct state established,related accept", "ct status dnat accept", "counter", *REJECT],
         ),
         "forward": (
             "type filter hook forward priority filter; policy accept;",
@@ -127,6 +139,11 @@ def compile_host_base(host: HostPlan, policy: HostPolicy) -> str:
     return "\n".join([*lines, "}"]) + "\n"
 
 
+def log_target(host: HostPlan) -> LogTarget:
+    """Where the host's table tells of what it refuses: a group per server, a rate per container."""
+    return LogTarget(int(host.tag, 16), f"update @told {{ iifname {LOG_RATE} }}")
+
+
 def compile_host_removal(host: HostPlan) -> str:
     """Delete the table, present or not."""
     return f"add table inet {host.table}\ndelete table inet {host.table}\n"
@@ -137,7 +154,7 @@ def compile_attach(
     link: LinkPlan,
     *,
     host_side_policy: EgressPolicy | None = None,
-    dns_servers: Sequence[IPv4Address] = (),
+    denied: Sequence[AddressRange] = (),
 ) -> str:
     """Let a container's link send with its own address; repeating it is harmless.
 
@@ -145,21 +162,21 @@ def compile_attach(
         host: the server's plan.
         link: the container's plan.
         host_side_policy: a privileged container's egress policy; None for an unprivileged one.
-        dns_servers: what a privileged container may always ask for names.
+        denied: networks that are refused where no rule of that policy has let them through.
     """
     text = f"add element inet {host.table} members {{ {_member(link)} }}\n"
     if host_side_policy is None:
         return text
-    rules = compile_host_side_policy(host, link, host_side_policy, dns_servers=dns_servers)
+    rules = compile_host_side_policy(host, link, host_side_policy, denied=denied)
     return f"{text}{rules}add element inet {host.table} egress {{ {_judgement(link)} }}\n"
 
 
 def compile_host_side_policy(
-    host: HostPlan, link: LinkPlan, policy: EgressPolicy, *, dns_servers: Sequence[IPv4Address] = ()
+    host: HostPlan, link: LinkPlan, policy: EgressPolicy, *, denied: Sequence[AddressRange] = ()
 ) -> str:
     """Fill a privileged container's chain, replacing what it held, in one transaction."""
     name = egress_chain(link)
-    body = chain(name, "", compile_policy(policy, dns_servers=dns_servers))
+    body = chain(name, "", compile_host_side_chain(policy, log_target(host), denied=denied))
     lines = [
         f"add chain inet {host.table} {name}",
         f"flush chain inet {host.table} {name}",
@@ -241,6 +258,12 @@ _SETS = [
     "\tmap portmap {",
     "\t\ttype inet_proto . inet_service : ipv4_addr . inet_service",
     "\t}",
+    "\tset told {",
+    "\t\ttype ifname",
+    "\t\tsize 65536",
+    "\t\tflags dynamic,timeout",
+    "\t\ttimeout 1m",
+    "\t}",
     "\tmap egress {",
     "\t\ttype ipv4_addr : verdict",
     "\t}",
@@ -250,18 +273,23 @@ _SETS = [
 def _antispoof(ours: str) -> list[str]:
     return [
         f"iifname != {ours} accept",
-        'meta nfproto ipv6 counter drop comment "ipv6"',
-        'iifname . ip saddr != @members counter drop comment "spoofed"',
+        f'meta nfproto ipv6 counter {_vanish(Cause.IPV6)} comment "ipv6"',
+        f'iifname . ip saddr != @members counter {_vanish(Cause.SPOOFED)} comment "spoofed"',
         # route_localnet, which 127.0.0.1:PORT needs, must not open the host's loopback services
         # (CVE-2020-8558).
-        'ip daddr 127.0.0.0/8 counter drop comment "martian"',
+        f'ip daddr 127.0.0.0/8 counter {_vanish(Cause.MARTIAN)} comment "martian"',
     ]
+
+
+def _vanish(cause: Cause) -> str:
+    """Without an answer, which a forged source would not get anyway."""
+    return refuse(cause).replace("goto refuse", "goto vanish")
 
 
 def _judge(ours: str) -> list[str]:
     # Before destination NAT, so that a rule means the address the container asked for, as it does in an
     # unprivileged container's own namespace.
-    return [f"iifname != {ours} accept", "ct state established,related accept", "ip saddr vmap @egress"]
+    return [f"iifname != {ours} accept", "ip saddr vmap @egress"]
 
 
 def _to_host(host: HostPlan, policy: HostPolicy) -> list[str]:
@@ -274,7 +302,7 @@ def _to_host(host: HostPlan, policy: HostPolicy) -> list[str]:
     if policy.dns_servers:
         servers = ", ".join(sorted({str(s) for s in policy.dns_servers}))
         lines.append(f"ip daddr {{ {servers} }} meta l4proto {{ tcp, udp }} th dport {DNS_PORT} accept")
-    return [*lines, f"counter {REJECT}"]
+    return [*lines, f"counter {refuse(Cause.HOST)}"]
 
 
 def _from_container(ours: str, policy: HostPolicy) -> list[str]:
@@ -286,7 +314,7 @@ def _from_container(ours: str, policy: HostPolicy) -> list[str]:
         "ct status dnat accept",
     ]
     if policy.inter_container is Access.DENY:
-        lines.append(f"oifname {ours} counter {REJECT}")
+        lines.append(f"oifname {ours} counter {refuse(Cause.CONTAINERS)}")
     return [*lines, "accept"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from ipaddress import IPv4Address
 from typing import Any
 
 from garden_py.backend.net.apply import HostNetwork
@@ -42,7 +43,8 @@ def restore_host(net: HostNetwork, params: dict[str, Any], fds: list[int]) -> di
 
 
 def _policy(params: dict[str, Any]) -> HostPolicy:
-    return HostPolicy(host_access=Access.ALLOW if params["host_access"] else Access.DENY)
+    servers = tuple(IPv4Address(text) for text in params["dns_servers"])
+    return HostPolicy(Access.ALLOW if params["host_access"] else Access.DENY, dns_servers=servers)
 
 
 def remove_host(net: HostNetwork, params: dict[str, Any], fds: list[int]) -> dict[str, Any]:

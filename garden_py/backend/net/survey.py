@@ -58,6 +58,8 @@ def read_elements(objects: list[dict[str, Any]]) -> tuple[str, ...]:
                     found.append(f"portmap {_words(element[0])} {_words(element[1])}")
                 case "egress":
                     found.append(f"egress {element[0]} {element[1]['goto']['target']}")
+                case "told":
+                    continue  # by the kernel itself, and forgotten by it
                 case name:
                     found.append(f"{name} {element}")
     return tuple(sorted(found))

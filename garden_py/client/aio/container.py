@@ -105,13 +105,21 @@ class AsyncContainer:
         """The egress policy in force, with counters."""
         return await self._link.unary(calls.egress(self.handle))
 
-    async def set_egress(self, policy: v.EgressPolicy) -> v.EgressPolicy:
+    async def set_egress(self, policy: v.EgressPolicy, *, cut: bool = False) -> v.EgressPolicy:
         """Replace the whole policy atomically.
+
+        Args:
+            policy: the new one.
+            cut: end connections that it does not allow, instead of letting established ones go on.
 
         Raises:
             Aborted: `policy.etag` is given and somebody has changed the policy since.
         """
-        return await self._link.unary(calls.set_egress(self.handle, policy))
+        return await self._link.unary(calls.set_egress(self.handle, policy, cut=cut))
+
+    async def explain_egress(self, destination: v.Destination) -> v.EgressDecision:
+        """What would become of a new connection, and which rule or setting decides; no packet is sent."""
+        return await self._link.unary(calls.explain_egress(self.handle, destination))
 
     async def run(
         self,

@@ -104,13 +104,21 @@ class Container:
         """The egress policy in force, with counters."""
         return self._link.unary(calls.egress(self.handle))
 
-    def set_egress(self, policy: v.EgressPolicy) -> v.EgressPolicy:
+    def set_egress(self, policy: v.EgressPolicy, *, cut: bool = False) -> v.EgressPolicy:
         """Replace the whole policy atomically.
+
+        Args:
+            policy: the new one.
+            cut: end connections that it does not allow, instead of letting established ones go on.
 
         Raises:
             Aborted: `policy.etag` is given and somebody has changed the policy since.
         """
-        return self._link.unary(calls.set_egress(self.handle, policy))
+        return self._link.unary(calls.set_egress(self.handle, policy, cut=cut))
+
+    def explain_egress(self, destination: v.Destination) -> v.EgressDecision:
+        """What would become of a new connection, and which rule or setting decides; no packet is sent."""
+        return self._link.unary(calls.explain_egress(self.handle, destination))
 
     def run(
         self,
