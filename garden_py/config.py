@@ -268,6 +268,13 @@ class Config(BaseModel):
     allow_host_access: Annotated[
         bool, Field(description="Let containers reach the host's own addresses.")
     ] = False
+    container_access: Annotated[
+        Literal["all", "subnet", "none"],
+        Field(
+            description="Which other containers a container reaches by their addresses: all, those of its own chosen "
+            "subnet, or none."
+        ),
+    ] = "all"
     deny_network: Annotated[
         tuple[ipaddress.IPv4Network, ...],
         Field(

@@ -114,6 +114,7 @@ def inject(
         request: any of these keys, done in this order:
             "interface": {"name", "address", "gateway", "gateway_mac"}: IPv6 off, lo up, the link up with its
             address, and the routes; safe to repeat.
+            "loopback": True: IPv6 off, lo up, and nothing else.
             "nft": text of one transaction.
             "counters": True: read the rule counters of table `inet garden`.
         deadline_s: the child is killed after that many seconds.
@@ -291,6 +292,8 @@ def _join(tools: Tools, userns_fd: int | None, netns_fd: int) -> Nft:
 def _act(nft: Nft, request: dict[str, Any]) -> dict[str, Any]:
     if "interface" in request:
         _configure_interface(request["interface"])
+    if "loopback" in request:
+        _bring_up_loopback()
     if "nft" in request:
         _try_nft("nft", lambda: nft.run(request["nft"]))
     if not request.get("counters"):
@@ -321,6 +324,15 @@ def _configure_interface(interface: dict[str, Any]) -> None:
         with Rtnetlink() as netlink:
             _bring_up(netlink, interface)
     except RtnetlinkError as error:
+        raise NetrulesError("link", error.errno or 0, str(error)) from error
+
+
+def _bring_up_loopback() -> None:
+    try:
+        _disable_ipv6()
+        with Rtnetlink() as netlink:
+            netlink.set_link_up(1)
+    except OSError as error:  # RtnetlinkError is one
         raise NetrulesError("link", error.errno or 0, str(error)) from error
 
 

@@ -89,6 +89,16 @@ def create(
         list[str] | None,
         typer.Option("--egress", metavar="RULE", help="Egress rule, in order; repeat.", show_default=False),
     ] = None,
+    network: Annotated[
+        str,
+        typer.Option(
+            "--network",
+            metavar="SUBNET|ADDRESS/N|none|host",
+            help="Subnet to be in, e.g. 10.1.2.0/24, or an address in it, e.g. 10.1.2.7/24; none: loopback only; "
+            "host: the host's network.  [default: an address of the server's pool]",
+            show_default=False,
+        ),
+    ] = "",
     hostname: Annotated[
         str, typer.Option("--hostname", metavar="NAME", help="Host name inside.  [default: from the handle]")
     ] = "",
@@ -110,7 +120,10 @@ def create(
 
         garden create --egress-default deny --egress tcp:10.0.0.0/8:443
     """
-    from garden_py.client.values import ContainerSpec, EgressPolicy
+    from garden_py.client.values import ContainerSpec, EgressPolicy, NetworkMode
+
+    named = {"none": NetworkMode.NONE, "host": NetworkMode.HOST}
+    mode, subnet = (named[network], "") if network in named else (NetworkMode.OWN, network)
 
     policy = None
     if egress or egress_default:
@@ -127,6 +140,8 @@ def create(
         port_mappings=tuple(parse.parse_port(text) for text in publish or []),
         egress=policy,
         hostname=hostname,
+        network_mode=mode,
+        subnet=subnet,
         image_auth=opt.registry_auth(image_user, image_password_file),
     )
     with opt.connect(context, address) as garden:
@@ -213,6 +228,7 @@ def info(
             "image": spec.image,
             "privileged": "yes" if spec.privileged else "",
             "hostname": spec.hostname,
+            "network": spec.subnet or spec.network_mode.name.lower(),
             "container ip": container.container_ip,
             "host ip": container.host_ip,
             "external ip": container.external_ip,

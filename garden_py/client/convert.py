@@ -147,6 +147,8 @@ def container_spec_to_pb(spec: v.ContainerSpec) -> pb.ContainerSpec:
         egress=None if spec.egress is None else egress_to_pb(spec.egress),
         hostname=spec.hostname,
         image_auth=auth_to_pb(spec.image_auth),
+        network_mode=pb.NetworkMode.ValueType(spec.network_mode),
+        subnet=spec.subnet,
     )
 
 
@@ -182,6 +184,8 @@ def _container_spec_from_pb(message: pb.ContainerSpec) -> v.ContainerSpec:
         port_mappings=tuple(port_mapping_from_pb(mapping) for mapping in message.port_mappings),
         egress=egress_from_pb(message.egress) if message.HasField("egress") else None,
         hostname=message.hostname,
+        network_mode=v.NetworkMode(message.network_mode),
+        subnet=message.subnet,
     )
 
 

@@ -82,6 +82,14 @@ class Stream(IntEnum):
     STDERR = 1
 
 
+class NetworkMode(IntEnum):
+    """OWN: a link to the host; NONE: loopback only; HOST: the host's network, for privileged containers."""
+
+    OWN = 0
+    NONE = 1
+    HOST = 2
+
+
 class EgressCause(IntEnum):
     """What decides about a connection; see ExplainEgressResponse in garden.proto."""
 
@@ -273,6 +281,7 @@ class ContainerSpec:
         grace_time: how long it may be unused before the server destroys it; zero: for ever.
         egress: None: the server's default policy.
         hostname: empty: made from the handle.
+        subnet: "10.1.2.0/24" or "10.1.2.7/24"; empty: an address of the server's pool.
     """
 
     handle: str = ""
@@ -287,6 +296,8 @@ class ContainerSpec:
     egress: EgressPolicy | None = None
     hostname: str = ""
     image_auth: RegistryAuth | None = None
+    network_mode: NetworkMode = NetworkMode.OWN
+    subnet: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -146,6 +146,16 @@ class PoolExhausted(GardenError):
         self.flag = flag
 
 
+class NoLink(GardenError):
+    """A container has no link of its own, so it has neither egress rules nor ports."""
+
+    code = "no_link"
+
+    def __init__(self, handle: str, mode: str) -> None:
+        super().__init__(f"container {handle!r} has no link of its own: its network mode is {mode}")
+        self.handle = handle
+
+
 class PrivilegedDisabled(GardenError):
     """This server makes no privileged containers; a setting of its forbids them."""
 

@@ -11,6 +11,7 @@ from .handle import hostname_problem, name_problem
 from .image import RegistryAuth, image_problem
 from .limits import Limits, limit_violations
 from .netrule import EgressPolicy
+from .network import NetworkMode, network_violations
 from .process import check_env
 
 REQUEST_ID_MAX = 128
@@ -48,6 +49,8 @@ class ContainerSpec:
         grace_time_s: seconds without use before the server destroys it; None the default, 0 never.
         egress: policy for outgoing connections; None the server's default.
         hostname: empty: derived from the handle.
+        network_mode: which network it is in.
+        subnet: `a.b.c.d[/n]`, see network.SubnetChoice; empty: the server chooses an address.
     """
 
     handle: str = ""
@@ -62,6 +65,8 @@ class ContainerSpec:
     egress: EgressPolicy | None = None
     hostname: str = ""
     image_auth: RegistryAuth | None = None
+    network_mode: NetworkMode = NetworkMode.OWN
+    subnet: str = ""
 
 
 def check_container(spec: ContainerSpec) -> None:
@@ -86,6 +91,13 @@ def check_container(spec: ContainerSpec) -> None:
         found.append(FieldViolation("spec.grace_time", "must be 0 (never) to ten years"))
     found += mount_violations(spec.bind_mounts, "spec.bind_mounts")
     found += port_violations(spec.port_mappings, "spec.port_mappings")
+    found += network_violations(
+        spec.network_mode,
+        spec.subnet,
+        privileged=spec.privileged,
+        asks_for_more=bool(spec.port_mappings) or spec.egress is not None,
+        prefix="spec",
+    )
     if found:
         raise InvalidRequest(found)
 

@@ -22,6 +22,7 @@ from garden_py.model.image import PullProgress, RegistryAuth, UsedImage
 from garden_py.model.lifecycle import USABLE, State
 from garden_py.model.limits import Limits, limit_violations
 from garden_py.model.netrule import Decision, DefaultAction, Destination, EgressPolicy, EgressRule
+from garden_py.model.network import NetworkMode
 from garden_py.model.spec import (
     REQUEST_ID_MAX,
     ContainerSpec,
@@ -164,7 +165,7 @@ class Containers:
             spec,
             handle=handle,
             hostname=spec.hostname or hostname_for(handle),
-            egress=self._complete(spec.egress),
+            egress=self._complete(spec.egress) if spec.network_mode is NetworkMode.OWN else None,
         )
 
     def _complete(self, policy: EgressPolicy | None) -> EgressPolicy:

@@ -18,6 +18,7 @@ from garden_py.backend.net.host_firewall import (
     HostPolicy,
     PortMapping,
     PortProtocol,
+    Reach,
     compile_attach,
     compile_detach,
     compile_host_base,
@@ -34,6 +35,7 @@ HOST = HostPlan("3fa1", IPv4Network("10.254.0.0/22"), IPv4Address("10.254.0.1"))
 LINK = plan_link(HOST, IPv4Address("10.254.0.7"), handle="web", mtu_bytes=1500)
 MAPPING = PortMapping(PortProtocol.TCP, 61001, IPv4Address("10.254.0.7"), 8080)
 DNS = IPv4Address("10.254.0.1")
+SUBNETS = (IPv4Network("10.80.0.0/24"), IPv4Network("10.81.0.0/30"))
 
 
 def policy(default: DefaultAction, *rules: str, generation: int = 0) -> EgressPolicy:
@@ -68,8 +70,9 @@ TEXTS = {
         policy(DefaultAction.ALLOW, "tcp:10.1.0.0/16 log", generation=3)
     ),
     "host_default": compile_host_base(HOST, HostPolicy()),
-    "host_closed": compile_host_base(HOST, HostPolicy(Access.DENY, Access.DENY, (DNS,))),
-    "host_open": compile_host_base(HOST, HostPolicy(Access.ALLOW, Access.ALLOW)),
+    "host_closed": compile_host_base(HOST, HostPolicy(Access.DENY, Reach.NONE, dns_servers=(DNS,))),
+    "host_open": compile_host_base(HOST, HostPolicy(Access.ALLOW, Reach.ALL)),
+    "host_subnets": compile_host_base(HOST, HostPolicy(reach=Reach.SUBNET, subnets=SUBNETS)),
     "host_removal": compile_host_removal(HOST),
     "element_attach": compile_attach(HOST, LINK),
     "element_attach_privileged": compile_attach(HOST, LINK, host_side_policy=EVERY_SHAPE, denied=DENIED),

@@ -13,7 +13,7 @@ import pytest
 from net_lab import HOST_IP, OUTSIDE_IP, Lab, open_lab
 
 from garden_py.agent.rtnetlink import Rtnetlink
-from garden_py.backend.net.host_firewall import Access, HostPolicy, PortProtocol
+from garden_py.backend.net.host_firewall import Access, HostPolicy, PortProtocol, Reach
 from garden_py.model.errors import HostFault, PortInUse
 from garden_py.model.netrule import DefaultAction, EgressPolicy, parse_egress_rule
 
@@ -202,7 +202,7 @@ def test_containers_reach_each_other_only_if_the_server_allows_it(lab: Lab) -> N
     server, client = lab.container(2, OPEN), lab.container(3, OPEN)
     server.order("listen", "0.0.0.0", 8000)
     assert client.try_connect(server.address, 8000) == client.address
-    lab.network.ensure_host(HostPolicy(inter_container=Access.DENY))
+    lab.network.ensure_host(HostPolicy(reach=Reach.NONE))
     assert client.try_connect(server.address, 8000) == "ECONNREFUSED"
 
 

@@ -46,6 +46,8 @@ def test_container_spec_keeps_every_field() -> None:
         egress=pb.EgressPolicy(default_action=pb.EgressPolicy.DENY),
         hostname="host",
         image_auth=pb.RegistryAuth(username="me", password="secret"),
+        network_mode=pb.HOST,
+        subnet="10.1.2.0/24",
     )
     spec = convert.container_spec_from(message, DefaultAction.ALLOW)
     assert spec.grace_time_s == 1.5
@@ -62,7 +64,7 @@ def test_container_spec_keeps_every_field() -> None:
 
 def test_every_field_of_the_container_spec_is_covered() -> None:
     """A field that is added to the proto must be added to the test above."""
-    assert len(pb.ContainerSpec.DESCRIPTOR.fields) == 12
+    assert len(pb.ContainerSpec.DESCRIPTOR.fields) == 14
     assert len(pb.ProcessSpec.DESCRIPTOR.fields) == 12
     assert len(pb.Sidecar.DESCRIPTOR.fields) == 4
 

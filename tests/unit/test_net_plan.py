@@ -6,10 +6,19 @@ import json
 from ipaddress import IPv4Address, IPv4Network
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from garden_py.backend.net.host_firewall import PortMapping, PortProtocol
 from garden_py.backend.net.messages import Attachment, HostReport
-from garden_py.backend.net.plan import HostPlan, LinkPlan, choose_mtu, plan_link
+from garden_py.backend.net.plan import (
+    HostPlan,
+    LinkPlan,
+    address_of_link,
+    choose_mtu,
+    host_link_name,
+    plan_link,
+)
 from garden_py.backend.net.survey import Survey
 
 HOST = HostPlan("3fa1", IPv4Network("10.254.0.0/22"), IPv4Address("10.254.0.1"))
@@ -62,10 +71,13 @@ def test_tags_that_could_leave_their_place_are_refused(tag: str) -> None:
         HostPlan(tag, HOST.pool, HOST.gateway)
 
 
-def test_address_outside_the_pool_is_refused() -> None:
-    """It would get a link name of some other container."""
-    with pytest.raises(ValueError, match="not in"):
-        plan_link(HOST, IPv4Address("10.255.0.2"), handle="x", mtu_bytes=1500)
+@given(st.integers(0, 0xFFFF_FFFF).map(IPv4Address))
+def test_every_address_has_a_link_name_of_its_own(address: IPv4Address) -> None:
+    """Also one in a subnet that a caller has chosen; the name says which it is."""
+    name = host_link_name(HOST, address)
+    assert len(name) <= 15
+    own = (HOST.pool[0], HOST.gateway, HOST.pool[-1])
+    assert address_of_link(HOST, name) == (None if address in own else address)
 
 
 def test_values_cross_a_process_boundary_unchanged() -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from ipaddress import IPv4Address, IPv4Network
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from garden_py.backend.net.pools import AddressPool, PortPool
+from garden_py.backend.net.pools import AddressPool, PortPool, Subnets
 from garden_py.model.errors import InvalidField, PoolExhausted, PortInUse
+from garden_py.model.network import SubnetChoice
 
 
 def address_pool(text: str = "10.254.0.0/29") -> AddressPool:
@@ -108,3 +110,63 @@ def test_port_range_must_be_of_ports(start: int, size: int) -> None:
     """A range beyond 65535 would fail later, at somebody's create."""
     with pytest.raises(InvalidField):
         PortPool(start, size)
+
+
+@pytest.mark.parametrize(
+    ("text", "network", "address"),
+    [
+        ("10.80.0.0/24", "10.80.0.0/24", None),
+        ("10.80.0.0", "10.80.0.0/30", None),
+        ("10.80.0.7/24", "10.80.0.0/24", "10.80.0.7"),
+        ("10.80.0.6", "10.80.0.4/30", "10.80.0.6"),
+    ],
+)
+def test_subnets_are_read_as_garden_writes_them(text: str, network: str, address: str | None) -> None:
+    """N2: /30 without a size; host bits choose the address."""
+    found = SubnetChoice.parse(text)
+    assert (str(found.network), found.address and str(found.address)) == (network, address)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("ten", "invalid CIDR address: ten"),
+        ("10.80.0.1/24", "a container IP must not equal the gateway IP"),
+        ("10.80.0.255/24", "a container IP must not equal the broadcast IP"),
+        ("10.80.0.2/31", "is not of a size"),
+        ("0.0.0.0/0", "is not of a size"),
+        ("2001:db8::/64", "invalid CIDR address: 2001:db8::/64"),
+    ],
+)
+def test_bad_subnets_are_refused(text: str, problem: str) -> None:
+    """N4, in the words that clients know."""
+    with pytest.raises(InvalidField, match=re.escape(problem)):
+        SubnetChoice.parse(text)
+
+
+def test_subnets_come_and_go_with_their_containers() -> None:
+    """N3, N4, N5: shared, never overlapping, free again with the last one."""
+    subnets = Subnets(IPv4Network("10.254.0.0/22"))
+
+    def lease(text: str) -> str:
+        return str(subnets.lease(SubnetChoice.parse(text)))
+
+    def refused(text: str) -> str:
+        with pytest.raises(InvalidField) as caught:
+            lease(text)
+        return caught.value.problem
+
+    assert [lease("10.80.0.0/29") for _ in range(5)] == [f"10.80.0.{n}" for n in range(2, 7)]
+    assert refused("10.80.0.0/29") == "insufficient IPs remaining in the pool"
+    assert refused("10.80.0.3/29") == "the requested IP is already allocated"
+    overlap = "the requested subnet (10.80.0.0/24) overlaps an existing subnet (10.80.0.0/29)"
+    assert refused("10.80.0.9/24") == overlap
+    overlap = "the requested subnet (10.254.1.0/24) overlaps the dynamic allocation range (10.254.0.0/22)"
+    assert refused("10.254.1.0/24") == overlap
+    subnets.release(IPv4Network("10.80.0.0/29"), IPv4Address("10.80.0.4"))
+    assert lease("10.80.0.0/29") == "10.80.0.4"
+    for address in list(subnets.taken):
+        subnets.release(IPv4Network("10.80.0.0/29"), address)
+        subnets.release(IPv4Network("10.80.0.0/29"), address)
+    assert subnets.networks == ()
+    assert lease("10.80.0.0/24") == "10.80.0.2"

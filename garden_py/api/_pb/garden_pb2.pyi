@@ -49,6 +49,29 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _NetworkMode:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _NetworkModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_NetworkMode.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    OWN: _NetworkMode.ValueType  # 0
+    """a network namespace with a link to the host"""
+    NONE: _NetworkMode.ValueType  # 1
+    """a network namespace with loopback only"""
+    HOST: _NetworkMode.ValueType  # 2
+    """the host's network; privileged containers only"""
+
+class NetworkMode(_NetworkMode, metaclass=_NetworkModeEnumTypeWrapper): ...
+
+OWN: NetworkMode.ValueType  # 0
+"""a network namespace with a link to the host"""
+NONE: NetworkMode.ValueType  # 1
+"""a network namespace with loopback only"""
+HOST: NetworkMode.ValueType  # 2
+"""the host's network; privileged containers only"""
+Global___NetworkMode: _TypeAlias = NetworkMode  # noqa: Y015
+
 class _ContainerState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -253,6 +276,8 @@ class ContainerSpec(_message.Message):
     EGRESS_FIELD_NUMBER: _builtins.int
     HOSTNAME_FIELD_NUMBER: _builtins.int
     IMAGE_AUTH_FIELD_NUMBER: _builtins.int
+    NETWORK_MODE_FIELD_NUMBER: _builtins.int
+    SUBNET_FIELD_NUMBER: _builtins.int
     handle: _builtins.str
     """1 to 128 characters of A-Z a-z 0-9 . _ - beginning with a letter, a digit or _. Empty: the server makes a UUID."""
     image: _builtins.str
@@ -269,6 +294,12 @@ class ContainerSpec(_message.Message):
     """No user namespace, no seccomp filter, all capabilities that the host has. Still its own network and limits."""
     hostname: _builtins.str
     """Empty: the last 49 characters of the handle. At most 63 characters."""
+    network_mode: Global___NetworkMode.ValueType
+    subnet: _builtins.str
+    """"10.1.2.0/24": the lowest free address of that subnet; "10.1.2.7/24": that very address; /30 if no size is given. Empty:
+    an address of the server's pool. It must overlap neither the pool, nor another subnet, nor a network of the host.
+    Containers of one subnet reach each other if the server's --container-access is all or subnet.
+    """
     @_builtins.property
     def env(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """NAME=VALUE, for every process; a process's own entries win."""
@@ -308,10 +339,12 @@ class ContainerSpec(_message.Message):
         egress: Global___EgressPolicy | None = ...,
         hostname: _builtins.str = ...,
         image_auth: Global___RegistryAuth | None = ...,
+        network_mode: Global___NetworkMode.ValueType = ...,
+        subnet: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["egress", b"egress", "grace_time", b"grace_time", "image_auth", b"image_auth", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bind_mounts", b"bind_mounts", "egress", b"egress", "env", b"env", "grace_time", b"grace_time", "handle", b"handle", "hostname", b"hostname", "image", b"image", "image_auth", b"image_auth", "limits", b"limits", "port_mappings", b"port_mappings", "privileged", b"privileged", "properties", b"properties"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bind_mounts", b"bind_mounts", "egress", b"egress", "env", b"env", "grace_time", b"grace_time", "handle", b"handle", "hostname", b"hostname", "image", b"image", "image_auth", b"image_auth", "limits", b"limits", "network_mode", b"network_mode", "port_mappings", b"port_mappings", "privileged", b"privileged", "properties", b"properties", "subnet", b"subnet"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -17,6 +17,7 @@ from garden_py.model.image import ImageConfig, ImageInfo, PullProgress, Registry
 from garden_py.model.leak import LeakReport
 from garden_py.model.lifecycle import State
 from garden_py.model.limits import DiskScope, Limits
+from garden_py.model.network import NetworkMode
 from garden_py.model.process import ExitStatus, OutputStream, ProcessSpec, Sidecar, WindowSize, parse_signal
 from garden_py.model.spec import ContainerSpec, PortMapping, Transport
 from garden_py.service.containers import egress_etag
@@ -248,6 +249,8 @@ _STATES = {
     State.DESTROYING: pb.DESTROYING,
     State.UNKILLABLE: pb.UNKILLABLE,
 }
+_NETWORK_MODES = {pb.OWN: NetworkMode.OWN, pb.NONE: NetworkMode.NONE, pb.HOST: NetworkMode.HOST}
+_NETWORK_MODES_OUT = {value: key for key, value in _NETWORK_MODES.items()}
 _MODES = {pb.BindMount.READ_ONLY: MountMode.READ_ONLY, pb.BindMount.READ_WRITE: MountMode.READ_WRITE}
 _MODES_OUT = {value: key for key, value in _MODES.items()}
 _ORIGINS = {pb.BindMount.HOST: MountOrigin.HOST, pb.BindMount.CONTAINER: MountOrigin.CONTAINER}
@@ -259,8 +262,12 @@ def container_spec_from(message: pb.ContainerSpec, default_egress: netrule.Defau
     egress = (
         policy_from(message.egress, default_egress, "spec.egress") if message.HasField("egress") else None
     )
+    if message.network_mode not in _NETWORK_MODES:
+        raise InvalidField("spec.network_mode", f"unknown value {message.network_mode}")
     return ContainerSpec(
         handle=message.handle,
+        network_mode=_NETWORK_MODES[message.network_mode],
+        subnet=message.subnet,
         image=message.image,
         privileged=message.privileged,
         env=tuple(message.env),
@@ -388,6 +395,8 @@ def _container_spec_to(spec: ContainerSpec) -> pb.ContainerSpec:
         limits=limits_to(spec.limits),
         port_mappings=[mapping_to(mapping) for mapping in spec.port_mappings],
         hostname=spec.hostname,
+        network_mode=_NETWORK_MODES_OUT[spec.network_mode],
+        subnet=spec.subnet,
     )
     if spec.grace_time_s is not None:
         message.grace_time.CopyFrom(duration(spec.grace_time_s))

@@ -21,6 +21,7 @@ CODES: dict[type[errors.GardenError], StatusCode] = {
     errors.ContainerBusy: StatusCode.FAILED_PRECONDITION,
     errors.ContainerBroken: StatusCode.FAILED_PRECONDITION,
     errors.Unkillable: StatusCode.UNAVAILABLE,
+    errors.NoLink: StatusCode.FAILED_PRECONDITION,
     errors.PoolExhausted: StatusCode.RESOURCE_EXHAUSTED,
     errors.PrivilegedDisabled: StatusCode.PERMISSION_DENIED,
     errors.PortInUse: StatusCode.ALREADY_EXISTS,

@@ -40,8 +40,6 @@ def container_spec(fields: Fields, default_egress: DefaultAction) -> ContainerSp
     """
     rules = fields.each("netout_rules", lambda value, path: egress_rule(as_fields(value, path)))
     grace_ns = fields.number("grace_time", least=-UINT63_MAX, most=UINT63_MAX)
-    if fields.text("network"):
-        raise NotSupported("network: this server does not place containers in chosen subnets yet")
     return ContainerSpec(
         handle=fields.text("handle"),
         image=image(fields.child("image"), fields.text("rootfs")),
@@ -54,6 +52,7 @@ def container_spec(fields: Fields, default_egress: DefaultAction) -> ContainerSp
         grace_time_s=max(grace_ns, 0) / 1e9 or None,
         port_mappings=fields.each("netin", lambda value, path: port_mapping(as_fields(value, path))),
         egress=EgressPolicy(default_egress, rules) if rules else None,
+        subnet=fields.text("network"),
     )
 
 

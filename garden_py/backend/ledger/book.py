@@ -24,7 +24,8 @@ class Holding:
 
     Attributes:
         uid_slot: -1: none.
-        privileged: it has an egress chain on the host.
+        privileged: it has an egress chain on the host, if it has an address.
+        in_subnet: its address is in a subnet of its caller's choice, not in the pool.
     """
 
     handle: str
@@ -34,6 +35,7 @@ class Holding:
     uid_slot: int = -1
     privileged: bool = False
     init: ProcessIdentity | None = None
+    in_subnet: bool = False
 
 
 class Shared(Enum):
@@ -59,6 +61,7 @@ class Book:
     handles: set[str] = field(init=False)
     runtime_ids: set[str] = field(init=False)
     addresses: set[str] = field(init=False)
+    pool_addresses: set[str] = field(init=False)
     judged_addresses: set[str] = field(init=False)
     mappings: set[tuple[str, Mapping]] = field(init=False)
     ports: set[tuple[str, int]] = field(init=False)
@@ -70,6 +73,7 @@ class Book:
         self.handles = {holding.handle for holding in held}
         self.runtime_ids = {holding.runtime_id for holding in held if holding.runtime_id}
         self.addresses = {holding.address for holding in held if holding.address}
+        self.pool_addresses = {each.address for each in held if each.address and not each.in_subnet}
         self.judged_addresses = {holding.address for holding in held if holding.privileged}
         self.mappings = {(holding.address, mapping) for holding in held for mapping in holding.mappings}
         self.ports = {(mapping.protocol, mapping.host_port) for _, mapping in self.mappings}

@@ -14,7 +14,7 @@ from garden_py.backend.net.plan import HostPlan, address_of_link, host_link_name
 from garden_py.backend.net.survey import Survey
 from garden_py.model.leak import Direction, Leak, LeakKind
 
-_EGRESS_CHAIN = re.compile(r"egress_([0-9a-f]+)")
+_EGRESS_CHAIN = re.compile(r"egress_([0-9a-v]+)")
 _OTHER_POOL = "there are containers with addresses outside of --network-pool, and it may be one of theirs"
 _SHARED = "shared by all containers"
 
@@ -44,7 +44,7 @@ def _read_alias(link: str) -> str:
 def judge(book: Book, seen: Sight) -> list[Leak]:
     """Links, elements and chains that no row claims, and those that a row lacks."""
     # A pool that was configured differently when a container was made: its link's name means another address then.
-    known_pool = all(IPv4Address(address) in seen.host.pool for address in book.addresses)
+    known_pool = all(IPv4Address(address) in seen.host.pool for address in book.pool_addresses)
     found = _orphans(book, seen, keep="" if known_pool else _OTHER_POOL)
     found += _judge_shared(book, seen)
     if seen.survey.table:  # else that is all there is to say
@@ -76,7 +76,11 @@ def _orphans(book: Book, seen: Sight, *, keep: str) -> list[Leak]:
             known = element.partition(" ")[0] in ("member", "portmap", "egress")
             why = keep if known else "the server makes no such set"
             found.append(Leak(LeakKind.NFT_ELEMENT, Direction.ORPHAN, element, keep_because=why))
-    chains = {_chain_of(holding, seen.host) for holding in book.holdings if holding.privileged}
+    chains = {
+        _chain_of(holding, seen.host)
+        for holding in book.holdings
+        if holding.privileged and _link_of(holding, seen.host)
+    }
     for chain in seen.survey.chains:
         if chain not in BASE_CHAINS and chain not in chains:
             why = keep if _EGRESS_CHAIN.fullmatch(chain) else "the server makes no such chain"
@@ -104,7 +108,7 @@ def portmap_element(address: str, mapping: Mapping) -> str:
 
 def _link_of(holding: Holding, host: HostPlan) -> str:
     """The name of its link; empty without an address, or with one of another pool."""
-    if not holding.address or IPv4Address(holding.address) not in host.pool:
+    if not holding.address or not (holding.in_subnet or IPv4Address(holding.address) in host.pool):
         return ""
     return host_link_name(host, IPv4Address(holding.address))
 

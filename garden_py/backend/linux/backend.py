@@ -29,7 +29,7 @@ from garden_py.backend.linux.hands import ServerHands
 from garden_py.backend.linux.heartbeat import Heartbeat
 from garden_py.backend.linux.launching import AgentStarter
 from garden_py.backend.linux.leaks import Ledger, places_of
-from garden_py.backend.linux.network import LinuxNetwork, NetworkLease, check_dns_servers
+from garden_py.backend.linux.network import LinuxNetwork, check_dns_servers
 from garden_py.backend.linux.process import LinuxProcess
 from garden_py.backend.linux.processes import LinuxProcesses, usage_of, without_sidecars
 from garden_py.backend.linux.sidecars import Sidecars, owner_of, sidecar_directories
@@ -44,6 +44,7 @@ from garden_py.model.errors import (
     GardenError,
     HostFault,
     InvalidField,
+    NoLink,
     Unkillable,
 )
 from garden_py.model.image import (
@@ -273,7 +274,9 @@ class LinuxBackend:
     async def _renew_rules(self, container: LinuxContainer) -> None:
         """Hear of its connections again, and put its rules in force as this server has them."""
         policy, facts = container.policy, container.facts
-        if policy is None or facts.privileged:  # those on the host have been renewed with the table
+        if policy is None or facts.lease.address is None:
+            return
+        if facts.privileged:  # those are on the host, and have been renewed with the table
             return
         if self._network.has_rules(container.directory, policy):
             await self._network.watch(container.handle, facts.pid, policy)
@@ -398,6 +401,13 @@ class LinuxBackend:
             raise ContainerNotFound(handle)
         return container
 
+    def _get_linked(self, handle: str) -> LinuxContainer:
+        """A container that has a link: without one there is nothing that rules or ports could be about."""
+        container = self._get(handle)
+        if container.facts.lease.address is None:
+            raise NoLink(handle, container.facts.lease.mode.value)
+        return container
+
     def _get_whole(self, handle: str) -> LinuxContainer:
         """A container that is up: what is said of a broken one's pid and addresses would be out of date."""
         container = self._get(handle)
@@ -409,8 +419,8 @@ class LinuxBackend:
         """A container's addresses."""
         lease = self._get_whole(handle).facts.lease
         return NetworkFacts(
-            container_ip=str(lease.address),
-            host_ip=str(self._network.host.gateway),
+            container_ip=lease.shown,
+            host_ip=str(self._network.host.gateway) if lease.shown else "",
             external_ip=self._network.external_ip,
             mapped_ports=lease.mappings,
         )
@@ -475,11 +485,11 @@ class LinuxBackend:
         self, handle: str, mapping: PortMapping, record: Callable[[dict[str, Any]], None]
     ) -> PortMapping:
         """Map one more port."""
-        container = self._get(handle)
+        container = self._get_linked(handle)
         leased = self._network.lease_port(mapping)
         before = container.facts.lease
         try:
-            container.facts.lease = NetworkLease(before.address, (*before.mappings, leased))
+            container.facts.lease = replace(before, mappings=(*before.mappings, leased))
             record(container.facts.to_json())
             await self._network.map_port(handle, container.facts.lease, leased)
         except BaseException:
@@ -491,7 +501,7 @@ class LinuxBackend:
 
     async def set_egress(self, handle: str, policy: EgressPolicy) -> None:
         """Replace the egress policy."""
-        container = self._get(handle)
+        container = self._get_linked(handle)
         await self._set_egress(container, policy)
 
     async def _set_egress(self, container: LinuxContainer, policy: EgressPolicy) -> None:
@@ -503,11 +513,11 @@ class LinuxBackend:
 
     async def explain_egress(self, handle: str, policy: EgressPolicy, destination: Destination) -> Decision:
         """What would become of a new connection."""
-        return await self._network.explain(self._get(handle).facts.lease, policy, destination)
+        return await self._network.explain(self._get_linked(handle).facts.lease, policy, destination)
 
     async def egress_counts(self, handle: str, rules: int) -> EgressCounts:
         """What each of the policy's rules has decided."""
-        facts = self._get(handle).facts
+        facts = self._get_linked(handle).facts
         return await self._network.egress_counts(
             handle, facts.pid, facts.lease, rules, privileged=facts.privileged
         )

@@ -21,7 +21,8 @@ from garden_py.backend.linux.site import NO_SLOT, Site
 from garden_py.backend.rootfs.names import build_hosts, build_resolv_conf
 from garden_py.model.errors import ProfileNotLoaded
 from garden_py.model.handle import hostname_for
-from garden_py.model.netrule import DefaultAction, EgressPolicy
+from garden_py.model.netrule import DefaultAction, EgressPolicy, at_field
+from garden_py.model.network import NetworkMode, SubnetChoice
 from garden_py.model.spec import ContainerSpec
 from garden_py.observe import failpoints
 from garden_py.observe.failpoints import Point
@@ -59,7 +60,9 @@ class Construction:
         self._disk.check(spec.limits)
         self._site.depot.refuse_foreign(spec.handle)
         check_bind_sources(spec.bind_mounts, "spec.bind_mounts")
-        lease = self._network.lease(spec.port_mappings)
+        with at_field("spec"):
+            choice = SubnetChoice.parse(spec.subnet) if spec.subnet else None
+            lease = self._network.lease(spec.port_mappings, spec.network_mode, choice)
         try:
             slot = NO_SLOT if self._shares_ids(spec) else self._site.uids.allocate()
         except BaseException:
@@ -113,7 +116,10 @@ class Construction:
     async def _connect(self, container: LinuxContainer, spec: ContainerSpec) -> None:
         facts = container.facts
         policy = spec.egress or EgressPolicy(default_action=DefaultAction(self._site.config.default_egress))
-        await self._network.attach(spec.handle, facts.pid, facts.lease, policy, privileged=spec.privileged)
+        with at_field("spec"):
+            await self._network.attach(
+                spec.handle, facts.pid, facts.lease, policy, privileged=spec.privileged
+            )
         self._network.note_rules(container.directory, policy)
         failpoints.reach(Point.CREATE_CONNECT)
 
@@ -138,23 +144,25 @@ class Construction:
             cgroup_path=site.cgroup(spec.handle).runtime_path,
             bind_mounts=spec.bind_mounts,
             fail_points=failpoints.hand_over(Point.CREATE_MOUNT, Point.CREATE_RUN),
+            host_network=facts.lease.mode is NetworkMode.HOST,
         )
 
     def _write_names(self, launch: Launch, facts: ContainerFacts) -> None:
         """Write hosts and resolv.conf, which belong to the container's root."""
         launch.etc.mkdir()
-        gateway = str(self._network.host.gateway)
-        host_resolv = Path("/etc/resolv.conf")
+        config, own = self._site.config, facts.lease.mode is not NetworkMode.HOST
         contents = {
-            "hosts": build_hosts(
-                str(facts.lease.address), launch.hostname, self._site.config.additional_host_entry
-            ),
+            "hosts": build_hosts(facts.lease.shown, launch.hostname, config.additional_host_entry)
+            if own
+            else _read("/etc/hosts"),
             "resolv.conf": build_resolv_conf(
-                host_resolv.read_text() if host_resolv.exists() else "",
-                self._site.config.dns_server,
-                gateway,
-                self._site.config.additional_dns_server,
-            ),
+                _read("/etc/resolv.conf"),
+                config.dns_server,
+                str(self._network.host.gateway),
+                config.additional_dns_server,
+            )
+            if own
+            else _read("/etc/resolv.conf"),
         }
         id_map = launch.isolation.id_map(self._site.facts.highest_id)
         owner = id_map.host_id(0) if id_map else 0
@@ -162,3 +170,9 @@ class Construction:
             (launch.etc / name).write_text(content)
             (launch.etc / name).chmod(0o644)
             os.chown(launch.etc / name, owner, owner)
+
+
+def _read(path: str) -> str:
+    """A file of the host's; empty if it has none."""
+    file = Path(path)
+    return file.read_text() if file.exists() else ""

@@ -35,6 +35,7 @@ class Launch:
         directory: its own; bundle and logs are in it.
         layer: directory that its writable layer is in.
         etc: directory with its hosts and resolv.conf.
+        host_network: it has no network namespace of its own.
         joins: namespaces of others, by the OCI's names, to the paths they are entered by.
         layers: directories of its image, lowest first.
         image: what to call that in errors.
@@ -54,6 +55,7 @@ class Launch:
     cgroup_path: str
     bind_mounts: Sequence[BindMount] = ()
     joins: tuple[tuple[str, str], ...] = ()
+    host_network: bool = False
     field: str = "spec."
     fail_points: dict[str, Any] | None = None
 
@@ -148,6 +150,7 @@ class AgentStarter:
             sysctls=choose_tcp_sysctls(self._site.config),
             as_reference=launch.isolation.as_reference,
             joins=launch.joins,
+            host_network=launch.host_network,
         )
 
 

@@ -99,7 +99,8 @@ def holding_of(claim: Claim) -> Holding:
     return Holding(
         handle=claim.handle,
         runtime_id=facts.runtime_id,
-        address=str(facts.lease.address),
+        address=facts.lease.shown,
+        in_subnet=facts.lease.subnet is not None,
         mappings=tuple(
             Mapping(m.transport.value, m.host_port, m.container_port) for m in facts.lease.mappings
         ),

@@ -10,7 +10,7 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ from garden_py.backend.linux.connections import ConnectionLog
 from garden_py.backend.net import firewall, host_firewall
 from garden_py.backend.net import host_firewall as hf
 from garden_py.backend.net.apply import TABLE_MISSING
+from garden_py.backend.net.host_firewall import Reach
 from garden_py.backend.net.messages import Attachment
 from garden_py.backend.net.plan import HostPlan, LinkPlan, address_of_link, plan_link
-from garden_py.backend.net.pools import AddressPool, PortPool
+from garden_py.backend.net.pools import AddressPool, PortPool, Subnets
 from garden_py.config import Config
 from garden_py.model.connection import Connection
 from garden_py.model.errors import ContainerBroken, HostFault, InvalidField
@@ -40,6 +41,7 @@ from garden_py.model.netrule import (
     RuleAction,
     decide,
 )
+from garden_py.model.network import NetworkMode, SubnetChoice
 from garden_py.model.spec import PortMapping, Transport
 from garden_py.service.ports import EgressCounts, RuleCount
 
@@ -52,21 +54,42 @@ ICMP_ECHO_REQUEST = 8  # RFC 792
 
 @dataclass(frozen=True, slots=True)
 class NetworkLease:
-    """A container's part of the pools."""
+    """A container's part of the pools.
 
-    address: IPv4Address
+    Attributes:
+        address: None: its network has no link to the host's.
+        mappings: of host ports.
+        subnet: that its caller has chosen, and its address is in; None: the address is of the server's pool.
+        mode: which network it is in.
+    """
+
+    address: IPv4Address | None
     mappings: tuple[PortMapping, ...]
+    subnet: IPv4Network | None = None
+    mode: NetworkMode = NetworkMode.OWN
 
     def to_json(self) -> dict[str, Any]:
         """For the journal."""
         ports = [[m.transport.value, m.host_port, m.container_port] for m in self.mappings]
-        return {"address": str(self.address), "ports": ports}
+        subnet = {} if self.subnet is None else {"subnet": str(self.subnet)}
+        return {"address": self.shown, "ports": ports, "mode": self.mode.value, **subnet}
+
+    @property
+    def shown(self) -> str:
+        """The address as text; empty for none."""
+        return "" if self.address is None else str(self.address)
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> NetworkLease:
         """From the journal."""
         mappings = tuple(PortMapping(host, inner, Transport(kind)) for kind, host, inner in value["ports"])
-        return cls(IPv4Address(value["address"]), mappings)
+        address, subnet = value["address"], value.get("subnet")
+        return cls(
+            IPv4Address(address) if address else None,
+            mappings,
+            None if subnet is None else IPv4Network(subnet),
+            NetworkMode(value.get("mode", "own")),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +141,8 @@ class LinuxNetwork:
         self._launcher = launcher
         self._mtu = config.mtu or uplink_mtu
         self.addresses = AddressPool(config.network_pool)
+        self.subnets = Subnets(config.network_pool)
+        self._claiming = asyncio.Lock()
         self.ports = {
             Transport.TCP: PortPool(config.port_pool_start, config.port_pool_size),
             Transport.UDP: PortPool(config.port_pool_start, config.port_pool_size),
@@ -147,21 +172,32 @@ class LinuxNetwork:
 
     # --- leases
 
-    def lease(self, wanted: tuple[PortMapping, ...]) -> NetworkLease:
+    def lease(
+        self,
+        wanted: tuple[PortMapping, ...],
+        mode: NetworkMode = NetworkMode.OWN,
+        choice: SubnetChoice | None = None,
+    ) -> NetworkLease:
         """Take an address and host ports.
 
         Raises:
             PoolExhausted, PortInUse, InvalidField: nothing was taken.
         """
-        address = self.addresses.allocate()
-        taken: list[PortMapping] = []
+        lease = self._lease_address(mode, choice)
         try:
             for mapping in wanted:
-                taken.append(self.lease_port(mapping))
+                lease = replace(lease, mappings=(*lease.mappings, self.lease_port(mapping)))
         except BaseException:
-            self.release(NetworkLease(address, tuple(taken)))
+            self.release(lease)
             raise
-        return NetworkLease(address, tuple(taken))
+        return lease
+
+    def _lease_address(self, mode: NetworkMode, choice: SubnetChoice | None) -> NetworkLease:
+        if mode is not NetworkMode.OWN:
+            return NetworkLease(None, (), mode=mode)
+        if choice is not None:
+            return NetworkLease(self.subnets.lease(choice), (), choice.network)
+        return NetworkLease(self.addresses.allocate(), ())
 
     def lease_port(self, wanted: PortMapping) -> PortMapping:
         """Take one host port: the wanted one, or the next of the pool."""
@@ -179,7 +215,10 @@ class LinuxNetwork:
         Raises:
             InvalidField, PortInUse: it is not ours to take, e.g. the pool was configured differently then.
         """
-        self.addresses.reserve(lease.address)
+        if lease.subnet is not None:
+            self.subnets.lease(SubnetChoice(lease.subnet, lease.address))
+        elif lease.address is not None:
+            self.addresses.reserve(lease.address)
         for mapping in lease.mappings:
             self.ports[mapping.transport].reserve(mapping.host_port)
 
@@ -187,6 +226,8 @@ class LinuxNetwork:
         self, handle: str, lease: NetworkLease, policy: EgressPolicy | None, *, privileged: bool
     ) -> None:
         """Take down what a container has in the table: of one that an earlier server has attached."""
+        if lease.address is None:
+            return
         self._attached[handle] = _Attached(lease, self._complete(policy) if privileged else None)
 
     def _complete(self, policy: EgressPolicy | None) -> EgressPolicy:
@@ -194,7 +235,10 @@ class LinuxNetwork:
 
     def release(self, lease: NetworkLease) -> None:
         """Give a lease back; the kernel has forgotten it."""
-        self.addresses.release(lease.address)
+        if lease.address is not None and lease.subnet is not None:
+            self.subnets.release(lease.subnet, lease.address)
+        elif lease.address is not None:
+            self.addresses.release(lease.address)
         for mapping in lease.mappings:
             self.ports[mapping.transport].release(mapping.host_port)
 
@@ -240,6 +284,8 @@ class LinuxNetwork:
         return {
             "host_access": self._config.allow_host_access,
             "dns_servers": [str(server) for server in self._dns],
+            "reach": self._config.container_access,
+            "subnets": [str(subnet) for subnet in self.subnets.networks],
             "elements": elements,
         }
 
@@ -256,18 +302,35 @@ class LinuxNetwork:
         await self.job("remove_host", {})
 
     def _link(self, lease: NetworkLease, handle: str) -> LinkPlan:
+        assert lease.address is not None  # those without are asked for nothing that needs a link
         return plan_link(self.host, lease.address, handle=handle, mtu_bytes=self._mtu)
 
     def _mappings(self, lease: NetworkLease) -> list[hf.PortMapping]:
+        address = lease.address
+        if address is None:
+            return []
         return [
-            hf.PortMapping(hf.PortProtocol(m.transport.value), m.host_port, lease.address, m.container_port)
+            hf.PortMapping(hf.PortProtocol(m.transport.value), m.host_port, address, m.container_port)
             for m in lease.mappings
         ]
 
     async def attach(
         self, handle: str, pid: int, lease: NetworkLease, policy: EgressPolicy, *, privileged: bool
     ) -> None:
-        """Connect a container, with its policy in force before its first packet."""
+        """Connect a container, with its policy in force before its first packet.
+
+        Raises:
+            InvalidField: its subnet is in use on the host (field `subnet`).
+            HostFault: the kernel refused a step.
+        """
+        if lease.mode is NetworkMode.HOST:
+            return
+        if lease.address is None:
+            with _Namespaces("", pid, privileged=privileged) as fds:
+                await self.job("isolate", {}, fds)
+            return
+        if lease.subnet is not None:
+            await self._claim(lease.subnet)
         link = self._link(lease, handle)
         host_rules = host_firewall.compile_attach(
             self.host, link, host_side_policy=policy if privileged else None, denied=self._denied
@@ -285,6 +348,8 @@ class LinuxNetwork:
 
     async def detach(self, handle: str, lease: NetworkLease, *, privileged: bool) -> None:
         """Disconnect a container and its ports; what is gone already is fine."""
+        if lease.address is None:
+            return
         self._connections.unwatch(handle)
         self._attached.pop(handle, None)
         async with self._restoring:
@@ -295,6 +360,20 @@ class LinuxNetwork:
             self.host, link, mappings=self._mappings(lease), has_host_side_policy=privileged
         )
         await self.job("detach", {"host_link": link.host_link, "rules": rules})
+        if lease.subnet is not None:
+            await self._disclaim(lease.subnet, lease.address)
+
+    async def _claim(self, subnet: IPv4Network) -> None:
+        async with self._claiming:
+            await self.job("claim_subnet", {"subnet": str(subnet)})
+            if self._config.container_access == Reach.SUBNET.value:
+                await self.restore_host()
+
+    async def _disclaim(self, subnet: IPv4Network, address: IPv4Address) -> None:
+        """Give up a subnet with the last container in it; one that has just come claims it again."""
+        async with self._claiming:
+            if not self.subnets.others(subnet, address):
+                await self.job("release_subnet", {"subnet": str(subnet)})
 
     async def map_port(self, handle: str, lease: NetworkLease, mapping: PortMapping) -> None:
         """Put one more mapping in force; the lease names it already."""
@@ -385,9 +464,17 @@ class LinuxNetwork:
         if address in await in_thread(_host_addresses):
             is_open = self._is_open_on_host(destination)
             return decision if is_open else Decision(RuleAction.DENY, Cause.HOST)
-        if address in self.host.pool and address not in self.addresses.taken:
-            return Decision(RuleAction.DENY, Cause.UNREACHABLE)
-        return decision
+        if not self._is_containers(address):
+            ours = (self.host.pool, *self.subnets.networks)
+            is_nobodys = any(address in network for network in ours)
+            return Decision(RuleAction.DENY, Cause.UNREACHABLE) if is_nobodys else decision
+        reach = Reach(self._config.container_access)
+        shares = lease.subnet is not None and address in lease.subnet
+        is_open = reach is Reach.ALL or (reach is Reach.SUBNET and shares)
+        return decision if is_open else Decision(RuleAction.DENY, Cause.CONTAINERS)
+
+    def _is_containers(self, address: IPv4Address) -> bool:
+        return address in self.addresses.taken or address in self.subnets.taken
 
     def _is_open_on_host(self, destination: Destination) -> bool:
         """Whether an address of the host can be connected to; see host_firewall: map_ports, then to_host."""
@@ -402,6 +489,8 @@ class LinuxNetwork:
 
     def read_traffic(self, handle: str, lease: NetworkLease) -> LinkTraffic:
         """Traffic as the container sees it: what its host end receives is what it sends."""
+        if lease.address is None:
+            return LinkTraffic(0, 0, 0, 0)
         statistics = Path("/sys/class/net", self._link(lease, handle).host_link, "statistics")
 
         def read(name: str) -> int:

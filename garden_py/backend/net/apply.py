@@ -78,7 +78,7 @@ class HostNetwork:
             HostFault: the kernel refused a step.
         """
         links = {link.index: link for link in self._netlink.links()}
-        self._refuse_overlap(links)
+        self._refuse_overlap(self._plan.pool, "network_pool", links)
         turned_on = self.restore_host(policy, elements)
         uplink = self._find_uplink(links)
         return HostReport(
@@ -111,7 +111,10 @@ class HostNetwork:
         names = [*containers, self._plan.anchor_link]
         steps: list[Callable[[], None]] = [partial(self._delete_link, name) for name in names]
         removal = host_firewall.compile_host_removal(self._plan)
-        steps += [self._delete_pool_route, partial(self._run_nft, "network.table", removal)]
+        steps += [
+            partial(self._delete_unreachable, self._plan.pool),
+            partial(self._run_nft, "network.table", removal),
+        ]
         for act in steps:
             try:
                 _step("network.remove", act)
@@ -191,6 +194,28 @@ class HostNetwork:
                 fault.add_note(f"undo failed too: {undo_fault}")
             raise
 
+    def isolate_container(self, netns_fd: int, userns_fd: int | None) -> None:
+        """Bring up loopback in a network namespace that has nothing else.
+
+        Raises:
+            HostFault: a step was refused.
+        """
+        self._inject("network.container", userns_fd, netns_fd, {"loopback": True})
+
+    def claim_subnet(self, subnet: IPv4Network) -> None:
+        """Make sure that the host uses a subnet for nothing else, and that what no container has is unreachable.
+
+        Raises:
+            InvalidField: it overlaps a network of the host (field `subnet`).
+            HostFault: the kernel refused a step.
+        """
+        self._refuse_overlap(subnet, "subnet", {link.index: link for link in self._netlink.links()})
+        _step("network.subnet", partial(self._netlink.set_unreachable, subnet))
+
+    def release_subnet(self, subnet: IPv4Network) -> None:
+        """Undo it; what is gone already is no error."""
+        _step("network.subnet", partial(self._delete_unreachable, subnet))
+
     def detach_container(self, host_link: str, detach_rules: str) -> None:
         """Forget a container; what is gone already is no error.
 
@@ -266,23 +291,21 @@ class HostNetwork:
 
     # --- inside ---
 
-    def _refuse_overlap(self, links: dict[int, Link]) -> None:
-        """Raise InvalidField if another network of the host shares addresses with the pool."""
-        pool = self._plan.pool
+    def _refuse_overlap(self, pool: IPv4Network, field: str, links: dict[int, Link]) -> None:
+        """Raise InvalidField if another network of the host shares addresses with the pool, or a subnet."""
         own = {i for i, link in links.items() if self._is_own(link.name)}
         for address in self._netlink.addresses():
             network = IPv4Network((address.address, address.prefix_length), strict=False)
             if address.link_index not in own and network.overlaps(pool):
-                raise _overlap(
-                    pool, f"address {address.address}/{address.prefix_length}", address.link_index, links
-                )
+                what = f"address {address.address}/{address.prefix_length}"
+                raise _overlap(field, pool, what, address.link_index, links)
         for route in self._netlink.routes():
             is_default = route.destination.prefixlen == 0
             is_pool_route = route.type == RTN_UNREACHABLE and route.destination == pool
             if is_default or is_pool_route or route.link_index in own:
                 continue
             if route.destination.overlaps(pool):
-                raise _overlap(pool, f"route {route.destination}", route.link_index, links)
+                raise _overlap(field, pool, f"route {route.destination}", route.link_index, links)
 
     def _ensure_anchor(self) -> None:
         name = self._plan.anchor_link
@@ -369,9 +392,9 @@ class HostNetwork:
             if error.errno != errno.ENODEV:
                 raise HostFault("network.link_delete", str(error)) from error
 
-    def _delete_pool_route(self) -> None:
+    def _delete_unreachable(self, network: IPv4Network) -> None:
         try:
-            self._netlink.delete_unreachable(self._plan.pool)
+            self._netlink.delete_unreachable(network)
         except RtnetlinkError as error:
             if error.errno != errno.ESRCH:
                 raise
@@ -401,12 +424,10 @@ def _interface(link: LinkPlan) -> dict[str, Any]:
     }
 
 
-def _overlap(pool: IPv4Network, what: str, index: int, links: dict[int, Link]) -> InvalidField:
+def _overlap(field: str, pool: IPv4Network, what: str, index: int, links: dict[int, Link]) -> InvalidField:
     name = links[index].name if index in links else "none"
-    return InvalidField(
-        "network_pool",
-        f"{pool} overlaps {what} of link {name} on this host; choose another with --network-pool",
-    )
+    advice = "; choose another with --network-pool" if field == "network_pool" else ""
+    return InvalidField(field, f"{pool} overlaps {what} of link {name} on this host{advice}")
 
 
 def _ensure_forwarding() -> bool:

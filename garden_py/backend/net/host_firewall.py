@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
 from garden_py.backend.net.firewall import (
@@ -49,6 +49,14 @@ class Access(Enum):
     DENY = "deny"
 
 
+class Reach(Enum):
+    """Which other containers a container reaches by their addresses."""
+
+    ALL = "all"
+    SUBNET = "subnet"
+    NONE = "none"
+
+
 class PortProtocol(Enum):
     """What can be mapped from a host port to a container."""
 
@@ -62,12 +70,14 @@ class HostPolicy:
 
     Attributes:
         host_access: may containers reach the host's own addresses? Mapped ports can always be reached.
-        inter_container: may containers reach each other directly, by container address?
+        reach: which other containers may be reached directly, by container address.
+        subnets: that callers have chosen; what `reach` SUBNET means.
         dns_servers: host addresses that containers may ask for names even where host_access is denied.
     """
 
     host_access: Access = Access.DENY
-    inter_container: Access = Access.ALLOW
+    reach: Reach = Reach.ALL
+    subnets: tuple[IPv4Network, ...] = ()
     dns_servers: tuple[IPv4Address, ...] = ()
 
 
@@ -313,7 +323,10 @@ def _from_container(ours: str, policy: HostPolicy) -> list[str]:
         "ct state invalid counter drop",
         "ct status dnat accept",
     ]
-    if policy.inter_container is Access.DENY:
+    if policy.reach is Reach.SUBNET and policy.subnets:
+        pairs = ", ".join(f"{subnet} . {subnet}" for subnet in policy.subnets)
+        lines.append(f"oifname {ours} ip saddr . ip daddr {{ {pairs} }} accept")
+    if policy.reach is not Reach.ALL:
         lines.append(f"oifname {ours} counter {refuse(Cause.CONTAINERS)}")
     return [*lines, "accept"]
 
@@ -324,7 +337,7 @@ def _source_nat(host: HostPlan, ours: str) -> list[str]:
         f"oifname . ip saddr @members snat ip to {host.gateway}",
         f"oifname {ours} ip saddr 127.0.0.0/8 snat ip to {host.gateway}",
         f'oifname {{ "lo", {ours} }} accept',
-        f"ip saddr {host.pool} masquerade",
+        "iifname . ip saddr @members masquerade",
     ]
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
 from garden_py.backend.net.apply import HostNetwork
-from garden_py.backend.net.host_firewall import Access, HostPolicy, PortMapping
+from garden_py.backend.net.host_firewall import Access, HostPolicy, PortMapping, Reach
 from garden_py.backend.net.messages import Attachment
 from garden_py.backend.net.plan import HostPlan, LinkPlan
 
@@ -44,7 +44,12 @@ def restore_host(net: HostNetwork, params: dict[str, Any], fds: list[int]) -> di
 
 def _policy(params: dict[str, Any]) -> HostPolicy:
     servers = tuple(IPv4Address(text) for text in params["dns_servers"])
-    return HostPolicy(Access.ALLOW if params["host_access"] else Access.DENY, dns_servers=servers)
+    return HostPolicy(
+        host_access=Access.ALLOW if params["host_access"] else Access.DENY,
+        reach=Reach(params["reach"]),
+        subnets=tuple(IPv4Network(text) for text in params["subnets"]),
+        dns_servers=servers,
+    )
 
 
 def remove_host(net: HostNetwork, params: dict[str, Any], fds: list[int]) -> dict[str, Any]:
@@ -59,6 +64,25 @@ def attach(net: HostNetwork, params: dict[str, Any], fds: list[int]) -> dict[str
     net.attach_container(Attachment.from_json(params["attachment"]), netns_fd, userns_fd)
     for mapping in params["mappings"]:
         net.map_port(PortMapping.from_json(mapping))
+    return {}
+
+
+def isolate(net: HostNetwork, params: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+    """Give a container a network without any way out."""
+    netns_fd, userns_fd = _namespaces(fds)
+    net.isolate_container(netns_fd, userns_fd)
+    return {}
+
+
+def claim_subnet(net: HostNetwork, params: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+    """Take a subnet that a caller has chosen."""
+    net.claim_subnet(IPv4Network(params["subnet"]))
+    return {}
+
+
+def release_subnet(net: HostNetwork, params: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+    """Give it up."""
+    net.release_subnet(IPv4Network(params["subnet"]))
     return {}
 
 
@@ -118,6 +142,9 @@ JOBS: dict[str, NetJob] = {
     "net.restore_host": restore_host,
     "net.remove_host": remove_host,
     "net.attach": attach,
+    "net.isolate": isolate,
+    "net.claim_subnet": claim_subnet,
+    "net.release_subnet": release_subnet,
     "net.detach": detach,
     "net.set_egress": set_egress,
     "net.egress_counters": egress_counters,

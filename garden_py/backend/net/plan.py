@@ -23,7 +23,9 @@ MAX_ALIAS_BYTES = 255  # IFALIASZ - 1, linux/if.h
 DEFAULT_MTU_BYTES = 1500
 MIN_MTU_BYTES = 68  # RFC 791: every link carries 68 bytes
 
-_OFFSET = re.compile(r"[1-9a-f][0-9a-f]{0,7}")
+_OFFSET = re.compile(r"[1-9a-f][0-9a-f]{0,5}")  # in a pool of /8 or smaller
+_ADDRESS = re.compile(r"[0-3][0-9a-v]{6}")
+_DIGITS = "0123456789abcdefghijklmnopqrstuv"
 _TAG = re.compile(r"[0-9a-f]{4}")
 
 
@@ -116,9 +118,6 @@ def plan_link(host: HostPlan, address: IPv4Address, *, handle: str, mtu_bytes: i
 
     MACs are locally administered (second-lowest bit of the first byte, IEEE 802-2014 §8.2) and hold the
     address, which makes them unique on the host's side and readable in a capture.
-
-    Raises:
-        ValueError: the address is not in the pool.
     """
     return LinkPlan(
         host_link=host_link_name(host, address),
@@ -133,14 +132,15 @@ def plan_link(host: HostPlan, address: IPv4Address, *, handle: str, mtu_bytes: i
 
 
 def host_link_name(host: HostPlan, address: IPv4Address) -> str:
-    """The name of a container's link on the host: the offset of its address in the pool, in hexadecimal.
+    """The name of a container's link on the host.
 
-    Raises:
-        ValueError: the address is not in the pool.
+    The offset of its address in the pool, in hexadecimal; of one outside, in a subnet that the caller has chosen, the
+    whole address, seven digits to the base of 32.
     """
-    if address not in host.pool:
-        raise ValueError(f"address {address} is not in {host.pool}")
-    name = f"{host.link_prefix}{int(address) - int(host.pool.network_address):x}"
+    if address in host.pool:
+        name = f"{host.link_prefix}{int(address) - int(host.pool.network_address):x}"
+    else:
+        name = host.link_prefix + "".join(_DIGITS[int(address) >> shift & 31] for shift in range(30, -1, -5))
     assert len(name) <= MAX_LINK_NAME_BYTES, name
     return name
 
@@ -148,6 +148,9 @@ def host_link_name(host: HostPlan, address: IPv4Address) -> str:
 def address_of_link(host: HostPlan, name: str) -> IPv4Address | None:
     """The address that a link's name stands for; None if no container's link can have that name."""
     digits = name.removeprefix(host.link_prefix)
+    if digits != name and _ADDRESS.fullmatch(digits):
+        address = IPv4Address(sum(_DIGITS.index(d) << 5 * i for i, d in enumerate(reversed(digits))))
+        return None if address in host.pool else address
     if digits == name or not _OFFSET.fullmatch(digits):
         return None
     offset = int(digits, 16)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv4Network
 
 from garden_py.model.errors import InvalidField, PoolExhausted, PortInUse
+from garden_py.model.network import SubnetChoice
 
 SMALLEST_PREFIX_LENGTH = 29
 MAX_PORT = 65535
@@ -92,6 +94,76 @@ class AddressPool:
     def in_use(self) -> int:
         """How many addresses are taken."""
         return len(self._taken)
+
+
+class Subnets:
+    """The subnets that callers have chosen, and who has which address in them.
+
+    A subnet is there as long as a container is in it. Its second address is nobody's: clients of the Garden protocol
+    take it for the gateway.
+
+    Args:
+        pool: the server's own, which no subnet may overlap.
+
+    Source: Garden behaviour, statements N2 to N4.
+    """
+
+    def __init__(self, pool: IPv4Network) -> None:
+        self._pool = pool
+        self._members: dict[IPv4Network, set[IPv4Address]] = {}
+
+    def lease(self, wanted: SubnetChoice) -> IPv4Address:
+        """Take the wanted address, or the lowest free one of the wanted subnet.
+
+        Raises:
+            InvalidField: it overlaps something, is taken, or there is none left (field `subnet`).
+        """
+        if wanted.network.overlaps(self._pool):
+            raise InvalidField(
+                "subnet",
+                f"the requested subnet ({wanted.network}) overlaps the dynamic allocation range ({self._pool})",
+            )
+        for other in self._members:
+            if other != wanted.network and other.overlaps(wanted.network):
+                raise InvalidField(
+                    "subnet",
+                    f"the requested subnet ({wanted.network}) overlaps an existing subnet ({other})",
+                )
+        taken = self._members.get(wanted.network, set())
+        address = wanted.address
+        if address is None:
+            address = next((each for each in _assignable(wanted.network) if each not in taken), None)
+            if address is None:
+                raise InvalidField("subnet", "insufficient IPs remaining in the pool")
+        if address in taken:
+            raise InvalidField("subnet", "the requested IP is already allocated")
+        self._members.setdefault(wanted.network, set()).add(address)
+        return address
+
+    def release(self, network: IPv4Network, address: IPv4Address) -> None:
+        """Give an address back; twice is fine. The last one takes the subnet with it."""
+        members = self._members.get(network, set())
+        members.discard(address)
+        if not members:
+            self._members.pop(network, None)
+
+    def others(self, network: IPv4Network, address: IPv4Address) -> int:
+        """How many other addresses of a subnet are taken."""
+        return len(self._members.get(network, set()) - {address})
+
+    @property
+    def networks(self) -> tuple[IPv4Network, ...]:
+        """Those that somebody is in, sorted."""
+        return tuple(sorted(self._members))
+
+    @property
+    def taken(self) -> frozenset[IPv4Address]:
+        """All addresses that are taken, now."""
+        return frozenset(address for members in self._members.values() for address in members)
+
+
+def _assignable(network: IPv4Network) -> Iterator[IPv4Address]:
+    return (network[number] for number in range(2, network.num_addresses - 1))
 
 
 class PortPool:

@@ -24,6 +24,7 @@ class BundleRequest:
         apparmor_profile: that confines its processes; empty: none.
         sysctls: (name, value) of parameters of its namespaces.
         as_reference: less strict, as the Garden reference is: inheritable capabilities, the host's cgroup namespace.
+        host_network: it has no network namespace of its own, but the host's.
         joins: (type, path) of namespaces that are not made but entered; a uts namespace among them has its name.
     """
 
@@ -44,3 +45,4 @@ class BundleRequest:
     sysctls: tuple[tuple[str, str], ...] = ()
     as_reference: bool = False
     joins: tuple[tuple[str, str], ...] = ()
+    host_network: bool = False

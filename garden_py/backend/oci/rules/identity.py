@@ -24,6 +24,9 @@ def apply(config: dict[str, Any], request: BundleRequest, facts: HostFacts, data
     if request.as_reference:  # Garden statement NS1
         namespaces = config["linux"]["namespaces"]
         config["linux"]["namespaces"] = [each for each in namespaces if each["type"] != "cgroup"]
+    if request.host_network:
+        namespaces = config["linux"]["namespaces"]
+        config["linux"]["namespaces"] = [each for each in namespaces if each["type"] != "network"]
     if request.id_map is not None:
         mapping = [
             {"containerID": first, "hostID": host, "size": count}

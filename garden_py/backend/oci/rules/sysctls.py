@@ -18,5 +18,6 @@ def apply(config: dict[str, Any], request: BundleRequest, facts: HostFacts, data
     found = dict(request.sysctls)
     if request.no_new_privileges:
         found["net.ipv4.ping_group_range"] = "1 65535"
-    if found and "network" not in dict(request.joins):  # a network namespace that is entered has them already
+    # A network namespace that is entered has them already, and the host's is not ours to change.
+    if found and not request.host_network and "network" not in dict(request.joins):
         config["linux"]["sysctl"] = found
