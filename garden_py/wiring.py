@@ -104,6 +104,9 @@ def build_core(config: Config, backend: Backend, records: Records) -> Core:
         "garden_images", "Images in the store, by whether anything is made of them.", "use", images.count
     )
     metrics.watch("garden_image_bytes", "Disk space of images' layers, likewise.", "use", images.count_bytes)
+    pools = partial(count_pools, backend)
+    metrics.watch("garden_pool_size", "What a pool holds.", "pool", lambda: pools("size"))
+    metrics.watch("garden_pool_in_use", "What is taken from a pool.", "pool", lambda: pools("in_use"))
     return Core(
         backend=backend,
         registry=registry,
@@ -111,7 +114,7 @@ def build_core(config: Config, backend: Backend, records: Records) -> Core:
         events=events,
         containers=containers,
         processes=processes,
-        files=Files(backend, registry, containers.expiry),
+        files=Files(backend, registry, containers.expiry, metrics),
         images=images,
         recovery=Recovery(backend, registry, containers, processes, events),
         janitor=Janitor(backend, registry, guard, events, metrics, interval_s=config.janitor_interval_s),
@@ -119,6 +122,11 @@ def build_core(config: Config, backend: Backend, records: Records) -> Core:
         default_egress=default_egress,
         version=version("garden-py"),
     )
+
+
+def count_pools(backend: Backend, what: str) -> dict[str, float]:
+    """One number of each pool; what: a field of PoolLevel."""
+    return {name: getattr(level, what) for name, level in backend.pools().items()}
 
 
 def count_by_state(registry: Registry) -> dict[str, float]:
@@ -145,6 +153,7 @@ async def running_server(config: Config, inherited: socket.socket | None = None)
         journal = open_journal(config.state_dir / "journal.db", rebooted=rebooted)
         remember_settings(journal, config, inherited)
         core = build_core(config, load_backend(config), journal)
+        core.metrics.watch("garden_journal_bytes", "Size of the journal's files.", "file", journal.file_sizes)
         # The backend mostly waits for processes that it starts; grpc and the doors are loaded meanwhile.
         await asyncio.gather(
             asyncio.to_thread(import_doors, config),

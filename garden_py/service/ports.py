@@ -93,6 +93,14 @@ class HostCapacity:
 
 
 @dataclass(frozen=True, slots=True)
+class PoolLevel:
+    """How full a pool is that containers take from: counts."""
+
+    size: int
+    in_use: int
+
+
+@dataclass(frozen=True, slots=True)
 class NetworkFacts:
     """A container's addresses; empty where there is none."""
 
@@ -410,6 +418,9 @@ class Backend(LeakFinder, Protocol):
 
     def capacity(self) -> HostCapacity:
         """What host and pools offer."""
+
+    def pools(self) -> dict[str, PoolLevel]:
+        """Levels of what containers take from, by a fixed name for each pool; after `open`."""
 
     @property
     def images(self) -> ImageKeeper:

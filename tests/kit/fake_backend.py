@@ -31,6 +31,7 @@ from garden_py.service.ports import (
     EgressCounts,
     HostCapacity,
     NetworkFacts,
+    PoolLevel,
     ProcessRow,
     RuleCount,
     Usage,
@@ -156,6 +157,9 @@ class FakeBackend:
             ports_in_use=len(self.host.ports),
             cpus=2,
         )
+
+    def pools(self) -> dict[str, PoolLevel]:
+        return {"tcp_ports": PoolLevel(len(self._ports), len(self.host.ports))}
 
     def used_image(self, handle: str) -> UsedImage | None:
         return self.used_images.get(handle)

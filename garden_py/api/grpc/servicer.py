@@ -17,6 +17,7 @@ from garden_py.api.grpc.image_servicer import ImageServicer
 from garden_py.api.grpc.streams import CHUNK_BYTES, ProcessFeed, feed_input
 from garden_py.model.errors import GardenError, InvalidField
 from garden_py.model.process import OutputStream
+from garden_py.observe.metrics import Stream
 from garden_py.service.core import Core
 from garden_py.service.ports import AgentFacts, NetworkFacts, RunningProcess, Usage
 from garden_py.service.registry import Container
@@ -235,7 +236,8 @@ class GardenServicer(ImageServicer, garden_pb2_grpc.GardenServicer):
             process = await self._core.processes.start(
                 start.handle, convert.process_spec_from(start.spec), start.request_id
             )
-            feed = ProcessFeed(process, {OutputStream.STDOUT: 0, OutputStream.STDERR: 0})
+            beginning: dict[OutputStream, int | None] = {OutputStream.STDOUT: 0, OutputStream.STDERR: 0}
+            feed = ProcessFeed(process, beginning, self._core.metrics)
             yield pb.ProcessEvent(started=convert.process_to(start.handle, process))
             async for event in self._converse(process, feed, _inputs(request_iterator)):
                 yield event
@@ -255,7 +257,7 @@ class GardenServicer(ImageServicer, garden_pb2_grpc.GardenServicer):
                 OutputStream.STDOUT: attach.stdout_offset if attach.HasField("stdout_offset") else None,
                 OutputStream.STDERR: attach.stderr_offset if attach.HasField("stderr_offset") else None,
             }
-            feed = ProcessFeed(process, offsets)
+            feed = ProcessFeed(process, offsets, self._core.metrics)
             yield pb.ProcessEvent(started=convert.process_to(attach.handle, process))
             async for event in self._converse(process, feed, _inputs(request_iterator)):
                 yield event
@@ -264,7 +266,7 @@ class GardenServicer(ImageServicer, garden_pb2_grpc.GardenServicer):
         self, process: RunningProcess, feed: ProcessFeed, inputs: AsyncIterator[pb.ProcessInput | None]
     ) -> AsyncIterator[pb.ProcessEvent | Encoded]:
         """Output to the client while its input is applied; bad input ends the stream with its error."""
-        feeding = asyncio.ensure_future(feed_input(process, inputs, feed.fail))
+        feeding = asyncio.ensure_future(feed_input(process, inputs, feed.fail, self._core.metrics))
         try:
             async with aclosing(feed.events()) as events:
                 async for event in events:
@@ -293,6 +295,7 @@ class GardenServicer(ImageServicer, garden_pb2_grpc.GardenServicer):
                     data = await reader.read(most) if request.follow else reader.read_nowait(most)
                     if not data:
                         return
+                    self._core.metrics.streamed(Stream.OUTPUT, len(data))
                     yield encode_chunk(request.stream, reader.offset - len(data), data)
             finally:
                 reader.close()

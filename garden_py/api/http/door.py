@@ -35,6 +35,8 @@ _BACKLOG: Final = 1024
 _STREAM_LIMIT: Final = 1 << 20
 _IDLE_S: Final = 300.0
 _STOP_GRACE_S: Final = 2.0
+_NO_ROUTE: Final = "none"  # in the metrics: whatever else was asked for
+_FIRST_FAILURE: Final = 400  # RFC 9110 §15
 
 
 class GardenDoor:
@@ -144,7 +146,7 @@ class GardenDoor:
         started = time.monotonic()
         match = match_route(request.method, request.target)
         if isinstance(match, NoMatch):
-            return _no_route(match)
+            return self._counted(_NO_ROUTE, _no_route(match), started)
         name, trace = match.name, request.headers.get("x-vcap-request-id", "")
         with structlog.contextvars.bound_contextvars(**({"request_id": trace[:128]} if trace else {})):
             try:
@@ -153,14 +155,21 @@ class GardenDoor:
             except (GardenError, BadJson, BodyTooLarge) as error:
                 report = log.warning if isinstance(error, HostFault) else log.debug
                 report("garden.refused", route=name, error=str(error), took_ms=_ms_since(started))
-                return _refusal(error)
+                return self._counted(name, _refusal(error), started)
             except (Disconnected, ConnectionError):
                 raise
             except Exception as error:
                 log.exception("garden.failed", route=name, took_ms=_ms_since(started))
-                return _refusal(error)
+                return self._counted(name, _refusal(error), started)
             log.debug("garden.done", route=name, took_ms=_ms_since(started))
-            return answer
+            return self._counted(name, answer, started)
+
+    def _counted(self, route: str, answer: Answer, started: float) -> Answer:
+        metrics, status = self._core.metrics, answer.status
+        metrics.garden_requests.labels(route, str(status)).inc()
+        if status < _FIRST_FAILURE:
+            metrics.garden_seconds.labels(route).observe(time.monotonic() - started)
+        return answer
 
 
 def _refusal(error: Exception) -> Reply:

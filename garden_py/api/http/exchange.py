@@ -53,6 +53,7 @@ class Stream:
 
     pieces: AsyncGenerator[bytes, None]
     content_type: str = "application/x-tar"
+    status: int = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +248,9 @@ class Connection:
             ("Transfer-Encoding", "chunked"),
         ]
         await self._write(
-            self._http.send(h11.Response(status_code=200, reason=_reason(200), headers=headers))
+            self._http.send(
+                h11.Response(status_code=stream.status, reason=_reason(stream.status), headers=headers)
+            )
         )
         async with aclosing(stream.pieces):  # a reader that leaves ends whoever writes
             async for piece in stream.pieces:

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from garden_py.backend.linux.heartbeat import Heartbeat
 from garden_py.backend.linux.launching import AgentStarter
 from garden_py.backend.linux.leaks import Ledger, places_of
 from garden_py.backend.linux.network import LinuxNetwork, NetworkLease, check_dns_servers
+from garden_py.backend.linux.pools import pool_levels
 from garden_py.backend.linux.process import LinuxProcess
 from garden_py.backend.linux.processes import LinuxProcesses, usage_of, without_sidecars
 from garden_py.backend.linux.sidecars import Sidecars, owner_of, sidecar_directories
@@ -60,6 +62,7 @@ from garden_py.model.process import ProcessSpec
 from garden_py.model.spec import ContainerSpec, PortMapping
 from garden_py.observe import failpoints
 from garden_py.observe.failpoints import Point
+from garden_py.observe.steps import Step, step
 from garden_py.service.ports import (
     AgentFacts,
     BackendEvents,
@@ -68,6 +71,7 @@ from garden_py.service.ports import (
     EgressCounts,
     HostCapacity,
     NetworkFacts,
+    PoolLevel,
     ProcessRow,
     Usage,
     Witness,
@@ -323,6 +327,10 @@ class LinuxBackend:
             cpus=len(os.sched_getaffinity(0)),
         )
 
+    def pools(self) -> dict[str, PoolLevel]:
+        """How full they are."""
+        return pool_levels(self._network, self._site.uids)
+
     async def create(
         self,
         spec: ContainerSpec,
@@ -330,15 +338,21 @@ class LinuxBackend:
         report: Callable[[PullProgress], None],
     ) -> None:
         """Make a container; on failure nothing of it is left."""
-        async with self._images.prepared(spec.image, spec.image_auth, "spec.image", report) as rootfs:
+        async with AsyncExitStack() as held:
+            with step(Step.IMAGE):
+                rootfs = await held.enter_async_context(
+                    self._images.prepared(spec.image, spec.image_auth, "spec.image", report)
+                )
             await self._create(spec, rootfs, record)
 
     async def _create(
         self, spec: ContainerSpec, rootfs: Rootfs, record: Callable[[dict[str, Any]], None]
     ) -> None:
-        facts = self._construction.lease(spec)
+        with step(Step.LEASE):
+            facts = self._construction.lease(spec)
         try:
-            record(facts.to_json())
+            with step(Step.JOURNAL):
+                record(facts.to_json())
             failpoints.reach(Point.CREATE_LEASE)
             async with asyncio.timeout(self._config.create_timeout_s):
                 container = await self._construction.build(spec, facts, rootfs, record, self._events)
