@@ -31,6 +31,7 @@ from garden_py.model.spec import (
     property_violations,
 )
 from garden_py.observe import failpoints, steps
+from garden_py.observe.calls import apart, name_container
 from garden_py.observe.failpoints import Point
 from garden_py.observe.metrics import Metrics
 from garden_py.observe.steps import Step
@@ -103,6 +104,7 @@ class Containers:
         self._admit()
         nameless = not spec.handle and not request_id
         spec = self._with_defaults(spec)
+        name_container(spec.handle)
         container = Container(replace(spec, image_auth=None), request_id, created_ns=time.time_ns())
         self._registry.add(container)
         try:
@@ -562,7 +564,8 @@ class Containers:
         container.destroy_tries += 1
         pause_s = _RETRY_DESTROY_S[min(container.destroy_tries, len(_RETRY_DESTROY_S)) - 1]
         # Not the expiry timer: that one is stopped by everybody who looks at the container.
-        container.destroy_retry = asyncio.get_running_loop().call_later(pause_s, self._retry, container)
+        loop = asyncio.get_running_loop()
+        container.destroy_retry = apart(loop.call_later, pause_s, self._retry, container)
 
     def _retry(self, container: Container) -> None:
         if container.state is State.UNKILLABLE:

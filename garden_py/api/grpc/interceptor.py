@@ -13,6 +13,7 @@ from garden_py.api.grpc.drain import Drain
 from garden_py.api.grpc.outcome import Outcome, counted
 from garden_py.api.grpc.status import status_of
 from garden_py.model.errors import GardenError, HostFault
+from garden_py.observe.calls import REQUEST_ID_HEADER, begin_call
 from garden_py.observe.metrics import Metrics
 
 log = structlog.get_logger()
@@ -56,13 +57,14 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
         self, inner: Callable[[Any, Context], Any], method: str
     ) -> Callable[[Any, Context], Awaitable[Any]]:
         async def call(request: Any, context: Context) -> Any:
+            request_id = _begin(context, request)
             with counted(self._metrics, _short(method)) as outcome:
                 try:
                     with self._drain.call(method):
                         await self._wait_for(getattr(request, "handle", ""))
                         answer = await inner(request, context)
                 except Exception as error:
-                    await _abort(error, context, method, outcome)
+                    await _abort(error, context, method, outcome, request_id)
                     raise AssertionError("abort raises") from error
                 outcome.answered()
                 log.debug("rpc.done", method=method, took_ms=outcome.took_ms)
@@ -74,6 +76,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
         self, inner: Callable[[Any, Context], AsyncIterator[Any]], method: str
     ) -> Callable[[Any, Context], AsyncIterator[Any]]:
         async def call(request: Any, context: Context) -> AsyncIterator[Any]:
+            request_id = _begin(context, request)
             with counted(self._metrics, _short(method)) as outcome:
                 try:
                     with self._drain.call(method):
@@ -82,13 +85,23 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
                             outcome.answered()
                             yield answer
                 except Exception as error:  # noqa: BLE001 - turned into a status below
-                    await _abort(error, context, method, outcome)
+                    await _abort(error, context, method, outcome, request_id)
                 log.debug("rpc.done", method=method, took_ms=outcome.took_ms)
 
         return call
 
 
-async def _abort(error: Exception, context: Context, method: str, outcome: Outcome) -> None:
+def _begin(context: Context, request: Any) -> str:
+    """Name the call in the log and to its caller; grpc runs each call in a task of its own."""
+    given = next(
+        (value for key, value in context.invocation_metadata() or () if key == REQUEST_ID_HEADER), ""
+    )
+    request_id = begin_call(str(given), getattr(request, "handle", ""))
+    context.set_trailing_metadata(((REQUEST_ID_HEADER, request_id),))
+    return request_id
+
+
+async def _abort(error: Exception, context: Context, method: str, outcome: Outcome, request_id: str) -> None:
     outcome.failed(error)
     if isinstance(error, grpc.aio.AbortError | grpc.aio.BaseError):
         raise error
@@ -96,7 +109,8 @@ async def _abort(error: Exception, context: Context, method: str, outcome: Outco
         report = log.warning if isinstance(error, HostFault) else log.debug
         report("rpc.refused", method=method, code=error.code, error=str(error), took_ms=outcome.took_ms)
         status = status_of(error)
-        await context.abort(status.code, status.details, status.trailing_metadata)
+        trailing = (*(status.trailing_metadata or ()), (REQUEST_ID_HEADER, request_id))
+        await context.abort(status.code, status.details, trailing)
     log.error("rpc.failed", method=method, took_ms=outcome.took_ms, exc_info=error)
     await context.abort(grpc.StatusCode.INTERNAL, f"internal error of the server: {type(error).__name__}")
 

@@ -17,6 +17,7 @@ from garden_py.api.grpc.image_servicer import ImageServicer
 from garden_py.api.grpc.streams import CHUNK_BYTES, ProcessFeed, feed_input
 from garden_py.model.errors import GardenError, InvalidField
 from garden_py.model.process import OutputStream
+from garden_py.observe.calls import name_container
 from garden_py.observe.metrics import Stream
 from garden_py.service.core import Core
 from garden_py.service.ports import AgentFacts, NetworkFacts, RunningProcess, Usage
@@ -209,6 +210,7 @@ class GardenServicer(ImageServicer, garden_pb2_grpc.GardenServicer):
                 yield message.data
 
         target = first.target
+        name_container(target.handle)
         await self._core.recovery.wait_for(target.handle)
         await self._core.files.stream_in(target.handle, target.path, target.user, chunks())
         return pb.StreamInResponse()
@@ -231,6 +233,7 @@ class GardenServicer(ImageServicer, garden_pb2_grpc.GardenServicer):
         if first is None or first.WhichOneof("message") != "start":
             raise InvalidField("start", "must be the first message of the stream")
         start = first.start
+        name_container(start.handle)
         await self._core.recovery.wait_for(start.handle)
         with self._core.processes.use(start.handle):
             process = await self._core.processes.start(
@@ -250,6 +253,7 @@ class GardenServicer(ImageServicer, garden_pb2_grpc.GardenServicer):
         if first is None or first.WhichOneof("message") != "attach":
             raise InvalidField("attach", "must be the first message of the stream")
         attach = first.attach
+        name_container(attach.handle)
         await self._core.recovery.wait_for(attach.handle)
         with self._core.processes.use(attach.handle):
             process = self._core.processes.get(attach.handle, attach.process_id)

@@ -54,6 +54,7 @@ class Stream:
     pieces: AsyncGenerator[bytes, None]
     content_type: str = "application/x-tar"
     status: int = 200
+    headers: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +247,7 @@ class Connection:
             ("Content-Type", stream.content_type),
             ("Date", formatdate(usegmt=True)),
             ("Transfer-Encoding", "chunked"),
+            *stream.headers,
         ]
         await self._write(
             self._http.send(
