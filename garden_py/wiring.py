@@ -35,9 +35,11 @@ from garden_py.model.lifecycle import State
 from garden_py.model.netrule import DefaultAction
 from garden_py.observe import failpoints
 from garden_py.observe.metrics import Metrics
+from garden_py.observe.recent import RECENT
 from garden_py.observe.tasks import dump_tasks_on_signal
 from garden_py.service.containers import Containers, Defaults
 from garden_py.service.core import Core
+from garden_py.service.diagnosis import Diagnosis
 from garden_py.service.events import EventHub
 from garden_py.service.files import Files
 from garden_py.service.guard import Guard
@@ -107,6 +109,7 @@ def build_core(config: Config, backend: Backend, records: Records) -> Core:
     pools = partial(count_pools, backend)
     metrics.watch("garden_pool_size", "What a pool holds.", "pool", lambda: pools("size"))
     metrics.watch("garden_pool_in_use", "What is taken from a pool.", "pool", lambda: pools("in_use"))
+    server_version = version("garden-py")
     return Core(
         backend=backend,
         registry=registry,
@@ -118,9 +121,10 @@ def build_core(config: Config, backend: Backend, records: Records) -> Core:
         images=images,
         recovery=Recovery(backend, registry, containers, processes, events),
         janitor=Janitor(backend, registry, guard, events, metrics, interval_s=config.janitor_interval_s),
+        diagnosis=Diagnosis(backend, registry, events, RECENT.about, server_version),
         metrics=metrics,
         default_egress=default_egress,
-        version=version("garden-py"),
+        version=server_version,
     )
 
 

@@ -27,6 +27,7 @@ from garden_py.service.ports import (
     AgentFacts,
     BackendEvents,
     Claim,
+    Clue,
     ContainerRow,
     EgressCounts,
     HostCapacity,
@@ -91,6 +92,7 @@ class FakeBackend:
         looks: what each search for leaks finds, in order.
         can_put_back: names of what can be made again when it is missing.
         remove_gate: removals of leaks wait for it.
+        further_clues: what there is to be found out about any container.
         calls: what was asked, in order: (verb, handle).
     """
 
@@ -107,6 +109,7 @@ class FakeBackend:
         self.looks: list[Callable[[Witness], list[Leak]]] = []
         self.can_put_back: set[str] = set()
         self.remove_gate = open_gate()
+        self.further_clues: list[Clue] = []
         self.calls: list[tuple[str, str]] = []
         self.connected: set[str] = set()
         self._most = containers
@@ -157,6 +160,9 @@ class FakeBackend:
             ports_in_use=len(self.host.ports),
             cpus=2,
         )
+
+    def clues(self, handle: str, facts: dict[str, Any]) -> list[Clue]:
+        return self.further_clues
 
     def pools(self) -> dict[str, PoolLevel]:
         return {"tcp_ports": PoolLevel(len(self._ports), len(self.host.ports))}

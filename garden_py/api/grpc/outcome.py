@@ -7,11 +7,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import structlog
 from grpc import StatusCode
 
 from garden_py.api.grpc.status import code_of
 from garden_py.model.errors import GardenError
 from garden_py.observe.metrics import Metrics
+
+log = structlog.get_logger()
 
 
 class Outcome:
@@ -48,8 +51,10 @@ def counted(metrics: Metrics, method: str) -> Iterator[Outcome]:
     outcome = Outcome()
     try:
         yield outcome
-    except (asyncio.CancelledError, GeneratorExit):  # the caller has left; a stream of answers is then closed
+    except (asyncio.CancelledError, GeneratorExit) as error:  # the caller has left
         outcome.code = StatusCode.CANCELLED
+        if isinstance(error, asyncio.CancelledError):  # a stream that is closed later is so by nobody's call
+            log.debug("rpc.left", method=method, took_ms=outcome.took_ms)
         raise
     finally:
         metrics.grpc_calls.labels(method, outcome.code.name).inc()

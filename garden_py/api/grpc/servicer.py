@@ -124,6 +124,15 @@ class GardenServicer(ImageServicer, garden_pb2_grpc.GardenServicer):
         await self._core.containers.destroy(request.handle)
         return pb.DestroyContainerResponse()
 
+    async def DiagnoseContainer(
+        self, request: pb.DiagnoseContainerRequest, context: Context
+    ) -> AsyncIterator[pb.DiagnoseContainerResponse]:
+        """See the proto."""
+        async with aclosing(self._core.diagnosis.bundle(request.handle)) as pieces:
+            async for data in pieces:
+                for begin in range(0, len(data), CHUNK_BYTES):
+                    yield pb.DiagnoseContainerResponse(data=data[begin : begin + CHUNK_BYTES])
+
     async def SetGraceTime(
         self, request: pb.SetGraceTimeRequest, context: Context
     ) -> pb.SetGraceTimeResponse:

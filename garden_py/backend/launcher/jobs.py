@@ -19,6 +19,7 @@ import sh
 
 from garden_py.backend.host import syscalls
 from garden_py.backend.host.idmap import IdMap
+from garden_py.backend.launcher.rules import list_in_child
 from garden_py.backend.net import jobs as net_jobs
 from garden_py.backend.rootfs import mounts
 from garden_py.backend.runtime.command import AGENT_FDS, Runtime, cause_of_failure
@@ -103,6 +104,20 @@ def list_mounts(bench: Bench, params: dict[str, Any], fds: list[int]) -> dict[st
     return {"ids": os.listdir(params["directory"])}
 
 
+def list_rules(bench: Bench, params: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+    """What nft lists.
+
+    Args:
+        bench: of this worker.
+        params: `command`, for nft.
+        fds: the network namespace to list in; none: the host's.
+
+    Returns:
+        `text`, cut where it is too much for a frame.
+    """
+    return {"text": list_in_child(params["command"], fds[0] if fds else None)}
+
+
 def _parse_plan(value: dict[str, Any]) -> mounts.MountPlan:
     binds = tuple(mounts.BindSource(**bind) for bind in value["binds"])
     ranges = value["id_map"]
@@ -167,5 +182,6 @@ JOBS: dict[str, Job] = {
     "container.launch": launch,
     "container.release_mounts": release_mounts,
     "container.list_mounts": list_mounts,
+    "container.list_rules": list_rules,
     **{name: _net_job(job) for name, job in net_jobs.JOBS.items()},
 }

@@ -22,6 +22,7 @@ from garden_py.backend.images.store import ImageStore
 from garden_py.backend.launcher.client import Launcher
 from garden_py.backend.linux import copying
 from garden_py.backend.linux.agent_owner import AgentOwner
+from garden_py.backend.linux.clues import LinuxClues
 from garden_py.backend.linux.construction import Construction
 from garden_py.backend.linux.container import ContainerFacts, LinuxContainer, may_be_gone
 from garden_py.backend.linux.demolition import Demolition
@@ -67,6 +68,7 @@ from garden_py.service.ports import (
     AgentFacts,
     BackendEvents,
     Claim,
+    Clue,
     ContainerRow,
     EgressCounts,
     HostCapacity,
@@ -99,6 +101,7 @@ class LinuxBackend:
         self._launcher: Launcher
         self._network: LinuxNetwork
         self._sidecars: Sidecars
+        self._clues: LinuxClues
         self._processes: LinuxProcesses
         self._store: LoopStore | None = None
         self._disk: ContainerDisk
@@ -134,6 +137,7 @@ class LinuxBackend:
         self._construction = Construction(self._site, starter, self._network, self._images, self._disk)
         self._processes = LinuxProcesses(self._site, starter, self._images, self._disk, self._events)
         self._sidecars = self._processes.sidecars
+        self._clues = LinuxClues(self._site, self._network, self._launcher)
         self._demolition = Demolition(self._site, self._launcher, self._network, self._disk)
         site = self._site
         self._ledger = Ledger(
@@ -390,6 +394,11 @@ class LinuxBackend:
         finally:
             if container is not None:
                 container.end_all("the container was destroyed")
+
+    def clues(self, handle: str, facts: dict[str, Any]) -> list[Clue]:
+        """Where to look at it; see service.ports."""
+        known = ContainerFacts.from_json(facts) if facts else None
+        return self._clues.about(handle, known, self._containers.get(handle))
 
     def _get(self, handle: str) -> LinuxContainer:
         container = self._containers.get(handle)
