@@ -166,7 +166,7 @@ def test_a_container_that_the_kernel_holds_is_told_while_it_is_held(server: Serv
             freezer.write_text("THAWED")
         wait_until(lambda: not list(garden.list(all_states=True)), "the destroy", timeout_s=40)
     assert json.loads(found["container.json"])["state"] == "unkillable"
-    assert b"refrigerator" in found["processes/status.txt"] or b"freez" in found["processes/status.txt"]
+    assert b"refrigerator" in found["processes/status.txt"] or b"freeze" in found["processes/status.txt"]
     assert b"cgroup.procs" in found["cgroup.txt"]
     assert b"CONTAINER_UNKILLABLE" in found["events.jsonl"]
     assert b"container.unkillable" in found["log.jsonl"]
