@@ -12,6 +12,7 @@ import json
 import tarfile
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from garden_py.model.errors import ContainerNotFound, GardenError
 from garden_py.model.process import OutputStream
 from garden_py.model.redact import scrub, secrets_of, without_secrets
 from garden_py.service.events import Event, EventHub
+from garden_py.service.expiry import Expiry
 from garden_py.service.ports import Backend, Clue
 from garden_py.service.registry import Container, ProcessEntry, Registry
 
@@ -39,7 +41,7 @@ class Part:
 
 
 class Diagnosis:
-    """Collects bundles.
+    """Collects what there is to be found.
 
     Args:
         log_of: the latest log lines about a handle.
@@ -52,6 +54,7 @@ class Diagnosis:
         backend: Backend,
         registry: Registry,
         events: EventHub,
+        expiry: Expiry,
         log_of: Callable[[str], str],
         version: str,
         deadline_s: float = _DEADLINE_S,
@@ -59,11 +62,12 @@ class Diagnosis:
         self._backend = backend
         self._registry = registry
         self._events = events
+        self._expiry = expiry
         self._log_of = log_of
         self._version = version
         self._deadline_s = deadline_s
 
-    async def bundle(self, handle: str) -> AsyncGenerator[bytes, None]:
+    async def collect(self, handle: str) -> AsyncGenerator[bytes, None]:
         """A tar in pieces, one of which may be as large as a part.
 
         Raises:
@@ -72,6 +76,13 @@ class Diagnosis:
         container = self._registry.find(handle)
         if container is None:
             raise ContainerNotFound(handle)
+        with self._expiry.use(container):
+            async with aclosing(self._collect(container)) as pieces:
+                async for piece in pieces:
+                    yield piece
+
+    async def _collect(self, container: Container) -> AsyncGenerator[bytes, None]:
+        handle = container.handle
         clues = [*self._own_clues(container), *self._backend.clues(handle, container.facts)]
         secrets = _secrets(container)
         began_ns = time.time_ns()

@@ -105,7 +105,7 @@ class Clue:
     """One part of a diagnosis.
 
     Attributes:
-        name: of its file in the bundle; may have directories.
+        name: of its file in the diagnosis; may have directories.
         read: reads it now. It may raise, or never return; the reader of it waits only for so long, and then leaves it.
     """
 

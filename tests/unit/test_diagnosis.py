@@ -38,8 +38,11 @@ class Bundle:
 
 
 async def diagnose(core: Core, handle: str, deadline_s: float = 6.0) -> Bundle:
-    diagnosis = Diagnosis(core.backend, core.registry, core.events, lambda _: "a line\n", "0", deadline_s)
-    data = b"".join([piece async for piece in diagnosis.bundle(handle)])
+    expiry = core.containers.expiry
+    diagnosis = Diagnosis(
+        core.backend, core.registry, core.events, expiry, lambda _: "a line\n", "0", deadline_s
+    )
+    data = b"".join([piece async for piece in diagnosis.collect(handle)])
     bundle = Bundle()
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         for member in tar:

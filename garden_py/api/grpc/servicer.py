@@ -128,7 +128,7 @@ class GardenServicer(ImageServicer, garden_pb2_grpc.GardenServicer):
         self, request: pb.DiagnoseContainerRequest, context: Context
     ) -> AsyncIterator[pb.DiagnoseContainerResponse]:
         """See the proto."""
-        async with aclosing(self._core.diagnosis.bundle(request.handle)) as pieces:
+        async with aclosing(self._core.diagnosis.collect(request.handle)) as pieces:
             async for data in pieces:
                 for begin in range(0, len(data), CHUNK_BYTES):
                     yield pb.DiagnoseContainerResponse(data=data[begin : begin + CHUNK_BYTES])

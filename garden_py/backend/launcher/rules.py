@@ -18,6 +18,7 @@ from garden_py.agent.nft import Nft, NftError
 from garden_py.model.errors import HostFault
 
 _DEADLINE_S = 4.0
+_END_S = 1.0
 _TEXT_MAX_BYTES = 768 << 10  # of what fits a frame (wire.MAX_PAYLOAD)
 _READ_BYTES = 64 << 10
 _CLONE_NEWNET = 0x4000_0000  # linux/sched.h
@@ -39,12 +40,22 @@ def list_in_child(command: str, netns_fd: int | None) -> str:
         data = _read_until_end(ours)
     finally:
         os.close(ours)
-        os.kill(pid, signal.SIGKILL)  # one that is done is a zombie, and does not mind
-        os.waitpid(pid, 0)
+        _end_child(pid)
     failed, text = data[:1] != b"0", data[1:].decode(errors="replace")
     if failed:
         raise HostFault("nft", text or "its child ended without a word")
     return text
+
+
+def _end_child(pid: int) -> None:
+    """One that the kernel holds on to is left: the worker has other things to do."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)  # one that is done is a zombie, and does not mind
+        if select.select([pidfd], [], [], _END_S)[0]:
+            os.waitpid(pid, 0)
+    finally:
+        os.close(pidfd)
 
 
 def _read_until_end(fd: int) -> bytes:
