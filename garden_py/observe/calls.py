@@ -2,16 +2,13 @@
 
 A call of a door begins with `begin_call`; whatever it awaits or starts from then on logs under its id (contextvars:
 a task begins with a copy of its maker's). What only happens to begin during a call, and goes on by itself, such as
-listening to an agent or a timer, is begun `apart`, or it would speak in the name of a call long gone.
+listening to an agent or a timer, is begun `apart` (apart.py), or it would speak in the name of a call long gone.
 """
 
 from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable
-from contextvars import Context
-from typing import ParamSpec, TypeVar
 
 from structlog.contextvars import bind_contextvars, clear_contextvars
 
@@ -20,8 +17,6 @@ REQUEST_ID_HEADER = "x-request-id"
 
 _SANE = re.compile(r"[A-Za-z0-9._:/@+=-]{1,128}")
 _HANDLE_SHOWN = 128  # of what may be anything: it is checked after it was logged
-Args = ParamSpec("Args")
-Result = TypeVar("Result")
 
 
 def choose_request_id(given: str) -> str:
@@ -47,8 +42,3 @@ def name_container(handle: str) -> None:
     """From here on the call is about this container; empty: nothing is known."""
     if handle:
         bind_contextvars(handle=handle[:_HANDLE_SHOWN])
-
-
-def apart(function: Callable[Args, Result], *args: Args.args, **kwargs: Args.kwargs) -> Result:
-    """Call a function so that what it sets going belongs to no call."""
-    return Context().run(function, *args, **kwargs)

@@ -31,7 +31,8 @@ from garden_py.model.spec import (
     property_violations,
 )
 from garden_py.observe import failpoints, steps
-from garden_py.observe.calls import apart, name_container
+from garden_py.observe.apart import apart
+from garden_py.observe.calls import name_container
 from garden_py.observe.failpoints import Point
 from garden_py.observe.metrics import Metrics
 from garden_py.observe.steps import Step

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from garden_py.observe.calls import apart
+from garden_py.observe.apart import apart
 from garden_py.service.registry import Container
 
 

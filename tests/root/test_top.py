@@ -82,7 +82,7 @@ def test_a_session_from_the_table_into_a_container_to_its_destruction(server: Se
         screen.wait_for("spins destroyed")
         wait_until(lambda: [each.handle for each in garden.list()] == ["idles"], "the destroy")
         screen.type("\x1b")
-        screen.wait_for(r"1 containers[^\n]*\r\n[^\n]*\r\n[^\n]*idles")
+        screen.wait_for(r"1 container [^\n]*\r\n[^\n]*\r\n[^\n]*idles")
         screen.type("q")
         assert "\x1b[?1049l" in screen.wait_for(re.escape("\x1b[?1049l"))
         assert screen.end() == 0

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 
 import pytest
 from structlog.contextvars import get_contextvars
 
-from garden_py.observe.calls import apart, begin_call, choose_request_id, name_container
+from garden_py.observe.apart import apart
+from garden_py.observe.calls import begin_call, choose_request_id, name_container
 
 
 @pytest.mark.parametrize("given", ["ticket-17", "a" * 128, "00-4bf9/x:y@z+1="])
@@ -46,3 +49,12 @@ async def test_tasks_log_under_the_call_that_started_them_and_what_is_apart_unde
 def test_a_name_may_be_anything_and_is_cut() -> None:
     begin_call("ticket", "x" * 1_000_000)
     assert len(get_contextvars()["handle"]) == 128
+
+
+def test_processes_that_log_nothing_load_no_structlog() -> None:
+    """The launcher's workers are many and small, and a server waits for the first at its start."""
+    program = "import sys, garden_py.backend.launcher.worker; print('structlog' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout == "False\n"

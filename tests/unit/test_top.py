@@ -229,7 +229,7 @@ def test_narrow_screens_keep_what_is_worth_most() -> None:
         return draw(View(), Picture(ROWS), width, 10)[1][0].split()
 
     assert headings(160) == ["HANDLE", "CPU%▾", "MEMORY", "RX", "TX", "DISK", "PIDS", "AGE"]
-    assert headings(45) == ["HANDLE", "CPU%▾", "MEMORY", "PIDS"]
+    assert headings(49) == ["HANDLE", "CPU%▾", "MEMORY", "PIDS"]
     assert headings(16) == ["HANDLE", "CPU%▾"]
 
 

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from garden_py import wire
-from garden_py.observe.calls import apart
+from garden_py.observe.apart import apart
 
 _RECEIVE_BYTES = 64 << 10  # also bounds how long the frames of one turn take to decode
 _SEND_PATIENCE_S = 5.0

@@ -29,7 +29,7 @@ from garden_py.backend.streams.agent_replies import AgentExit
 from garden_py.model.errors import ContainerBroken
 from garden_py.model.limits import DiskScope, Limits
 from garden_py.model.process import ProcessSpec
-from garden_py.observe.calls import apart
+from garden_py.observe.apart import apart
 from garden_py.service.ports import BackendEvents
 
 if TYPE_CHECKING:

@@ -71,7 +71,7 @@ def _pids(row: Row) -> str:
 _COLUMNS = (
     _Column("CPU%", 6, 0, lambda row: _percent(row.cpu_percent), Sort.CPU),
     _Column("", _GRAPH_WIDTH, 5, lambda row: sparkline(row.cpu_graph, _GRAPH_WIDTH, 100.0)),
-    _Column("MEMORY", 13, 1, _memory, Sort.MEMORY),
+    _Column("MEMORY", 15, 1, _memory, Sort.MEMORY),
     _Column(
         "",
         _GRAPH_WIDTH,
@@ -82,7 +82,7 @@ _COLUMNS = (
     _Column("TX", 9, 3, lambda row: _rate(row.tx_bytes_per_s), Sort.NETWORK),
     _Column("", _GRAPH_WIDTH, 8, lambda row: sparkline(row.network_graph, _GRAPH_WIDTH, 1.0)),
     _Column("DISK", 7, 4, lambda row: parse.format_size(row.disk_bytes), Sort.DISK),
-    _Column("PIDS", 9, 2, _pids, Sort.PIDS),
+    _Column("PIDS", 11, 2, _pids, Sort.PIDS),
     _Column("AGE", 7, 6, lambda row: _age(row.age_s), Sort.AGE),
 )
 
@@ -175,7 +175,12 @@ def _summary(view: View, picture: Picture, shown: int) -> str:
     count = str(len(rows)) if shown == len(rows) else f"{shown} of {len(rows)}"
     cpu = sum(row.cpu_percent or 0.0 for row in rows)
     memory = parse.format_size(sum(row.memory_bytes for row in rows))
-    words = [f"{count} containers", f"cpu {cpu:.0f}%", f"memory {memory}", picture.clock]
+    words = [
+        f"{count} container{'' if len(rows) == 1 else 's'}",
+        f"cpu {cpu:.0f}%",
+        f"memory {memory}",
+        picture.clock,
+    ]
     if view.pattern:
         words.append(f"filter: {view.pattern}")
     return "  ".join(words)
@@ -207,7 +212,7 @@ def _about(row: Row, width: int) -> str:
     )
 
 
-_PROCESS_HEADING = f"{'PROCESS':<20} {'PID':>7} {'STATE':<10} {'CPU%':>6} {'MEMORY':>13} COMMAND"
+_PROCESS_HEADING = f"{'PROCESS':<20} {'PID':>7} {'STATE':<10} {'CPU%':>6} {'MEMORY':>15} COMMAND"
 
 
 def _process(process: ProcessInfo, row: Row | None) -> str:
@@ -222,7 +227,7 @@ def _process(process: ProcessInfo, row: Row | None) -> str:
     cpu = _percent(row.cpu_percent) if row is not None and measured else ""
     memory = _memory(row) if row is not None and measured else ""
     command = " ".join([process.spec.path, *process.spec.args])
-    return f"{process.id[:20]:<20} {process.pid or '':>7} {state:<10} {cpu:>6} {memory:>13} {command}"
+    return f"{process.id[:20]:<20} {process.pid or '':>7} {state:<10} {cpu:>6} {memory:>15} {command}"
 
 
 def _footer(view: View, picture: Picture) -> Line:
