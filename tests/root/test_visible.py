@@ -145,7 +145,7 @@ def test_every_line_says_who_asked_and_about_what_and_no_secret(no_trace: None, 
                 process.stdin.write(b"s3cret-typed")
                 process.stdin.close()
                 assert process.wait().code == 0
-            with pytest.raises(GardenError):
+            with pytest.raises(GardenError) as not_found:
                 container.run(["no-such-program"], env={"TOKEN": "s3cret-of-process"})
         body = b'{"handle":"asked","env":["SECRET=s3cret-of-http"],"network":"nonsense"}'
         head = build_head("POST", "/containers", "X-Request-Id: ticket-19", length=len(body))
@@ -166,6 +166,7 @@ def test_every_line_says_who_asked_and_about_what_and_no_secret(no_trace: None, 
     assert {"container.create_failed", "rpc.refused"} <= {line["event"] for line in by_id[own_id]}
     assert {line["handle"] for line in by_id[own_id]} == {"unfetched"}
     assert {"garden.done", "garden.refused"} & {line["event"] for line in by_id["ticket-19"]}
+    assert {line["handle"] for line in by_id[not_found.value.request_id]} == {"told"}
     for line in lines:
         if line["event"].startswith(("rpc.", "garden.", "container.")):
             assert line.get("request_id"), line

@@ -11,6 +11,7 @@ import typer
 
 from garden_py.cli import options as opt
 from garden_py.cli import parse, render
+from garden_py.cli.failures import failure_text
 from garden_py.cli.top.asking import Asker, Look
 from garden_py.cli.top.draw import HEADINGS, Picture, body_height, cells, draw
 from garden_py.cli.top.view import Sort, Verb, View, press
@@ -125,7 +126,7 @@ class _Top:
         try:
             look = self._asker.take_look()
         except GardenError as error:
-            self._tell(str(error))
+            self._tell(failure_text(error).partition("\n")[0])
         else:
             if look is not None:
                 self._take(look)
