@@ -63,7 +63,11 @@ class Defaults:
 
 
 class Containers:
-    """The verbs about containers."""
+    """The verbs about containers.
+
+    Args:
+        listeners: told of each create and destroy, after the metrics.
+    """
 
     def __init__(
         self,
@@ -76,7 +80,6 @@ class Containers:
         grace_time_s: float,
         listeners: Sequence[steps.Listener] = (),
     ) -> None:
-        """Listeners are told of each create and destroy, after the metrics."""
         self._backend = backend
         self._registry = registry
         self._guard = guard
