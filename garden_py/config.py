@@ -309,6 +309,13 @@ class Config(BaseModel):
         bool,
         Field(description="Allow --metrics on an address that others can reach: it asks for no password."),
     ] = False
+    otel_endpoint: Annotated[
+        str,
+        Field(
+            description="URL of an OpenTelemetry collector, for OTLP over HTTP, that gets a trace of each create and "
+            "destroy, e.g. http://127.0.0.1:4318; needs the extra garden-py[otel]; empty: none does."
+        ),
+    ] = ""
     janitor_interval_s: Annotated[
         float,
         Field(

@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from importlib import import_module
@@ -28,6 +28,7 @@ import structlog
 from garden_py.api.activation import take_inherited_socket
 from garden_py.api.pages import debug_door, metrics_door
 from garden_py.backend.boot import remember_boot, was_rebooted
+from garden_py.backend.host.threads import in_spare_thread
 from garden_py.backend.journal import SETTINGS, Journal, open_journal
 from garden_py.config import Config
 from garden_py.model.errors import GardenError, HostFault, InvalidField
@@ -35,9 +36,13 @@ from garden_py.model.lifecycle import State
 from garden_py.model.netrule import DefaultAction
 from garden_py.observe import failpoints
 from garden_py.observe.metrics import Metrics
+from garden_py.observe.recent import RECENT
+from garden_py.observe.steps import Listener
 from garden_py.observe.tasks import dump_tasks_on_signal
+from garden_py.observe.traces import Tracing, open_tracing
 from garden_py.service.containers import Containers, Defaults
 from garden_py.service.core import Core
+from garden_py.service.diagnosis import Diagnosis
 from garden_py.service.events import EventHub
 from garden_py.service.files import Files
 from garden_py.service.guard import Guard
@@ -51,6 +56,7 @@ from garden_py.service.registry import Registry
 log = structlog.get_logger()
 BACKEND_GROUP = "garden_py.backends"
 _SWITCH_S = 0.0005
+_LAST_TRACES_S = 3.0
 
 
 class Door(Protocol):
@@ -83,8 +89,10 @@ def load_backend(config: Config) -> Backend:
     return cast(Backend, found[config.backend].load()(config))
 
 
-def build_core(config: Config, backend: Backend, records: Records) -> Core:
-    """The service over a backend and a journal."""
+def build_core(
+    config: Config, backend: Backend, records: Records, listeners: Sequence[Listener] = ()
+) -> Core:
+    """The service over a backend and a journal; listeners are told of each create and destroy."""
     registry, guard, metrics = Registry(records), Guard(), Metrics()
     events = EventHub(first_cursor=time.time_ns() // 1000)  # no server tells a million events a second
     default_egress = DefaultAction(config.default_egress)
@@ -96,6 +104,7 @@ def build_core(config: Config, backend: Backend, records: Records) -> Core:
         metrics,
         Defaults(config.max_containers, default_egress, not config.disable_privileged_containers),
         config.default_grace_time_s,
+        listeners,
     )
     processes = Processes(backend, registry, events, containers.expiry)
     metrics.watch("garden_containers", "Containers by state.", "state", partial(count_by_state, registry))
@@ -104,6 +113,10 @@ def build_core(config: Config, backend: Backend, records: Records) -> Core:
         "garden_images", "Images in the store, by whether anything is made of them.", "use", images.count
     )
     metrics.watch("garden_image_bytes", "Disk space of images' layers, likewise.", "use", images.count_bytes)
+    pools = partial(count_pools, backend)
+    metrics.watch("garden_pool_size", "What a pool holds.", "pool", lambda: pools("size"))
+    metrics.watch("garden_pool_in_use", "What is taken from a pool.", "pool", lambda: pools("in_use"))
+    server_version = version("garden-py")
     return Core(
         backend=backend,
         registry=registry,
@@ -111,14 +124,20 @@ def build_core(config: Config, backend: Backend, records: Records) -> Core:
         events=events,
         containers=containers,
         processes=processes,
-        files=Files(backend, registry, containers.expiry),
+        files=Files(backend, registry, containers.expiry, metrics),
         images=images,
         recovery=Recovery(backend, registry, containers, processes, events),
         janitor=Janitor(backend, registry, guard, events, metrics, interval_s=config.janitor_interval_s),
+        diagnosis=Diagnosis(backend, registry, events, containers.expiry, RECENT.about, server_version),
         metrics=metrics,
         default_egress=default_egress,
-        version=version("garden-py"),
+        version=server_version,
     )
+
+
+def count_pools(backend: Backend, what: str) -> dict[str, float]:
+    """One number of each pool; what: a field of PoolLevel."""
+    return {name: getattr(level, what) for name, level in backend.pools().items()}
 
 
 def count_by_state(registry: Registry) -> dict[str, float]:
@@ -144,7 +163,10 @@ async def running_server(config: Config, inherited: socket.socket | None = None)
         rebooted = was_rebooted(config.state_dir)
         journal = open_journal(config.state_dir / "journal.db", rebooted=rebooted)
         remember_settings(journal, config, inherited)
-        core = build_core(config, load_backend(config), journal)
+        tracing = open_tracing(config.otel_endpoint, version=version("garden-py"), instance=config.tag)
+        listeners = [] if tracing is None else [tracing.operation_ended]
+        core = build_core(config, load_backend(config), journal, listeners)
+        core.metrics.watch("garden_journal_bytes", "Size of the journal's files.", "file", journal.file_sizes)
         # The backend mostly waits for processes that it starts; grpc and the doors are loaded meanwhile.
         await asyncio.gather(
             asyncio.to_thread(import_doors, config),
@@ -166,8 +188,19 @@ async def running_server(config: Config, inherited: socket.socket | None = None)
                 await page.stop()
             await core.close()
             journal.close()
+            if tracing is not None:
+                await send_last_traces(tracing)
     finally:
         os.close(lock)
+
+
+async def send_last_traces(tracing: Tracing) -> None:
+    """Send what has not been sent; a collector that does not answer does not keep the server from stopping."""
+    try:
+        async with asyncio.timeout(_LAST_TRACES_S):
+            await in_spare_thread(tracing.close)
+    except TimeoutError:
+        log.warning("traces.not_sent", reason=f"the collector has not taken them in {_LAST_TRACES_S:g} s")
 
 
 def import_doors(config: Config) -> None:

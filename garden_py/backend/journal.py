@@ -10,6 +10,7 @@ Source: sqlite.org/pragma.html: journal_mode WAL with synchronous OFF survives a
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
@@ -147,6 +148,14 @@ class Journal:
         for table in ("meta", "containers", "processes"):
             for _ in self._db.execute(f"SELECT * FROM {table}"):  # noqa: S608 - names from the line above
                 pass
+
+    def file_sizes(self) -> dict[str, float]:
+        """Bytes of its files, by what they are; of a journal in memory none."""
+        place = self._db.execute("PRAGMA database_list").fetchone()["file"]
+        if not place:
+            return {}
+        files = {"database": place, "log": f"{place}-wal"}
+        return {name: os.stat(file).st_size for name, file in files.items() if os.path.exists(file)}
 
     def close(self) -> None:
         """Close the database; the object is of no use afterwards."""

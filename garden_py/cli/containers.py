@@ -218,36 +218,37 @@ def info(
     if output is render.OutputFormat.JSON:
         render.print_json(container)
         return
+    render.print_fields(info_fields(container))
+
+
+def info_fields(container: ContainerInfo) -> dict[str, str]:
+    """What is known of a container, in words; empty where there is nothing to say."""
     spec = container.spec
-    render.print_fields(
-        {
-            "handle": container.handle,
-            "state": container.state.name.lower()
-            + (f" ({reason})" if (reason := container.state_reason) else ""),
-            "age": _age(container.created_at),
-            "image": spec.image,
-            "privileged": "yes" if spec.privileged else "",
-            "hostname": spec.hostname,
-            "network": spec.subnet or spec.network_mode.name.lower(),
-            "container ip": container.container_ip,
-            "host ip": container.host_ip,
-            "external ip": container.external_ip,
-            "ports": ", ".join(parse.format_port(each) for each in container.mapped_ports),
-            "limits": render.limits_text(spec.limits),
-            "grace time": _grace_text(spec.grace_time),
-            "mounts": ", ".join(
-                f"{mount.source} -> {mount.destination} ({'rw' if mount.mode else 'ro'})"
-                for mount in spec.bind_mounts
-            ),
-            "properties": ", ".join(
-                f"{name}={value}" for name, value in sorted(container.properties.items())
-            ),
-            "processes": ", ".join(container.process_ids),
-            "events": ", ".join(container.events),
-            "pid": str(container.pid or ""),
-            "agent": _agent_text(container.agent),
-        }
-    )
+    return {
+        "handle": container.handle,
+        "state": container.state.name.lower()
+        + (f" ({reason})" if (reason := container.state_reason) else ""),
+        "age": _age(container.created_at),
+        "image": spec.image,
+        "privileged": "yes" if spec.privileged else "",
+        "hostname": spec.hostname,
+        "network": spec.subnet or spec.network_mode.name.lower(),
+        "container ip": container.container_ip,
+        "host ip": container.host_ip,
+        "external ip": container.external_ip,
+        "ports": ", ".join(parse.format_port(each) for each in container.mapped_ports),
+        "limits": render.limits_text(spec.limits),
+        "grace time": _grace_text(spec.grace_time),
+        "mounts": ", ".join(
+            f"{mount.source} -> {mount.destination} ({'rw' if mount.mode else 'ro'})"
+            for mount in spec.bind_mounts
+        ),
+        "properties": ", ".join(f"{name}={value}" for name, value in sorted(container.properties.items())),
+        "processes": ", ".join(container.process_ids),
+        "events": ", ".join(container.events),
+        "pid": str(container.pid or ""),
+        "agent": _agent_text(container.agent),
+    }
 
 
 def _agent_text(agent: AgentInfo | None) -> str:

@@ -30,9 +30,11 @@ def failure_text(error: GardenError, *, about: str = "") -> str:
         error: what a call raised.
         about: what the call was about, if the sentence alone might not tell.
     """
-    from garden_py.client.errors import Unavailable
+    from garden_py.client.errors import ServerFault, Unavailable
 
     text = error.message
+    if isinstance(error, ServerFault) and error.request_id:
+        text = f"{text} (request_id {error.request_id} in the server's log)"
     if isinstance(error, Unavailable) and not error.code:
         text = f"cannot reach the server: {_shortest_cause(text)} (is `garden server` running?)"
     if about and about not in text:

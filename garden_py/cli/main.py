@@ -15,9 +15,10 @@ from typing import Annotated, Any
 
 import typer
 
-from garden_py.cli import containers, copying, egress, failures, images, inspect, processes, tune
+from garden_py.cli import containers, copying, diagnose, egress, failures, images, inspect, processes, tune
 from garden_py.cli.options import Settings
 from garden_py.cli.parse import BadInput
+from garden_py.cli.top.command import top
 
 _WALK_THROUGH = """
 A first walk, with a server running (`garden server` as root):
@@ -32,6 +33,8 @@ A first walk, with a server running (`garden server` as root):
     garden publish web 8080:80                    open a port of the host
     garden egress set web --default deny          close the network outwards
     garden metrics web                            what it uses
+    garden top                                    what all of them use, live
+    garden inspect web                            all there is to know about it
     garden destroy web                            and away with it
 
 `garden doctor` says what this host can do. `garden COMMAND --help` has examples.
@@ -127,7 +130,10 @@ app.command("cp")(copying.cp)
 app.add_typer(images.app, name="image")
 app.command("list")(containers.list_containers)
 app.command("info")(containers.info)
+app.command("inspect")(diagnose.inspect)
+app.command("diagnose")(diagnose.diagnose)
 app.command("metrics")(inspect.metrics)
+app.command("top")(top)
 app.command("events")(inspect.events)
 app.command("limits")(tune.limits)
 app.add_typer(egress.app, name="egress")

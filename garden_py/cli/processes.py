@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # Options of garden end at the first argument: what follows belongs to the program.
 RUN_SETTINGS = {"allow_interspersed_args": False}
+PS_HEADINGS = ("ID", "PID", "STATE", "STARTED", "USER", "STDOUT", "STDERR", "COMMAND")
 
 
 def run(
@@ -284,13 +285,11 @@ def ps(
     if output is render.OutputFormat.JSON:
         render.print_json(processes)
         return
-    render.print_table(
-        ["ID", "PID", "STATE", "STARTED", "USER", "STDOUT", "STDERR", "COMMAND"],
-        [_ps_row(each) for each in processes],
-    )
+    render.print_table(PS_HEADINGS, [ps_row(each) for each in processes])
 
 
-def _ps_row(process: ProcessInfo) -> list[str]:
+def ps_row(process: ProcessInfo) -> list[str]:
+    """A process as a row of a table."""
     state = "running"
     if process.exit is not None:
         state = (

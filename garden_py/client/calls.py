@@ -286,6 +286,18 @@ def stream_out(handle: str, path: str, user: str) -> Call[bytes]:
     return Call("StreamOut", request, pb.StreamOutResponse, lambda reply: bytes(reply.data), waits=True)
 
 
+def diagnose(handle: str) -> Call[bytes]:
+    """A stream of answers: a tar in pieces."""
+    request = pb.DiagnoseContainerRequest(handle=handle)
+    return Call(
+        "DiagnoseContainer",
+        request,
+        pb.DiagnoseContainerResponse,
+        lambda reply: bytes(reply.data),
+        waits=True,
+    )
+
+
 def watch_events(handles: Sequence[str], after_cursor: int | None) -> Call[v.Event]:
     """A stream of answers: WATCHING, then what happens."""
     request = pb.WatchEventsRequest(handles=handles, after_cursor=after_cursor)

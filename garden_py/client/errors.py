@@ -7,7 +7,7 @@ One class per gRPC status that the API uses; `code` tells apart what a class hol
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Final
 
 import grpc
@@ -15,6 +15,7 @@ import grpc
 # Key of the serialized google.rpc.Status among the trailing metadata.
 # Source: grpc.io, "Richer error model"; the suffix -bin marks binary metadata (gRPC over HTTP/2).
 _STATUS_DETAILS_KEY: Final = "grpc-status-details-bin"
+_REQUEST_ID_KEY: Final = "x-request-id"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,7 @@ class ErrorDetails:
     fields: tuple[FieldViolation, ...] = ()
     quotas: tuple[FieldViolation, ...] = ()
     resource: str = ""
+    request_id: str = ""
 
 
 class GardenError(Exception):
@@ -49,6 +51,7 @@ class GardenError(Exception):
         quotas: which pool is exhausted, and what the server says about it.
         metadata: further facts by name, as strings.
         resource: what was not found or was taken.
+        request_id: what the call is called in the server's log; empty when no server has answered.
     """
 
     status: ClassVar[str] = "UNKNOWN"
@@ -58,6 +61,7 @@ class GardenError(Exception):
         details = details or ErrorDetails()
         self.message = message
         self.code = details.code
+        self.request_id = details.request_id
         self.fields = details.fields
         self.quotas = details.quotas
         self.metadata = details.metadata
@@ -216,8 +220,10 @@ def make_error(
     code: grpc.StatusCode, message: str | None, trailing: Iterable[tuple[str, str | bytes]] | None
 ) -> GardenError:
     """The typed exception for a status and its trailing metadata."""
-    packed = dict(trailing or ()).get(_STATUS_DETAILS_KEY)
+    found = dict(trailing or ())
+    packed = found.get(_STATUS_DETAILS_KEY)
     details = _unpack_details(packed) if isinstance(packed, bytes) else ErrorDetails()
+    details = replace(details, request_id=str(found.get(_REQUEST_ID_KEY, "")))
     error_class = _BY_STATUS.get(code.name, GardenError)
     return error_class(message or code.name.lower().replace("_", " "), details)
 

@@ -1,1 +1,1 @@
-"""Logs; metrics and traces are to come."""
+"""What the server tells of itself: logs, metrics, traces, and the calls and steps that they are about."""

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from garden_py.observe.recent import RECENT
+
 
 @contextmanager
 def _as_if_absent(name: str) -> Iterator[None]:
@@ -47,6 +49,7 @@ def configure_logging(level: str, form: str) -> None:
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
+        RECENT,
     ]
     if not text:
         processors.append(structlog.processors.format_exc_info)

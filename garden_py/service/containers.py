@@ -7,7 +7,7 @@ import hashlib
 import json
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,9 +31,12 @@ from garden_py.model.spec import (
     port_violations,
     property_violations,
 )
-from garden_py.observe import failpoints
+from garden_py.observe import failpoints, steps
+from garden_py.observe.apart import apart
+from garden_py.observe.calls import name_container
 from garden_py.observe.failpoints import Point
 from garden_py.observe.metrics import Metrics
+from garden_py.observe.steps import Step
 from garden_py.service.events import EventHub, EventKind
 from garden_py.service.expiry import Expiry
 from garden_py.service.guard import Guard
@@ -61,7 +64,11 @@ class Defaults:
 
 
 class Containers:
-    """The verbs about containers."""
+    """The verbs about containers.
+
+    Args:
+        listeners: told of each create and destroy, after the metrics.
+    """
 
     def __init__(
         self,
@@ -72,6 +79,7 @@ class Containers:
         metrics: Metrics,
         defaults: Defaults,
         grace_time_s: float,
+        listeners: Sequence[steps.Listener] = (),
     ) -> None:
         self._backend = backend
         self._registry = registry
@@ -79,6 +87,7 @@ class Containers:
         self._events = events
         self._metrics = metrics
         self._defaults = defaults
+        self._listeners = (metrics.operation_ended, *listeners)
         self._resuming = asyncio.Semaphore(_RESUMED_AT_ONCE)
         self.expiry = Expiry(grace_time_s, self._expired)
 
@@ -100,6 +109,7 @@ class Containers:
         self._admit()
         nameless = not spec.handle and not request_id
         spec = self._with_defaults(spec)
+        name_container(spec.handle)
         container = Container(replace(spec, image_auth=None), request_id, created_ns=time.time_ns())
         self._registry.add(container)
         try:
@@ -172,8 +182,11 @@ class Containers:
         return EgressPolicy(default_action=self._defaults.egress) if policy is None else policy
 
     async def _make(self, container: Container, image_auth: RegistryAuth | None) -> Container:
-        started = time.monotonic()
+        with steps.operation(steps.CREATE, container.handle, self._listeners):
+            return await self._make_in_steps(container, image_auth)
 
+    async def _make_in_steps(self, container: Container, image_auth: RegistryAuth | None) -> Container:
+        started = time.monotonic()
         reclaiming = self._guard.running(RECLAIM, container.handle)
         if reclaiming is not None:
             # The janitor is taking away what an earlier container of this handle has left.
@@ -200,7 +213,8 @@ class Containers:
             ports = self._backend.facts_of_network(container.handle).mapped_ports
             made = replace(container.spec, port_mappings=ports)
             failpoints.reach(Point.CREATE_DONE)
-            self._registry.save(container, state=State.ACTIVE, spec=made)
+            with steps.step(Step.JOURNAL):
+                self._registry.save(container, state=State.ACTIVE, spec=made)
         except errors.GardenError as error:
             self._metrics.create_failures.labels(error.code).inc()
             await self._demolish(container)  # the next server would take it for half made
@@ -533,12 +547,17 @@ class Containers:
             await self._demolish(container, reason)
 
     async def _demolish(self, container: Container, reason: str = "") -> None:
+        with steps.operation(steps.DESTROY, container.handle, self._listeners):
+            await self._demolish_in_steps(container, reason)
+
+    async def _demolish_in_steps(self, container: Container, reason: str) -> None:
         started = time.monotonic()
         self.expiry.disarm(container)
         if container.destroy_retry is not None:
             container.destroy_retry.cancel()
         if container.state is not State.DESTROYING:
-            self._registry.leave(container, State.DESTROYING, reason)
+            with steps.step(Step.JOURNAL):
+                self._registry.leave(container, State.DESTROYING, reason)
         await _until_free(container.changing)
         try:
             failpoints.reach(Point.DESTROY_JOURNAL)
@@ -546,7 +565,8 @@ class Containers:
                 await self._backend.destroy(container.handle, container.facts)
                 container.gone = True  # its leases may be another container's from here on
             failpoints.reach(Point.DESTROY_RELEASE)
-            self._registry.remove(container)
+            with steps.step(Step.JOURNAL):
+                self._registry.remove(container)
         except errors.GardenError as error:
             self._metrics.destroy_failures.labels(error.code).inc()
             self._unkillable(container, error)
@@ -566,7 +586,8 @@ class Containers:
         container.destroy_tries += 1
         pause_s = _RETRY_DESTROY_S[min(container.destroy_tries, len(_RETRY_DESTROY_S)) - 1]
         # Not the expiry timer: that one is stopped by everybody who looks at the container.
-        container.destroy_retry = asyncio.get_running_loop().call_later(pause_s, self._retry, container)
+        loop = asyncio.get_running_loop()
+        container.destroy_retry = apart(loop.call_later, pause_s, self._retry, container)
 
     def _retry(self, container: Container) -> None:
         if container.state is State.UNKILLABLE:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from garden_py.model.netrule import DefaultAction
 from garden_py.observe.metrics import Metrics
 from garden_py.service.containers import Containers
+from garden_py.service.diagnosis import Diagnosis
 from garden_py.service.events import EventHub
 from garden_py.service.files import Files
 from garden_py.service.guard import Guard
@@ -37,6 +38,7 @@ class Core:
     images: Images
     recovery: Recovery
     janitor: Janitor
+    diagnosis: Diagnosis
     metrics: Metrics
     default_egress: DefaultAction
     version: str

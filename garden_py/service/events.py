@@ -98,6 +98,10 @@ class EventHub:
             if not future.done():
                 future.set_result(None)
 
+    def kept_about(self, handle: str) -> list[Event]:
+        """The kept events of a container, the oldest first."""
+        return [event for event in self._kept if event.handle == handle]
+
     def check_cursor(self, after: int) -> None:
         """Refuse a cursor whose following events are not kept any more, or that is of the future.
 

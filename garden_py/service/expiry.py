@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from garden_py.observe.apart import apart
 from garden_py.service.registry import Container
 
 
@@ -48,7 +49,7 @@ class Expiry:
         grace_s = self.grace_time_s(container)
         if grace_s > 0 and container.uses == 0:
             loop = asyncio.get_running_loop()
-            container.expiry = loop.call_later(grace_s, self._on_expired, container)
+            container.expiry = apart(loop.call_later, grace_s, self._on_expired, container)
 
     def disarm(self, container: Container) -> None:
         """Stop the timer."""

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -91,6 +91,27 @@ class HostCapacity:
     ports: int
     ports_in_use: int
     cpus: int
+
+
+@dataclass(frozen=True, slots=True)
+class PoolLevel:
+    """How full a pool is that containers take from: counts."""
+
+    size: int
+    in_use: int
+
+
+@dataclass(frozen=True, slots=True)
+class Clue:
+    """One part of a diagnosis.
+
+    Attributes:
+        name: of its file in the diagnosis; may have directories.
+        read: reads it now. It may raise, or never return; the reader of it waits only for so long, and then leaves it.
+    """
+
+    name: str
+    read: Callable[[], Awaitable[bytes]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -416,6 +437,9 @@ class Backend(LeakFinder, Protocol):
     def capacity(self) -> HostCapacity:
         """What host and pools offer."""
 
+    def pools(self) -> dict[str, PoolLevel]:
+        """Levels of what containers take from, by a fixed name for each pool; after `open`."""
+
     @property
     def images(self) -> ImageKeeper:
         """Its images; after `open`."""
@@ -448,6 +472,14 @@ class Backend(LeakFinder, Protocol):
 
         Raises:
             Unkillable: the kernel holds on to something past the deadline; call again.
+        """
+
+    def clues(self, handle: str, facts: dict[str, Any]) -> list[Clue]:
+        """Where to look for what is wrong with a container in any state, also one that this backend does not know.
+
+        Args:
+            handle: of the container.
+            facts: as in its row, perhaps none.
         """
 
     def facts_of_network(self, handle: str) -> NetworkFacts:

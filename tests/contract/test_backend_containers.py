@@ -6,6 +6,7 @@ import asyncio
 import io
 import tarfile
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -270,3 +271,26 @@ def tar_of(name: str, content: bytes) -> bytes:
 async def drain(chunks: AsyncIterator[bytes]) -> None:
     async for _ in chunks:
         pass
+
+
+async def test_pools_tell_what_is_taken_and_given_back(stage: Stage) -> None:
+    """What is in use never exceeds the size, and a destroyed container has nothing of it."""
+    before = stage.backend.pools()
+    handle = await stage.create(port_mappings=(PortMapping(0, 80),))
+    during = stage.backend.pools()
+    assert during["tcp_ports"].in_use == before["tcp_ports"].in_use + 1
+    assert during.keys() == before.keys()
+    assert all(0 <= level.in_use <= level.size for level in during.values())
+    await stage.destroy(handle)
+    assert stage.backend.pools() == before
+
+
+async def test_there_are_clues_to_a_container_and_to_what_is_none(stage: Stage) -> None:
+    """Listing them never fails, their names differ, and reading one fails as the host does, if at all."""
+    handle = await stage.create()
+    for clues in (stage.backend.clues(handle, stage.facts[handle]), stage.backend.clues("nobody", {})):
+        names = [clue.name for clue in clues]
+        assert len(names) == len(set(names))
+        for clue in clues:
+            with suppress(errors.GardenError, OSError):
+                assert isinstance(await clue.read(), bytes)

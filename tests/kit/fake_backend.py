@@ -27,10 +27,12 @@ from garden_py.service.ports import (
     AgentFacts,
     BackendEvents,
     Claim,
+    Clue,
     ContainerRow,
     EgressCounts,
     HostCapacity,
     NetworkFacts,
+    PoolLevel,
     ProcessRow,
     RuleCount,
     Usage,
@@ -90,6 +92,7 @@ class FakeBackend:
         looks: what each search for leaks finds, in order.
         can_put_back: names of what can be made again when it is missing.
         remove_gate: removals of leaks wait for it.
+        further_clues: what there is to be found out about any container.
         calls: what was asked, in order: (verb, handle).
     """
 
@@ -106,6 +109,7 @@ class FakeBackend:
         self.looks: list[Callable[[Witness], list[Leak]]] = []
         self.can_put_back: set[str] = set()
         self.remove_gate = open_gate()
+        self.further_clues: list[Clue] = []
         self.calls: list[tuple[str, str]] = []
         self.connected: set[str] = set()
         self._most = containers
@@ -156,6 +160,12 @@ class FakeBackend:
             ports_in_use=len(self.host.ports),
             cpus=2,
         )
+
+    def clues(self, handle: str, facts: dict[str, Any]) -> list[Clue]:
+        return self.further_clues
+
+    def pools(self) -> dict[str, PoolLevel]:
+        return {"tcp_ports": PoolLevel(len(self._ports), len(self.host.ports))}
 
     def used_image(self, handle: str) -> UsedImage | None:
         return self.used_images.get(handle)

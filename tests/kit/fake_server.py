@@ -279,6 +279,13 @@ class FakeGarden(garden_pb2_grpc.GardenServicer):
                     container.files[path] = source.read()
         return pb.StreamInResponse()
 
+    async def DiagnoseContainer(
+        self, request: pb.DiagnoseContainerRequest, context: Any
+    ) -> AsyncIterator[pb.DiagnoseContainerResponse]:
+        await self.find(request.handle, context)
+        for data in (b"a tar ", b"in pieces"):
+            yield pb.DiagnoseContainerResponse(data=data)
+
     async def StreamOut(
         self, request: pb.StreamOutRequest, context: Any
     ) -> AsyncIterator[pb.StreamOutResponse]:

@@ -328,3 +328,21 @@ def test_stop_grace_time_and_ping_reach_the_server(garden: Garden, fake: FakeGar
     assert garden("grace-time", "c", "30m").code == 0
     assert fake.containers["c"].message.spec.grace_time.seconds == 1800
     assert "fake 1" in garden("ping").out
+
+
+def test_inspect_is_everything_about_one_container(garden: Garden) -> None:
+    garden("create", "--handle", "c", "--memory", "64M", "--env", "PASSWORD=hidden")
+    shown = garden("inspect", "c")
+    assert (shown.code, shown.err) == (0, "")
+    assert {"limits", "egress", "usage"} <= set(shown.out.split())
+    assert "hidden" not in shown.out
+    told = json.loads(garden("inspect", "c", "-o", "json").out)
+    assert set(told) == {"container", "limits", "egress", "processes", "metrics", "problems"}
+    assert told["problems"] == {}
+    assert garden("inspect", "nobody").code == 1
+
+
+def test_diagnose_passes_the_tar_on_as_it_comes(garden: Garden) -> None:
+    garden("create", "--handle", "c")
+    assert garden("diagnose", "c") == Result(0, "a tar in pieces", "")
+    assert garden("diagnose", "nobody").code == 1

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import pytest
 from kit.fake_server import RunningFake, serve_fake
 
+from garden_py.cli.failures import failure_text
 from garden_py.client import (
     Aborted,
     AlreadyExists,
@@ -23,7 +25,7 @@ from garden_py.client import (
     Unavailable,
 )
 from garden_py.client.address import DEFAULT_ADDRESS, resolve_target
-from garden_py.client.errors import ErrorDetails
+from garden_py.client.errors import ErrorDetails, make_error
 from garden_py.client.retry import Patience
 
 
@@ -90,6 +92,14 @@ def test_create_with_a_request_id_is_idempotent(client: GardenClient) -> None:
     """A retry after a lost answer returns the container that was made."""
     spec = ContainerSpec(handle="a")
     assert client.create(spec, request_id="r").handle == client.create(spec, request_id="r").handle
+
+
+def test_a_failed_call_knows_its_name_in_the_servers_log() -> None:
+    """What an operator greps for; a fault of the server's shows it on the command line."""
+    error = make_error(grpc.StatusCode.INTERNAL, "mount: no", [("x-request-id", "ticket-17")])
+    assert error.request_id == "ticket-17"
+    assert failure_text(error) == "mount: no (request_id ticket-17 in the server's log)"
+    assert make_error(grpc.StatusCode.INTERNAL, "mount: no", None).request_id == ""
 
 
 def test_leaving_the_block_destroys_the_container(client: GardenClient) -> None:

@@ -34,6 +34,7 @@ from garden_py.api.http.routes import NAMES, Match, NoMatch, match_route
 from garden_py.config import Config
 from garden_py.model.errors import HostFault, InvalidField
 from garden_py.model.process import OutputStream, ProcessSpec
+from garden_py.observe.metrics import Metrics
 
 T = TypeVar("T")
 
@@ -637,7 +638,7 @@ async def test_without_the_cursor_attach_begins_now(box: Garden) -> None:
     """As in the reference (AT2)."""
     process = await box.do(lambda c: c.run("box", "echo", "hello", id="p", sides=()))
     await asyncio.to_thread(process.wait)
-    attachments = Attachments(remember=False)
+    attachments = Attachments(remember=False, metrics=Metrics())
     entry = box.server.core.registry.get("box").processes["p"].process
     assert attachments.begin("box", entry, {}, fresh=False).offsets == {
         OutputStream.STDOUT: 6,

@@ -199,6 +199,11 @@ class GardenStub:
                 request_serializer=garden_dot_v1_dot_garden__pb2.CheckLeaksRequest.SerializeToString,
                 response_deserializer=garden_dot_v1_dot_garden__pb2.CheckLeaksResponse.FromString,
                 _registered_method=True)
+        self.DiagnoseContainer = channel.unary_stream(
+                '/garden.v1.Garden/DiagnoseContainer',
+                request_serializer=garden_dot_v1_dot_garden__pb2.DiagnoseContainerRequest.SerializeToString,
+                response_deserializer=garden_dot_v1_dot_garden__pb2.DiagnoseContainerResponse.FromString,
+                _registered_method=True)
 
 
 class GardenServicer:
@@ -462,6 +467,17 @@ class GardenServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DiagnoseContainer(self, request, context):
+        """Everything that can be found out about one container, as a tar of small files for people: state and spec, OCI
+        configuration, the latest exchanges with the agent, cgroup files, rules, mounts, processes, events and log lines.
+        Works in every state, also for a container that is broken or that the kernel does not let go. Each part has a
+        deadline; one that cannot be had is missing, and summary.json, the last file, says why. Values of environment
+        variables are removed. Errors: NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GardenServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -629,6 +645,11 @@ def add_GardenServicer_to_server(servicer, server):
                     servicer.CheckLeaks,
                     request_deserializer=garden_dot_v1_dot_garden__pb2.CheckLeaksRequest.FromString,
                     response_serializer=garden_dot_v1_dot_garden__pb2.CheckLeaksResponse.SerializeToString,
+            ),
+            'DiagnoseContainer': grpc.unary_stream_rpc_method_handler(
+                    servicer.DiagnoseContainer,
+                    request_deserializer=garden_dot_v1_dot_garden__pb2.DiagnoseContainerRequest.FromString,
+                    response_serializer=garden_dot_v1_dot_garden__pb2.DiagnoseContainerResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -1522,6 +1543,33 @@ class Garden:
             '/garden.v1.Garden/CheckLeaks',
             garden_dot_v1_dot_garden__pb2.CheckLeaksRequest.SerializeToString,
             garden_dot_v1_dot_garden__pb2.CheckLeaksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DiagnoseContainer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/garden.v1.Garden/DiagnoseContainer',
+            garden_dot_v1_dot_garden__pb2.DiagnoseContainerRequest.SerializeToString,
+            garden_dot_v1_dot_garden__pb2.DiagnoseContainerResponse.FromString,
             options,
             channel_credentials,
             insecure,

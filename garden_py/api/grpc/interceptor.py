@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeAlias
 
@@ -11,8 +10,11 @@ import structlog
 
 from garden_py.api.grpc.chunks import pass_encoded
 from garden_py.api.grpc.drain import Drain
+from garden_py.api.grpc.outcome import Outcome, counted
 from garden_py.api.grpc.status import status_of
 from garden_py.model.errors import GardenError, HostFault
+from garden_py.observe.calls import REQUEST_ID_HEADER, begin_call
+from garden_py.observe.metrics import Metrics
 
 log = structlog.get_logger()
 _OURS = "/garden.v1.Garden/"
@@ -27,9 +29,10 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
         wait_for: waits until a restarted server knows the container of a handle; see service/recovery.py.
     """
 
-    def __init__(self, wait_for: Callable[[str], Awaitable[None]], drain: Drain) -> None:
+    def __init__(self, wait_for: Callable[[str], Awaitable[None]], drain: Drain, metrics: Metrics) -> None:
         self._wait_for = wait_for
         self._drain = drain
+        self._metrics = metrics
 
     async def intercept_service(
         self,
@@ -54,16 +57,18 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
         self, inner: Callable[[Any, Context], Any], method: str
     ) -> Callable[[Any, Context], Awaitable[Any]]:
         async def call(request: Any, context: Context) -> Any:
-            started = time.monotonic()
-            try:
-                with self._drain.call(method):
-                    await self._wait_for(getattr(request, "handle", ""))
-                    answer = await inner(request, context)
-            except Exception as error:
-                await _abort(error, context, method, started)
-                raise AssertionError("abort raises") from error
-            log.debug("rpc.done", method=method, took_ms=_ms_since(started))
-            return answer
+            request_id = _begin(context, request)
+            with counted(self._metrics, _short(method)) as outcome:
+                try:
+                    with self._drain.call(method):
+                        await self._wait_for(getattr(request, "handle", ""))
+                        answer = await inner(request, context)
+                except Exception as error:
+                    await _abort(error, context, method, outcome, request_id)
+                    raise AssertionError("abort raises") from error
+                outcome.answered()
+                log.debug("rpc.done", method=method, took_ms=outcome.took_ms)
+                return answer
 
         return call
 
@@ -71,33 +76,47 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
         self, inner: Callable[[Any, Context], AsyncIterator[Any]], method: str
     ) -> Callable[[Any, Context], AsyncIterator[Any]]:
         async def call(request: Any, context: Context) -> AsyncIterator[Any]:
-            started = time.monotonic()
-            try:
-                with self._drain.call(method):
-                    await self._wait_for(getattr(request, "handle", ""))
-                    async for answer in inner(request, context):
-                        yield answer
-            except Exception as error:  # noqa: BLE001 - turned into a status below
-                await _abort(error, context, method, started)
-            log.debug("rpc.done", method=method, took_ms=_ms_since(started))
+            request_id = _begin(context, request)
+            with counted(self._metrics, _short(method)) as outcome:
+                try:
+                    with self._drain.call(method):
+                        await self._wait_for(getattr(request, "handle", ""))
+                        async for answer in inner(request, context):
+                            outcome.answered()
+                            yield answer
+                except Exception as error:  # noqa: BLE001 - turned into a status below
+                    await _abort(error, context, method, outcome, request_id)
+                log.debug("rpc.done", method=method, took_ms=outcome.took_ms)
 
         return call
 
 
-async def _abort(error: Exception, context: Context, method: str, started: float) -> None:
+def _begin(context: Context, request: Any) -> str:
+    """Name the call in the log and to its caller; grpc runs each call in a task of its own."""
+    given = next(
+        (value for key, value in context.invocation_metadata() or () if key == REQUEST_ID_HEADER), ""
+    )
+    request_id = begin_call(str(given), getattr(request, "handle", ""))
+    context.set_trailing_metadata(((REQUEST_ID_HEADER, request_id),))
+    return request_id
+
+
+async def _abort(error: Exception, context: Context, method: str, outcome: Outcome, request_id: str) -> None:
+    outcome.failed(error)
     if isinstance(error, grpc.aio.AbortError | grpc.aio.BaseError):
         raise error
     if isinstance(error, GardenError):
         report = log.warning if isinstance(error, HostFault) else log.debug
-        report("rpc.refused", method=method, code=error.code, error=str(error), took_ms=_ms_since(started))
+        report("rpc.refused", method=method, code=error.code, error=str(error), took_ms=outcome.took_ms)
         status = status_of(error)
-        await context.abort(status.code, status.details, status.trailing_metadata)
-    log.error("rpc.failed", method=method, took_ms=_ms_since(started), exc_info=error)
+        trailing = (*(status.trailing_metadata or ()), (REQUEST_ID_HEADER, request_id))
+        await context.abort(status.code, status.details, trailing)
+    log.error("rpc.failed", method=method, took_ms=outcome.took_ms, exc_info=error)
     await context.abort(grpc.StatusCode.INTERNAL, f"internal error of the server: {type(error).__name__}")
 
 
-def _ms_since(started: float) -> float:
-    return round((time.monotonic() - started) * 1000, 2)
+def _short(method: str) -> str:
+    return method.rpartition("/")[2]
 
 
 _MAKERS: dict[tuple[bool, bool], str] = {

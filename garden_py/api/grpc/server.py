@@ -45,7 +45,7 @@ class GrpcDoor:
         self._drain = Drain()
         most = config.max_message_bytes
         self._server = grpc.aio.server(
-            interceptors=[ErrorInterceptor(core.recovery.wait_for, self._drain)],
+            interceptors=[ErrorInterceptor(core.recovery.wait_for, self._drain, core.metrics)],
             options=[
                 ("grpc.max_receive_message_length", most),
                 ("grpc.max_send_message_length", most),

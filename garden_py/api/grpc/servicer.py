@@ -17,6 +17,8 @@ from garden_py.api.grpc.image_servicer import ImageServicer
 from garden_py.api.grpc.streams import CHUNK_BYTES, ProcessFeed, feed_input
 from garden_py.model.errors import GardenError, InvalidField
 from garden_py.model.process import OutputStream
+from garden_py.observe.calls import name_container
+from garden_py.observe.metrics import Stream
 from garden_py.service.core import Core
 from garden_py.service.ports import AgentFacts, NetworkFacts, RunningProcess, Usage
 from garden_py.service.registry import Container
@@ -122,6 +124,15 @@ class GardenServicer(ImageServicer, garden_pb2_grpc.GardenServicer):
         await self._core.containers.destroy(request.handle)
         return pb.DestroyContainerResponse()
 
+    async def DiagnoseContainer(
+        self, request: pb.DiagnoseContainerRequest, context: Context
+    ) -> AsyncIterator[pb.DiagnoseContainerResponse]:
+        """See the proto."""
+        async with aclosing(self._core.diagnosis.collect(request.handle)) as pieces:
+            async for data in pieces:
+                for begin in range(0, len(data), CHUNK_BYTES):
+                    yield pb.DiagnoseContainerResponse(data=data[begin : begin + CHUNK_BYTES])
+
     async def SetGraceTime(
         self, request: pb.SetGraceTimeRequest, context: Context
     ) -> pb.SetGraceTimeResponse:
@@ -217,6 +228,7 @@ class GardenServicer(ImageServicer, garden_pb2_grpc.GardenServicer):
                 yield message.data
 
         target = first.target
+        name_container(target.handle)
         await self._core.recovery.wait_for(target.handle)
         await self._core.files.stream_in(target.handle, target.path, target.user, chunks())
         return pb.StreamInResponse()
@@ -239,12 +251,14 @@ class GardenServicer(ImageServicer, garden_pb2_grpc.GardenServicer):
         if first is None or first.WhichOneof("message") != "start":
             raise InvalidField("start", "must be the first message of the stream")
         start = first.start
+        name_container(start.handle)
         await self._core.recovery.wait_for(start.handle)
         with self._core.processes.use(start.handle):
             process = await self._core.processes.start(
                 start.handle, convert.process_spec_from(start.spec), start.request_id
             )
-            feed = ProcessFeed(process, {OutputStream.STDOUT: 0, OutputStream.STDERR: 0})
+            beginning: dict[OutputStream, int | None] = {OutputStream.STDOUT: 0, OutputStream.STDERR: 0}
+            feed = ProcessFeed(process, beginning, self._core.metrics)
             yield pb.ProcessEvent(started=convert.process_to(start.handle, process))
             async for event in self._converse(process, feed, _inputs(request_iterator)):
                 yield event
@@ -257,6 +271,7 @@ class GardenServicer(ImageServicer, garden_pb2_grpc.GardenServicer):
         if first is None or first.WhichOneof("message") != "attach":
             raise InvalidField("attach", "must be the first message of the stream")
         attach = first.attach
+        name_container(attach.handle)
         await self._core.recovery.wait_for(attach.handle)
         with self._core.processes.use(attach.handle):
             process = self._core.processes.get(attach.handle, attach.process_id)
@@ -264,7 +279,7 @@ class GardenServicer(ImageServicer, garden_pb2_grpc.GardenServicer):
                 OutputStream.STDOUT: attach.stdout_offset if attach.HasField("stdout_offset") else None,
                 OutputStream.STDERR: attach.stderr_offset if attach.HasField("stderr_offset") else None,
             }
-            feed = ProcessFeed(process, offsets)
+            feed = ProcessFeed(process, offsets, self._core.metrics)
             yield pb.ProcessEvent(started=convert.process_to(attach.handle, process))
             async for event in self._converse(process, feed, _inputs(request_iterator)):
                 yield event
@@ -273,7 +288,7 @@ class GardenServicer(ImageServicer, garden_pb2_grpc.GardenServicer):
         self, process: RunningProcess, feed: ProcessFeed, inputs: AsyncIterator[pb.ProcessInput | None]
     ) -> AsyncIterator[pb.ProcessEvent | Encoded]:
         """Output to the client while its input is applied; bad input ends the stream with its error."""
-        feeding = asyncio.ensure_future(feed_input(process, inputs, feed.fail))
+        feeding = asyncio.ensure_future(feed_input(process, inputs, feed.fail, self._core.metrics))
         try:
             async with aclosing(feed.events()) as events:
                 async for event in events:
@@ -302,6 +317,7 @@ class GardenServicer(ImageServicer, garden_pb2_grpc.GardenServicer):
                     data = await reader.read(most) if request.follow else reader.read_nowait(most)
                     if not data:
                         return
+                    self._core.metrics.streamed(Stream.OUTPUT, len(data))
                     yield encode_chunk(request.stream, reader.offset - len(data), data)
             finally:
                 reader.close()

@@ -10,6 +10,7 @@ from garden_py.api.grpc import convert
 from garden_py.api.grpc.chunks import Encoded, encode_output
 from garden_py.model.errors import InvalidField, ProcessExited
 from garden_py.model.process import OutputStream
+from garden_py.observe.metrics import Metrics, Stream
 from garden_py.service.ports import OutputReader, RunningProcess
 
 # Throughput of python gRPC streams rises up to about this size and memory with it (benchmarks/streams).
@@ -22,10 +23,14 @@ class ProcessFeed:
 
     Args:
         offsets: where to begin in each stream; None: at its end.
+        metrics: where the output is counted.
     """
 
-    def __init__(self, process: RunningProcess, offsets: dict[OutputStream, int | None]) -> None:
+    def __init__(
+        self, process: RunningProcess, offsets: dict[OutputStream, int | None], metrics: Metrics
+    ) -> None:
         self._process = process
+        self._metrics = metrics
         self._wake = asyncio.Event()
         self._failure: Exception | None = None
         self._readers: dict[OutputStream, OutputReader] = {}
@@ -56,6 +61,7 @@ class ProcessFeed:
             for stream, reader in unclosed.items():
                 if data := reader.read_nowait(CHUNK_BYTES):
                     idle = False
+                    self._metrics.streamed(Stream.OUTPUT, len(data))
                     yield encode_output(convert.STREAMS_OUT[stream], reader.offset - len(data), data)
             if not exit_sent and (status := self._process.exit) is not None:
                 ends = ends or {stream: self._process.output(stream).end_offset for stream in self._readers}
@@ -107,6 +113,7 @@ async def feed_input(
     process: RunningProcess,
     inputs: AsyncIterator[pb.ProcessInput | None],
     on_error: Callable[[Exception], None],
+    metrics: Metrics,
 ) -> None:
     """Apply a client's input to a process until the client sends no more.
 
@@ -114,12 +121,14 @@ async def feed_input(
         process: to feed.
         inputs: None stands for a message that is no input.
         on_error: told of the first error; nothing is applied after it.
+        metrics: where the input is counted.
     """
     try:
         async for message in inputs:
             if message is None:
                 raise InvalidField("start", "only the first message of the stream may be this one")
             await _apply(process, message)
+            metrics.streamed(Stream.STDIN, len(message.stdin.data))
     except Exception as error:  # noqa: BLE001 - handed to the caller's status, see servicer
         on_error(error)
 

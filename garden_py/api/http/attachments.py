@@ -26,6 +26,7 @@ import structlog
 
 from garden_py.model.errors import GardenError
 from garden_py.model.process import OutputStream
+from garden_py.observe.metrics import Metrics, Stream
 from garden_py.service.ports import OutputReader, RunningProcess
 
 log = structlog.get_logger()
@@ -71,10 +72,12 @@ class Attachments:
 
     Args:
         remember: whether a client that does not say where to begin goes on where the last one stopped.
+        metrics: where the output is counted.
     """
 
-    def __init__(self, *, remember: bool) -> None:
+    def __init__(self, *, remember: bool, metrics: Metrics) -> None:
         self._remember = remember
+        self._metrics = metrics
         self._by_id: dict[str, Attachment] = {}
         self._numbers = itertools.count(1)
         self._open: defaultdict[_Key, set[_Side]] = defaultdict(set)
@@ -151,7 +154,9 @@ class Attachments:
         try:
             while not left.done():
                 wake.clear()
+                before = output.offset
                 if await outlet.send_some(output):
+                    self._metrics.streamed(Stream.OUTPUT, output.offset - before)
                     attachment.offsets[stream] = output.offset
                     stored.delivered = max(stored.delivered, output.offset)
                 elif stored.closed and output.offset >= stored.end_offset:

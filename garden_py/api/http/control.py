@@ -21,6 +21,7 @@ from garden_py.api.http.messages import (
     encode_message,
 )
 from garden_py.model.errors import ContainerNotFound, GardenError
+from garden_py.observe.metrics import Metrics, Stream
 from garden_py.service.ports import RunningProcess
 from garden_py.service.processes import Processes
 
@@ -61,8 +62,9 @@ class Controls:
     through other doors.
     """
 
-    def __init__(self, processes: Processes, attachments: Attachments) -> None:
+    def __init__(self, processes: Processes, attachments: Attachments, metrics: Metrics) -> None:
         self._processes = processes
+        self._metrics = metrics
         self._attachments = attachments
         self._feeders: dict[tuple[str, str], _Feeders] = {}
         self._tasks: set[asyncio.Future[None]] = set()
@@ -152,6 +154,7 @@ class Controls:
                     case StdinData(data):
                         if data:
                             await process.write_stdin(data, None)
+                            self._metrics.streamed(Stream.STDIN, len(data))
                     case StdinEnd():
                         if self._leave(attachment):
                             await process.close_stdin()

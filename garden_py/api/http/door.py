@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -18,16 +19,18 @@ from garden_py.api.http.exchange import (
     BodyTooLarge,
     Connection,
     Disconnected,
+    Hijack,
     Reply,
     Request,
     json_reply,
 )
 from garden_py.api.http.fields import BadJson
 from garden_py.api.http.handlers import GardenHandlers
-from garden_py.api.http.routes import NoMatch, match_route
+from garden_py.api.http.routes import Match, NoMatch, match_route
 from garden_py.api.unix_socket import socket_file
 from garden_py.config import Config
 from garden_py.model.errors import GardenError, HostFault, InvalidField
+from garden_py.observe.calls import REQUEST_ID_HEADER, begin_call
 from garden_py.service.core import Core
 
 log = structlog.get_logger()
@@ -35,6 +38,9 @@ _BACKLOG: Final = 1024
 _STREAM_LIMIT: Final = 1 << 20
 _IDLE_S: Final = 300.0
 _STOP_GRACE_S: Final = 2.0
+_REQUEST_ID: Final = "X-Request-Id"
+_NO_ROUTE: Final = "none"  # in the metrics: whatever else was asked for
+_FIRST_FAILURE: Final = 400  # RFC 9110 §15
 
 
 class GardenDoor:
@@ -144,23 +150,42 @@ class GardenDoor:
         started = time.monotonic()
         match = match_route(request.method, request.target)
         if isinstance(match, NoMatch):
-            return _no_route(match)
-        name, trace = match.name, request.headers.get("x-vcap-request-id", "")
-        with structlog.contextvars.bound_contextvars(**({"request_id": trace[:128]} if trace else {})):
-            try:
-                await self._core.recovery.wait_for(match.captures.get("handle", ""))
-                answer = await self._handlers.route(name)(match, request)
-            except (GardenError, BadJson, BodyTooLarge) as error:
-                report = log.warning if isinstance(error, HostFault) else log.debug
-                report("garden.refused", route=name, error=str(error), took_ms=_ms_since(started))
-                return _refusal(error)
-            except (Disconnected, ConnectionError):
-                raise
-            except Exception as error:
-                log.exception("garden.failed", route=name, took_ms=_ms_since(started))
-                return _refusal(error)
-            log.debug("garden.done", route=name, took_ms=_ms_since(started))
-            return answer
+            return self._counted(_NO_ROUTE, _no_route(match), started)
+        handle = match.captures.get("handle", "")
+        request_id = begin_call(_given_id(request), handle)  # a hijacked connection goes on under it
+        answer = await self._do(match, request, handle, started)
+        if not isinstance(answer, Hijack):  # its head is written by the protocol's letter
+            answer = replace(answer, headers=(*answer.headers, (_REQUEST_ID, request_id)))
+        return self._counted(match.name, answer, started)
+
+    async def _do(self, match: Match, request: Request, handle: str, started: float) -> Answer:
+        name = match.name
+        try:
+            await self._core.recovery.wait_for(handle)
+            answer = await self._handlers.route(name)(match, request)
+        except (GardenError, BadJson, BodyTooLarge) as error:
+            report = log.warning if isinstance(error, HostFault) else log.debug
+            report("garden.refused", route=name, error=str(error), took_ms=_ms_since(started))
+            return _refusal(error)
+        except (Disconnected, ConnectionError):
+            raise
+        except Exception as error:
+            log.exception("garden.failed", route=name, took_ms=_ms_since(started))
+            return _refusal(error)
+        log.debug("garden.done", route=name, took_ms=_ms_since(started))
+        return answer
+
+    def _counted(self, route: str, answer: Answer, started: float) -> Answer:
+        metrics, status = self._core.metrics, answer.status
+        metrics.garden_requests.labels(route, str(status)).inc()
+        if status < _FIRST_FAILURE:
+            metrics.garden_seconds.labels(route).observe(time.monotonic() - started)
+        return answer
+
+
+def _given_id(request: Request) -> str:
+    """The caller's id of the request, under our name for it or Cloud Foundry's."""
+    return request.headers.get(REQUEST_ID_HEADER, "") or request.headers.get("x-vcap-request-id", "")
 
 
 def _refusal(error: Exception) -> Reply:

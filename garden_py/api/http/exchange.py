@@ -53,6 +53,8 @@ class Stream:
 
     pieces: AsyncGenerator[bytes, None]
     content_type: str = "application/x-tar"
+    status: int = 200
+    headers: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,9 +247,12 @@ class Connection:
             ("Content-Type", stream.content_type),
             ("Date", formatdate(usegmt=True)),
             ("Transfer-Encoding", "chunked"),
+            *stream.headers,
         ]
         await self._write(
-            self._http.send(h11.Response(status_code=200, reason=_reason(200), headers=headers))
+            self._http.send(
+                h11.Response(status_code=stream.status, reason=_reason(stream.status), headers=headers)
+            )
         )
         async with aclosing(stream.pieces):  # a reader that leaves ends whoever writes
             async for piece in stream.pieces:

@@ -34,8 +34,8 @@ class GardenHandlers:
         self._core = core
         self._containers_dir = config.state_dir / "containers"
         self._body_max = config.max_message_bytes
-        self.attachments = Attachments(remember=not config.no_attach_cursor)
-        self.controls = Controls(core.processes, self.attachments)
+        self.attachments = Attachments(remember=not config.no_attach_cursor, metrics=core.metrics)
+        self.controls = Controls(core.processes, self.attachments, core.metrics)
 
     def route(self, name: str) -> Route:
         """The method of a route."""

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from garden_py import wire
+from garden_py.observe.apart import apart
 
 _RECEIVE_BYTES = 64 << 10  # also bounds how long the frames of one turn take to decode
 _SEND_PATIENCE_S = 5.0
@@ -126,7 +127,7 @@ class FramedLink:
         self._unasked_max = self._unasked = unasked_max if unasked_max is not None else sys.maxsize
         self.heard_at = self._loop.time()
         self.limits = self._decoder.limits
-        self._loop.add_reader(sock, self._readable)
+        apart(self._loop.add_reader, sock, self._readable)
 
     @property
     def is_open(self) -> bool:

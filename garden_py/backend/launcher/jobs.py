@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,12 +19,14 @@ import sh
 
 from garden_py.backend.host import syscalls
 from garden_py.backend.host.idmap import IdMap
+from garden_py.backend.launcher.rules import list_in_child
 from garden_py.backend.net import jobs as net_jobs
 from garden_py.backend.rootfs import mounts
 from garden_py.backend.runtime.command import AGENT_FDS, Runtime, cause_of_failure
 from garden_py.model.errors import HostFault, NotSupported
 from garden_py.observe import failpoints
 from garden_py.observe.failpoints import Point
+from garden_py.observe.steps import Step
 
 RUNTIME_TIMEOUT_S = 60
 
@@ -49,12 +53,15 @@ def launch(bench: Bench, params: dict[str, Any], fds: list[int]) -> dict[str, An
         fds: what is handed to PID 1: the agent's listening socket, and the program of its filter if it has one.
 
     Returns:
-        `pid` of PID 1, in the host's numbering.
+        `pid` of PID 1, in the host's numbering; `steps`, the begin (CLOCK_REALTIME) and length in ns of what took time,
+        by its name in observe/steps.py.
     """
     plan = _parse_plan(params["plan"])
     bundle = Path(params["bundle"])
     pid_file = bundle / "pid"
-    mounts.apply(plan)
+    steps: dict[str, list[int]] = {}
+    with _timed(steps, Step.MOUNT):
+        mounts.apply(plan)
     try:
         failpoints.reach_in_worker(Point.CREATE_MOUNT, params["fail_points"])
         for fd, number in zip(fds, AGENT_FDS, strict=False):
@@ -63,7 +70,8 @@ def launch(bench: Bench, params: dict[str, Any], fds: list[int]) -> dict[str, An
         argv = runtime.run_argv(
             params["id"], bundle=bundle, pid_file=pid_file, log=Path(params["log"]), fds=len(fds)
         )
-        _call_runtime(runtime, argv, log=Path(params["log"]), stderr=Path(params["agent_log"]))
+        with _timed(steps, Step.RUNTIME):
+            _call_runtime(runtime, argv, log=Path(params["log"]), stderr=Path(params["agent_log"]))
         failpoints.reach_in_worker(Point.CREATE_RUN, params["fail_points"])
         pid = int(pid_file.read_text())
     except BaseException:
@@ -75,7 +83,14 @@ def launch(bench: Bench, params: dict[str, Any], fds: list[int]) -> dict[str, An
                 os.dup2(null.fileno(), number, inheritable=False)
     # The container has its own copy of the mounts by now; letting go of ours takes milliseconds nobody need wait for.
     bench.afterwards.append(partial(mounts.release, plan.directory))
-    return {"pid": pid}
+    return {"pid": pid, "steps": steps}
+
+
+@contextmanager
+def _timed(steps: dict[str, list[int]], name: Step) -> Iterator[None]:
+    began_ns, began = time.time_ns(), time.monotonic_ns()
+    yield
+    steps[name.value] = [began_ns, time.monotonic_ns() - began]
 
 
 def release_mounts(bench: Bench, params: dict[str, Any], fds: list[int]) -> dict[str, Any]:
@@ -87,6 +102,20 @@ def release_mounts(bench: Bench, params: dict[str, Any], fds: list[int]) -> dict
 def list_mounts(bench: Bench, params: dict[str, Any], fds: list[int]) -> dict[str, Any]:
     """Ids of the launches whose mounts are still held here, those of launches under way included."""
     return {"ids": os.listdir(params["directory"])}
+
+
+def list_rules(bench: Bench, params: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+    """What nft lists.
+
+    Args:
+        bench: of this worker.
+        params: `command`, for nft.
+        fds: the network namespace to list in; none: the host's.
+
+    Returns:
+        `text`, cut where it is too much for a frame.
+    """
+    return {"text": list_in_child(params["command"], fds[0] if fds else None)}
 
 
 def _parse_plan(value: dict[str, Any]) -> mounts.MountPlan:
@@ -153,5 +182,6 @@ JOBS: dict[str, Job] = {
     "container.launch": launch,
     "container.release_mounts": release_mounts,
     "container.list_mounts": list_mounts,
+    "container.list_rules": list_rules,
     **{name: _net_job(job) for name, job in net_jobs.JOBS.items()},
 }

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from garden_py.backend.images.store import ImageStore
 from garden_py.backend.launcher.client import Launcher
 from garden_py.backend.linux import copying
 from garden_py.backend.linux.agent_owner import AgentOwner
+from garden_py.backend.linux.clues import LinuxClues
 from garden_py.backend.linux.construction import Construction
 from garden_py.backend.linux.container import ContainerFacts, LinuxContainer, may_be_gone
 from garden_py.backend.linux.demolition import Demolition
@@ -30,6 +32,7 @@ from garden_py.backend.linux.heartbeat import Heartbeat
 from garden_py.backend.linux.launching import AgentStarter
 from garden_py.backend.linux.leaks import Ledger, places_of
 from garden_py.backend.linux.network import LinuxNetwork, check_dns_servers
+from garden_py.backend.linux.pools import pool_levels
 from garden_py.backend.linux.process import LinuxProcess
 from garden_py.backend.linux.processes import LinuxProcesses, usage_of, without_sidecars
 from garden_py.backend.linux.sidecars import Sidecars, owner_of, sidecar_directories
@@ -61,14 +64,17 @@ from garden_py.model.process import ProcessSpec
 from garden_py.model.spec import ContainerSpec, PortMapping
 from garden_py.observe import failpoints
 from garden_py.observe.failpoints import Point
+from garden_py.observe.steps import Step, step
 from garden_py.service.ports import (
     AgentFacts,
     BackendEvents,
     Claim,
+    Clue,
     ContainerRow,
     EgressCounts,
     HostCapacity,
     NetworkFacts,
+    PoolLevel,
     ProcessRow,
     Usage,
     Witness,
@@ -96,6 +102,7 @@ class LinuxBackend:
         self._launcher: Launcher
         self._network: LinuxNetwork
         self._sidecars: Sidecars
+        self._clues: LinuxClues
         self._processes: LinuxProcesses
         self._store: LoopStore | None = None
         self._disk: ContainerDisk
@@ -133,6 +140,7 @@ class LinuxBackend:
         self._construction = Construction(self._site, starter, self._network, self._images, self._disk)
         self._processes = LinuxProcesses(self._site, starter, self._images, self._disk, self._events)
         self._sidecars = self._processes.sidecars
+        self._clues = LinuxClues(self._site, self._network, self._launcher)
         self._demolition = Demolition(self._site, self._launcher, self._network, self._disk)
         site = self._site
         self._ledger = Ledger(
@@ -341,6 +349,10 @@ class LinuxBackend:
             cpus=len(os.sched_getaffinity(0)),
         )
 
+    def pools(self) -> dict[str, PoolLevel]:
+        """How full they are."""
+        return pool_levels(self._network, self._site.uids)
+
     async def create(
         self,
         spec: ContainerSpec,
@@ -348,15 +360,21 @@ class LinuxBackend:
         report: Callable[[PullProgress], None],
     ) -> None:
         """Make a container; on failure nothing of it is left."""
-        async with self._images.prepared(spec.image, spec.image_auth, "spec.image", report) as rootfs:
+        async with AsyncExitStack() as held:
+            with step(Step.IMAGE):
+                rootfs = await held.enter_async_context(
+                    self._images.prepared(spec.image, spec.image_auth, "spec.image", report)
+                )
             await self._create(spec, rootfs, record)
 
     async def _create(
         self, spec: ContainerSpec, rootfs: Rootfs, record: Callable[[dict[str, Any]], None]
     ) -> None:
-        facts = self._construction.lease(spec)
+        with step(Step.LEASE):
+            facts = self._construction.lease(spec)
         try:
-            record(facts.to_json())
+            with step(Step.JOURNAL):
+                record(facts.to_json())
             failpoints.reach(Point.CREATE_LEASE)
             async with asyncio.timeout(self._config.create_timeout_s):
                 container = await self._construction.build(spec, facts, rootfs, record, self._events)
@@ -394,6 +412,11 @@ class LinuxBackend:
         finally:
             if container is not None:
                 container.end_all("the container was destroyed")
+
+    def clues(self, handle: str, facts: dict[str, Any]) -> list[Clue]:
+        """Where to look at it; see service.ports."""
+        known = ContainerFacts.from_json(facts) if facts else None
+        return self._clues.about(handle, known, self._containers.get(handle))
 
     def _get(self, handle: str) -> LinuxContainer:
         container = self._containers.get(handle)

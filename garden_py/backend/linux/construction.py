@@ -26,6 +26,7 @@ from garden_py.model.network import NetworkMode, SubnetChoice
 from garden_py.model.spec import ContainerSpec
 from garden_py.observe import failpoints
 from garden_py.observe.failpoints import Point
+from garden_py.observe.steps import Step, step
 from garden_py.service.ports import BackendEvents
 
 Record = Callable[[dict[str, Any]], None]
@@ -89,19 +90,24 @@ class Construction:
         if rootfs.used is not None:
             self._images.store.hold(spec.handle, directory, rootfs.used)
         container.image, container.disk_scope = spec.image, spec.limits.disk_scope
-        layer = await self._disk.make(facts.runtime_id, spec.limits, rootfs, "spec.limits") or directory
-        launch = self._launch(spec, facts, rootfs, directory, layer)
-        self._write_names(launch, facts)
-        self._starter.prepare(launch)
+        with step(Step.DISK):
+            layer = await self._disk.make(facts.runtime_id, spec.limits, rootfs, "spec.limits") or directory
+        with step(Step.BUNDLE):
+            launch = self._launch(spec, facts, rootfs, directory, layer)
+            self._write_names(launch, facts)
+            self._starter.prepare(launch)
         failpoints.reach(Point.CREATE_DIRECTORY)
         with listen(site.depot.socket(spec.handle)) as listener:
             failpoints.reach(Point.CREATE_LISTEN)
-            facts.pid = await self._starter.start(launch, listener)
+            with step(Step.LAUNCH):
+                facts.pid = await self._starter.start(launch, listener)
         facts.pid_start = read_start_time(facts.pid) or 0
-        record(facts.to_json())
+        with step(Step.JOURNAL):
+            record(facts.to_json())
         failpoints.reach(Point.CREATE_PID)
         container.connect(site.depot.socket(spec.handle), patience_s=site.config.agent_patience_s)
-        groups.furnish(container.cgroup, facts.pid, spec.limits)
+        with step(Step.LIMITS):
+            groups.furnish(container.cgroup, facts.pid, spec.limits)
         container.watch(os.pidfd_open(facts.pid))
         failpoints.reach(Point.CREATE_LIMIT)
         async with asyncio.TaskGroup() as steps:
@@ -110,13 +116,14 @@ class Construction:
         return container
 
     async def _greet(self, container: LinuxContainer) -> None:
-        await container.greet(timeout_s=self._site.config.create_timeout_s)
+        with step(Step.AGENT):
+            await container.greet(timeout_s=self._site.config.create_timeout_s)
         failpoints.reach(Point.CREATE_GREET)
 
     async def _connect(self, container: LinuxContainer, spec: ContainerSpec) -> None:
         facts = container.facts
         policy = spec.egress or EgressPolicy(default_action=DefaultAction(self._site.config.default_egress))
-        with at_field("spec"):
+        with step(Step.NETWORK), at_field("spec"):
             await self._network.attach(
                 spec.handle, facts.pid, facts.lease, policy, privileged=spec.privileged
             )

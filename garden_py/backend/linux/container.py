@@ -30,6 +30,7 @@ from garden_py.model.errors import ContainerBroken
 from garden_py.model.limits import DiskScope, Limits
 from garden_py.model.netrule import EgressPolicy
 from garden_py.model.process import ProcessSpec
+from garden_py.observe.apart import apart
 from garden_py.service.ports import BackendEvents
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ class LinuxContainer(AgentOwner):
         """
         loop = asyncio.get_running_loop()
         self._pidfd = pidfd
-        loop.add_reader(self._pidfd, self._lost, "its PID 1 has ended")
+        apart(loop.add_reader, self._pidfd, self._lost, "its PID 1 has ended")
         self.watch_oom("", (WORK,))
 
     def watch_oom(self, process_id: str, leaf: tuple[str, ...]) -> None:
@@ -166,7 +167,7 @@ class LinuxContainer(AgentOwner):
             lambda: self._events.out_of_memory(self.handle, process_id),
         )
         self._watches[process_id] = watch
-        asyncio.get_running_loop().add_reader(watch.fileno(), watch.acknowledge)
+        apart(asyncio.get_running_loop().add_reader, watch.fileno(), watch.acknowledge)
 
     def unwatch_oom(self, process_id: str) -> None:
         """Stop watching it; absent is fine."""

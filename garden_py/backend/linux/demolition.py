@@ -20,6 +20,7 @@ from garden_py.backend.linux.site import Site
 from garden_py.model.errors import Unkillable
 from garden_py.observe import failpoints
 from garden_py.observe.failpoints import Point
+from garden_py.observe.steps import Step, step
 
 log = structlog.get_logger()
 _RETRY_S = 0.005
@@ -42,21 +43,26 @@ class Demolition:
         """
         deadline = time.monotonic() + self._site.config.destroy_timeout_s
         cgroup = self._site.cgroup(handle)
-        await self._kill(handle, facts, cgroup, deadline)
+        with step(Step.KILL):
+            await self._kill(handle, facts, cgroup, deadline)
         failpoints.reach(Point.DESTROY_KILL)
         async with asyncio.TaskGroup() as steps:
             steps.create_task(self._detach(handle, facts))
-            steps.create_task(self._remove_cgroup(handle, cgroup, deadline))
+            steps.create_task(self._remove_cgroups(handle, cgroup, deadline))
         # The runtime's record of a container whose processes, cgroups and mounts are gone is this directory and
         # nothing else; `runc delete` would do the same, 20 ms later (docs/decisions/0004-no-runc-delete.md).
-        for record in self._site.runtime_root.glob(f"{facts.runtime_id}*"):  # its own and its sidecars'
-            shutil.rmtree(record, ignore_errors=False, onerror=_missing_is_fine)
+        with step(Step.RECORD):
+            for record in self._site.runtime_root.glob(f"{facts.runtime_id}*"):  # its own and its sidecars'
+                shutil.rmtree(record, ignore_errors=False, onerror=_missing_is_fine)
         failpoints.reach(Point.DESTROY_RUNTIME)
-        await self._disk.remove(facts.runtime_id)
-        self._site.depot.discard(handle)
+        with step(Step.DISK):
+            await self._disk.remove(facts.runtime_id)
+        with step(Step.DIRECTORY):
+            self._site.depot.discard(handle)
         failpoints.reach(Point.DESTROY_DIRECTORY)
-        self._network.release(facts.lease)
-        self._site.uids.release(facts.uid_slot)
+        with step(Step.RELEASE):
+            self._network.release(facts.lease)
+            self._site.uids.release(facts.uid_slot)
 
     async def _kill(
         self, handle: str, facts: ContainerFacts, cgroup: ContainerCgroup, deadline: float
@@ -74,8 +80,14 @@ class Demolition:
             await asyncio.sleep(_RETRY_S)
 
     async def _detach(self, handle: str, facts: ContainerFacts) -> None:
-        await self._network.detach(handle, facts.lease, privileged=facts.privileged)
+        with step(Step.NETWORK):
+            await self._network.detach(handle, facts.lease, privileged=facts.privileged)
         failpoints.reach(Point.DESTROY_DETACH)
+
+    async def _remove_cgroups(self, handle: str, cgroup: ContainerCgroup, deadline: float) -> None:
+        with step(Step.CGROUP):
+            await self._remove_cgroup(handle, cgroup, deadline)
+        failpoints.reach(Point.DESTROY_CGROUP)
 
     async def _remove_cgroup(self, handle: str, cgroup: ContainerCgroup, deadline: float) -> None:
         # rmdir answers EBUSY until the last task has really left (cgroups(7)).
@@ -89,7 +101,6 @@ class Demolition:
                 if time.monotonic() > deadline:
                     raise Unkillable(handle, f"its cgroup stays busy: {error.filename}") from error
                 await asyncio.sleep(_RETRY_S)
-        failpoints.reach(Point.DESTROY_CGROUP)
 
 
 def _missing_is_fine(

@@ -22,6 +22,7 @@ from garden_py.backend.rootfs.mounts import BindSource, MountPlan
 from garden_py.backend.runtime.command import AGENT_FILTER_FD
 from garden_py.model.errors import FieldViolation, HostFault, InvalidRequest
 from garden_py.model.files import BindMount, MountMode, MountOrigin
+from garden_py.observe.steps import Step, taken_elsewhere
 
 NAME_FILES = ("hosts", "resolv.conf")
 
@@ -96,6 +97,8 @@ class AgentStarter:
             # A worker that was killed in the middle has left its mounts in the launcher's namespace.
             await self._launcher.run("container.release_mounts", {"directory": str(plan.directory)})
             raise
+        for name, (began_ns, took_ns) in answer["steps"].items():
+            taken_elsewhere(Step(name), began_ns, took_ns)
         return int(answer["pid"])
 
     def _has_filter(self, launch: Launch) -> bool:

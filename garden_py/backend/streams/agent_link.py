@@ -30,6 +30,7 @@ from garden_py.backend.streams.agent_replies import (
     parse_spawned,
     printable,
 )
+from garden_py.backend.streams.agent_talk import AgentTalk
 from garden_py.backend.streams.gate import Gate
 from garden_py.backend.streams.spawn_request import build_spawn_request, spawn_error
 from garden_py.model import errors
@@ -57,6 +58,7 @@ class AgentLink:
         patience_s: how long the agent may take to answer what it can answer at once.
         on_exit: called for each process end the agent reports.
         on_lost: called once if the connection ends by itself, with the reason.
+        talk: takes down what is said; None: nobody does.
 
     Attributes:
         wire: the version the agent speaks; known after `hello`.
@@ -71,11 +73,14 @@ class AgentLink:
         patience_s: float,
         on_exit: Callable[[AgentExit], None],
         on_lost: Callable[[str], None],
+        talk: AgentTalk | None = None,
     ) -> None:
         self._handle = handle
+        self._talk = talk or AgentTalk()
+        self._on_lost = on_lost
         self._patience_s = patience_s
         self._on_exit = on_exit
-        self._link = FramedLink(sock, on_event=self._event, on_close=on_lost, unasked_max=_UNASKED_MAX)
+        self._link = FramedLink(sock, on_event=self._event, on_close=self._lost, unasked_max=_UNASKED_MAX)
         self._link.limits.update(
             {wire.EVENT: _EVENT_MAX_BYTES, wire.REPLY: _REPLY_MAX_BYTES, wire.ERROR: _REPLY_MAX_BYTES}
         )
@@ -92,6 +97,7 @@ class AgentLink:
         patience_s: float,
         on_exit: Callable[[AgentExit], None],
         on_lost: Callable[[str], None],
+        talk: AgentTalk | None = None,
     ) -> AgentLink:
         """Connect to an agent's socket, which listens before the agent even runs.
 
@@ -105,7 +111,7 @@ class AgentLink:
         except OSError:
             sock.close()
             raise
-        return cls(handle, sock, patience_s=patience_s, on_exit=on_exit, on_lost=on_lost)
+        return cls(handle, sock, patience_s=patience_s, on_exit=on_exit, on_lost=on_lost, talk=talk)
 
     @property
     def is_open(self) -> bool:
@@ -125,7 +131,12 @@ class AgentLink:
 
     # --- what every request needs
 
+    def _lost(self, reason: str) -> None:
+        self._talk.ended(reason)
+        self._on_lost(reason)
+
     def _event(self, value: dict[str, Any]) -> None:
+        self._talk.heard(value)
         if value.get("event") != "exited":
             return
         found = parse_exit({"id": value.get("process"), **value})
@@ -151,10 +162,23 @@ class AgentLink:
             ContainerBroken: the agent is gone.
             RequestRefused, TimeoutError.
         """
+        self._talk.sent(value)
+        outcome = "left alone"
         try:
-            return await self._link.request(value, fds, timeout_s=timeout_s, meanwhile=meanwhile)
+            reply = await self._link.request(value, fds, timeout_s=timeout_s, meanwhile=meanwhile)
+            outcome = "ok"
+            return reply
+        except RequestRefused as error:
+            outcome = f"{error.code}: {error}"
+            raise
+        except TimeoutError:
+            outcome = f"no answer in {timeout_s:g} s"
+            raise
         except LinkClosed as error:
+            outcome = str(error)
             raise errors.ContainerBroken(self._handle, f"its agent is gone ({error})") from error
+        finally:
+            self._talk.answered(value, outcome)
 
     async def _tell(self, value: dict[str, Any]) -> dict[str, Any] | None:
         """A request about a process that may be gone already; None if it is."""

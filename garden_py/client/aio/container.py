@@ -217,6 +217,14 @@ class AsyncContainer:
         """A tar stream of a file or directory; with a trailing slash of the directory's contents."""
         return self._link.answers(calls.stream_out(self.handle, path, user))
 
+    def diagnose(self) -> AsyncIterator[bytes]:
+        """A tar, in pieces, of all that can be found out about the container, in whatever state it is.
+
+        `summary.json`, its last member, names the parts that could not be had. Values of environment variables are
+        removed.
+        """
+        return self._link.answers(calls.diagnose(self.handle))
+
     async def copy_in(self, source: Path | str, target_dir: str, *, name: str = "", user: str = "") -> None:
         """Copy a local file or directory into a directory of the container.
 

@@ -1,0 +1,1 @@
+"""`garden top`, a live table of containers. Pure: samples, keys, view, draw. Acting: screen, asking, command."""
