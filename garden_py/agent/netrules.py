@@ -32,11 +32,12 @@ import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any, NoReturn
 
 from garden_py.agent.nft import Nft, NftError, load_library, read_counters
-from garden_py.agent.rtnetlink import Rtnetlink, RtnetlinkError
+from garden_py.agent.rtnetlink import Link, Rate, Rtnetlink, RtnetlinkError
 
 CLONE_NEWUSER = 0x10000000  # linux/sched.h
 CLONE_NEWNET = 0x40000000
@@ -115,12 +116,15 @@ def inject(
             "interface": {"name", "address", "gateway", "gateway_mac"}: IPv6 off, lo up, the link up with its
             address, and the routes; safe to repeat.
             "loopback": True: IPv6 off, lo up, and nothing else.
+            "rate": {"name", "bytes_per_s", "burst_bytes"}: what the link may send; 0 bytes per second: all it can.
+            "read_rate": NAME: tell that.
             "nft": text of one transaction.
             "counters": True: read the rule counters of table `inet garden`.
         deadline_s: the child is killed after that many seconds.
 
     Returns:
-        {} or {"counters": [{"rule": int | str, "packets": int, "bytes": int}, ...]}.
+        {}, {"counters": [{"rule": int | str, "packets": int, "bytes": int}, ...]} or
+        {"rate": [bytes per second, burst in bytes] or None}.
 
     Raises:
         NetrulesError: a step failed, or the deadline passed (errno ETIMEDOUT).
@@ -294,6 +298,10 @@ def _act(nft: Nft, request: dict[str, Any]) -> dict[str, Any]:
         _configure_interface(request["interface"])
     if "loopback" in request:
         _bring_up_loopback()
+    if "rate" in request:
+        _try_link(partial(_set_rate, request["rate"]))
+    if "read_rate" in request:
+        return {"rate": _try_link(partial(_read_rate, request["read_rate"]))}
     if "nft" in request:
         _try_nft("nft", lambda: nft.run(request["nft"]))
     if not request.get("counters"):
@@ -327,6 +335,35 @@ def _configure_interface(interface: dict[str, Any]) -> None:
         raise NetrulesError("link", error.errno or 0, str(error)) from error
 
 
+def _try_link(act: Callable[[], Any]) -> Any:
+    try:
+        return act()
+    except RtnetlinkError as error:
+        raise NetrulesError("link", error.errno or 0, str(error)) from error
+
+
+def _set_rate(wanted: dict[str, Any]) -> None:
+    with Rtnetlink() as netlink:
+        link = _find_link(netlink, wanted["name"])
+        if wanted["bytes_per_s"]:
+            netlink.set_rate(link.index, Rate(wanted["bytes_per_s"], wanted["burst_bytes"]))
+        else:
+            netlink.clear_rate(link.index)
+
+
+def _read_rate(name: str) -> list[int] | None:
+    with Rtnetlink() as netlink:
+        rate = netlink.rate(_find_link(netlink, name).index)
+    return None if rate is None else [rate.bytes_per_s, rate.burst_bytes]
+
+
+def _find_link(netlink: Rtnetlink, name: str) -> Link:
+    link = netlink.find_link(name)
+    if link is None:
+        raise RtnetlinkError(errno.ENODEV, f"link {name}")
+    return link
+
+
 def _bring_up_loopback() -> None:
     try:
         _disable_ipv6()
@@ -346,9 +383,7 @@ def _disable_ipv6() -> None:
 
 def _bring_up(netlink: Rtnetlink, interface: dict[str, Any]) -> None:
     netlink.set_link_up(1)  # lo is always the first link of a namespace
-    link = netlink.find_link(interface["name"])
-    if link is None:
-        raise RtnetlinkError(errno.ENODEV, f"link {interface['name']}")
+    link = _find_link(netlink, interface["name"])
     address, gateway = IPv4Address(interface["address"]), IPv4Address(interface["gateway"])
     netlink.set_address(link.index, address, 32)
     netlink.set_link_up(link.index)

@@ -24,6 +24,7 @@ RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK, RTM_SETLINK = 16, 17, 18, 19
 RTM_NEWADDR, RTM_GETADDR = 20, 22
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
 RTM_NEWNEIGH = 28
+RTM_NEWQDISC, RTM_DELQDISC, RTM_GETQDISC = 36, 37, 38
 
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINKINFO, IFLA_IFALIAS, IFLA_NET_NS_FD = 1, 3, 4, 18, 20, 28
 IFLA_INFO_KIND, IFLA_INFO_DATA, VETH_INFO_PEER = 1, 2, 1
@@ -33,6 +34,10 @@ NDA_DST, NDA_LLADDR = 1, 2
 NUD_PERMANENT = 0x80
 RT_TABLE_MAIN, RTPROT_STATIC = 254, 4
 RTN_UNICAST, RTN_UNREACHABLE = 1, 7
+TCA_KIND, TCA_OPTIONS = 1, 2
+TCA_TBF_PARMS, TCA_TBF_RATE64, TCA_TBF_BURST = 1, 4, 6
+TC_H_ROOT, TC_LINKLAYER_ETHERNET = 0xFFFF_FFFF, 1
+QDISC_HANDLE = 1 << 16  # "1:" of tc(8)
 SCOPE_UNIVERSE, SCOPE_LINK = 0, 253
 IFF_UP = 0x1
 
@@ -78,6 +83,14 @@ class Route:
     link_index: int
     type: int
     metric: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """What a link may send: bytes per second, and how many bytes at once."""
+
+    bytes_per_s: int
+    burst_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +222,40 @@ class Rtnetlink:
         body += _attribute(NDA_DST, address.packed) + _attribute(NDA_LLADDR, mac)
         self._ask(RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE, body, f"neigh replace {address} dev {index}")
 
+    # --- rates ---
+
+    def set_rate(self, index: int, rate: Rate) -> None:
+        """Hold back what an interface sends: a token bucket filter as its root qdisc, in place of any other.
+
+        Source: tc-tbf(8), linux/pkt_sched.h.
+        """
+        # Up to a tenth of a second's worth waits; what is more is lost, which is what makes a sender slow down.
+        limit = min(rate.burst_bytes + rate.bytes_per_s // 10 + 16384, 0xFFFF_FFFF)
+        spec = struct.pack("=BBHhHI", 0, TC_LINKLAYER_ETHERNET, 0, 0, 0, min(rate.bytes_per_s, 0xFFFF_FFFF))
+        options = _attribute(TCA_TBF_PARMS, spec + bytes(12) + struct.pack("=III", limit, 0, 0))
+        options += _attribute(TCA_TBF_BURST, struct.pack("=I", rate.burst_bytes))
+        options += _attribute(TCA_TBF_RATE64, struct.pack("=Q", rate.bytes_per_s))
+        body = _qdisc_header(index, QDISC_HANDLE) + _text(TCA_KIND, "tbf") + _nested(TCA_OPTIONS, options)
+        self._ask(RTM_NEWQDISC, NLM_F_CREATE | NLM_F_REPLACE, body, f"qdisc replace {index} tbf")
+
+    def clear_rate(self, index: int) -> None:
+        """Undo set_rate; none is fine."""
+        try:
+            self._ask(RTM_DELQDISC, 0, _qdisc_header(index, 0), f"qdisc del {index} root")
+        except RtnetlinkError as error:
+            if error.errno not in (2, 22):  # ENOENT, EINVAL: the root qdisc is the one that every link has
+                raise
+
+    def rate(self, index: int) -> Rate | None:
+        """What set_rate has set; None: nothing holds the interface back."""
+        answers = self._request(RTM_GETQDISC, NLM_F_DUMP, _qdisc_header(0, 0), "qdisc show")
+        for answer in answers:
+            _family, found, _handle, parent = struct.unpack_from("=BxxxiII", answer)
+            attributes = dict(_parse_attributes(answer[20:]))
+            if found == index and parent == TC_H_ROOT and _decode(attributes[TCA_KIND]) == "tbf":
+                return _parse_rate(attributes[TCA_OPTIONS])
+        return None
+
     # --- the socket ---
 
     def _ask(self, kind: int, flags: int, body: bytes, label: str) -> None:
@@ -279,6 +326,17 @@ def _parse_route(answer: bytes) -> Route | None:
     return Route(IPv4Network((attributes.get(RTA_DST, bytes(4)), length)), index, kind, metric)
 
 
+def _parse_rate(options: bytes) -> Rate:
+    attributes = dict(_parse_attributes(options))
+    parameters = attributes[TCA_TBF_PARMS]
+    (slow,) = struct.unpack_from("=I", parameters, 8)
+    fast = attributes.get(TCA_TBF_RATE64)
+    bytes_per_s = struct.unpack("=Q", fast)[0] if fast else slow
+    # The kernel tells the burst as the time that it takes, in its ticks of 64 ns (psched.h, PSCHED_SHIFT).
+    (ticks,) = struct.unpack_from("=I", parameters, 28)
+    return Rate(bytes_per_s, round(ticks * 64 * bytes_per_s / 1e9))
+
+
 def _parse_attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
     offset = 0
     while offset + 4 <= len(data):
@@ -299,6 +357,10 @@ def _veth_end(end: VethEnd, mtu: int) -> bytes:
 
 def _link_header(index: int = 0, *, flags: int = 0, change: int = 0) -> bytes:
     return struct.pack("=BxHiII", socket.AF_UNSPEC, 0, index, flags, change)
+
+
+def _qdisc_header(index: int, handle: int) -> bytes:
+    return struct.pack("=BxxxiIII", socket.AF_UNSPEC, index, handle, TC_H_ROOT, 0)
 
 
 def _route_header(destination: IPv4Network, scope: int, kind: int) -> bytes:

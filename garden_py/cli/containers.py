@@ -64,6 +64,8 @@ def create(
     disk: opt.DiskOption = None,
     disk_inodes: opt.DiskInodesOption = None,
     disk_scope: opt.DiskScopeOption = None,
+    bandwidth_in: opt.BandwidthInOption = None,
+    bandwidth_out: opt.BandwidthOutOption = None,
     grace_time: Annotated[
         str | None,
         typer.Option(
@@ -135,7 +137,9 @@ def create(
         env=parse.parse_pairs(env or [], "environment variable"),
         properties=parse.parse_pairs(properties or [], "property"),
         bind_mounts=tuple(parse.parse_mount(text) for text in mounts or []),
-        limits=opt.limits_of(memory, cpu_weight, cpu_quota, pids, disk, disk_inodes, disk_scope),
+        limits=opt.limits_of(
+            memory, cpu_weight, cpu_quota, pids, disk, disk_inodes, disk_scope, bandwidth_in, bandwidth_out
+        ),
         grace_time=opt.given("--grace-time", parse.parse_grace_time, grace_time),
         port_mappings=tuple(parse.parse_port(text) for text in publish or []),
         egress=policy,

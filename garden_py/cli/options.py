@@ -76,6 +76,8 @@ def limits_of(
     disk: str | None = None,
     disk_inodes: int | None = None,
     disk_scope: Scope | None = None,
+    bandwidth_in: str | None = None,
+    bandwidth_out: str | None = None,
 ) -> Limits:
     """Limits from the shared limit options."""
     from garden_py.client.values import DiskScope, Limits
@@ -83,6 +85,8 @@ def limits_of(
     return Limits(
         disk_bytes=given("--disk", parse.parse_size, disk),
         disk_inodes=disk_inodes,
+        network_rx_bytes_per_s=given("--bandwidth-in", parse.parse_size, bandwidth_in),
+        network_tx_bytes_per_s=given("--bandwidth-out", parse.parse_size, bandwidth_out),
         disk_scope=None if disk_scope is None else DiskScope[disk_scope.name],
         memory_bytes=given("--memory", parse.parse_size, memory),
         cpu_weight=cpu_weight,
@@ -184,6 +188,21 @@ DiskInodesOption = Annotated[
         min=0,
         help="Files and directories that it writes; 0: unlimited. Not on btrfs.",
         show_default=False,
+    ),
+]
+BandwidthInOption = Annotated[
+    str | None,
+    typer.Option(
+        "--bandwidth-in",
+        metavar="SIZE",
+        help="Bytes per second that it may receive, e.g. 10M; 0: unlimited.",
+        show_default=False,
+    ),
+]
+BandwidthOutOption = Annotated[
+    str | None,
+    typer.Option(
+        "--bandwidth-out", metavar="SIZE", help="Bytes per second that it may send.", show_default=False
     ),
 ]
 DiskScopeOption = Annotated[

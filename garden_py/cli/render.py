@@ -92,8 +92,14 @@ def limits_text(limits: Limits) -> str:
         "pids": "" if not limits.pids else str(limits.pids),
         "disk": "" if not limits.disk_bytes else format_size(limits.disk_bytes) + _scope_text(limits),
         "inodes": "" if not limits.disk_inodes else str(limits.disk_inodes),
+        "bandwidth in": _rate_text(limits.network_rx_bytes_per_s),
+        "bandwidth out": _rate_text(limits.network_tx_bytes_per_s),
     }
     return ", ".join(f"{name} {text}" for name, text in parts.items() if text) or "none"
+
+
+def _rate_text(bytes_per_s: int | None) -> str:
+    return f"{format_size(bytes_per_s)}/s" if bytes_per_s else ""
 
 
 def _scope_text(limits: Limits) -> str:

@@ -22,6 +22,8 @@ def limits(
     disk: opt.DiskOption = None,
     disk_inodes: opt.DiskInodesOption = None,
     disk_scope: opt.DiskScopeOption = None,
+    bandwidth_in: opt.BandwidthInOption = None,
+    bandwidth_out: opt.BandwidthOutOption = None,
     output: opt.FormatOption = render.OutputFormat.TABLE,
     address: opt.AddressOption = None,
 ) -> None:
@@ -29,11 +31,13 @@ def limits(
 
     garden limits web
 
-    garden limits web --memory 512M --cpu-quota 150%
+    garden limits web --memory 512M --cpu-quota 150% --bandwidth-out 10M
     """
     from garden_py.client.values import Limits
 
-    changed = opt.limits_of(memory, cpu_weight, cpu_quota, pids, disk, disk_inodes, disk_scope)
+    changed = opt.limits_of(
+        memory, cpu_weight, cpu_quota, pids, disk, disk_inodes, disk_scope, bandwidth_in, bandwidth_out
+    )
     with opt.connect(context, address) as garden:
         container = garden.container(handle)
         in_force = container.limits() if changed == Limits() else container.update_limits(changed)

@@ -29,6 +29,9 @@ def limits_to_pb(limits: v.Limits) -> pb.Limits:
         pids=limits.pids,
         disk_bytes=limits.disk_bytes,
         disk_inodes=limits.disk_inodes,
+        network_rx_bytes_per_s=limits.network_rx_bytes_per_s,
+        network_tx_bytes_per_s=limits.network_tx_bytes_per_s,
+        network_burst_bytes=limits.network_burst_bytes,
         disk_scope=None if limits.disk_scope is None else pb.Limits.DiskScope.ValueType(limits.disk_scope),
     )
 
@@ -43,6 +46,13 @@ def limits_from_pb(message: pb.Limits) -> v.Limits:
         pids=message.pids if message.HasField("pids") else None,
         disk_bytes=message.disk_bytes if message.HasField("disk_bytes") else None,
         disk_inodes=message.disk_inodes if message.HasField("disk_inodes") else None,
+        network_rx_bytes_per_s=(
+            message.network_rx_bytes_per_s if message.HasField("network_rx_bytes_per_s") else None
+        ),
+        network_tx_bytes_per_s=(
+            message.network_tx_bytes_per_s if message.HasField("network_tx_bytes_per_s") else None
+        ),
+        network_burst_bytes=message.network_burst_bytes if message.HasField("network_burst_bytes") else None,
         disk_scope=v.DiskScope(message.disk_scope) if message.HasField("disk_scope") else None,
     )
 

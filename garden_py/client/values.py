@@ -175,6 +175,8 @@ class Limits:
         disk_bytes: disk space of a container or sidecar, as disk_scope counts it; floor 256 KiB.
         disk_inodes: files and directories that it wrote; not on btrfs.
         disk_scope: what disk_bytes counts; None: what it wrote.
+        network_rx_bytes_per_s, network_tx_bytes_per_s: what a container may receive and send.
+        network_burst_bytes: how much of either may pass at once after a pause.
     """
 
     memory_bytes: int | None = None
@@ -185,6 +187,9 @@ class Limits:
     disk_bytes: int | None = None
     disk_inodes: int | None = None
     disk_scope: DiskScope | None = None
+    network_rx_bytes_per_s: int | None = None
+    network_tx_bytes_per_s: int | None = None
+    network_burst_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

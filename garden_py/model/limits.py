@@ -20,6 +20,8 @@ CPU_QUOTA_FLOOR_US = 1_000
 CPU_PERIOD_RANGE_US = (1_000, 1_000_000)
 CPU_PERIOD_DEFAULT_US = 100_000
 UINT63_MAX = (1 << 63) - 1
+NETWORK_RATE_RANGE = (1 << 10, 1 << 40)
+NETWORK_BURST_RANGE = (4 << 10, 1 << 30)  # a whole packet must fit
 
 
 class DiskScope(Enum):
@@ -44,6 +46,9 @@ class Limits:
         disk_bytes: disk space, as disk_scope counts it.
         disk_inodes: files, directories and whatever else has an inode, of what the container wrote.
         disk_scope: what disk_bytes counts; None with disk_bytes stated: what the container wrote.
+        network_rx_bytes_per_s: what the container's link may receive, in bytes per second on the wire.
+        network_tx_bytes_per_s: what it may send.
+        network_burst_bytes: how much of either may pass at once after a pause; None or 0: the server's choice.
     """
 
     memory_bytes: int | None = None
@@ -55,6 +60,9 @@ class Limits:
     disk_bytes: int | None = None
     disk_inodes: int | None = None
     disk_scope: DiskScope | None = None
+    network_rx_bytes_per_s: int | None = None
+    network_tx_bytes_per_s: int | None = None
+    network_burst_bytes: int | None = None
 
     def over(self, older: Limits) -> Limits:
         """These limits, with older's value wherever this has no statement."""
@@ -69,6 +77,9 @@ class Limits:
             disk_bytes=older.disk_bytes if self.disk_bytes is None else self.disk_bytes,
             disk_inodes=older.disk_inodes if self.disk_inodes is None else self.disk_inodes,
             disk_scope=older.disk_scope if self.disk_scope is None else self.disk_scope,
+            network_rx_bytes_per_s=_newer(self.network_rx_bytes_per_s, older.network_rx_bytes_per_s),
+            network_tx_bytes_per_s=_newer(self.network_tx_bytes_per_s, older.network_tx_bytes_per_s),
+            network_burst_bytes=_newer(self.network_burst_bytes, older.network_burst_bytes),
         )
 
     @property
@@ -80,9 +91,27 @@ class Limits:
         """The same without a word about disk space: what is left is the processes'."""
         return replace(self, disk_bytes=None, disk_inodes=None, disk_scope=None)
 
+    @property
+    def states_network(self) -> bool:
+        """Whether anything is said about bandwidth."""
+        rates = (self.network_rx_bytes_per_s, self.network_tx_bytes_per_s, self.network_burst_bytes)
+        return any(value is not None for value in rates)
+
+    def network_only(self) -> Limits:
+        """What it says about bandwidth, and nothing else."""
+        return Limits(
+            network_rx_bytes_per_s=self.network_rx_bytes_per_s,
+            network_tx_bytes_per_s=self.network_tx_bytes_per_s,
+            network_burst_bytes=self.network_burst_bytes,
+        )
+
     def empty(self) -> bool:
         """Whether no field states anything."""
         return self == Limits()
+
+
+def _newer(value: int | None, older: int | None) -> int | None:
+    return older if value is None else value
 
 
 def limit_violations(limits: Limits, prefix: str) -> list[FieldViolation]:
@@ -103,6 +132,9 @@ def limit_violations(limits: Limits, prefix: str) -> list[FieldViolation]:
     check("pids", limits.pids, PIDS_FLOOR, 4_194_304, zero_is_unlimited=True)  # PID_MAX_LIMIT, proc(5)
     check("disk_bytes", limits.disk_bytes, DISK_FLOOR_BYTES, UINT63_MAX, zero_is_unlimited=True)
     check("disk_inodes", limits.disk_inodes, DISK_FLOOR_INODES, UINT63_MAX, zero_is_unlimited=True)
+    for name in ("network_rx_bytes_per_s", "network_tx_bytes_per_s"):
+        check(name, getattr(limits, name), *NETWORK_RATE_RANGE, zero_is_unlimited=True)
+    check("network_burst_bytes", limits.network_burst_bytes, *NETWORK_BURST_RANGE, zero_is_unlimited=True)
     if limits.disk_scope is not None and limits.disk_bytes is None:
         found.append(FieldViolation(f"{prefix}.disk_scope", "needs disk_bytes"))
     return found

@@ -64,7 +64,7 @@ def network_violations(
         mode: as asked for.
         subnet: likewise; empty: none.
         privileged: whether the container is.
-        asks_for_more: mapped ports, or an egress policy.
+        asks_for_more: mapped ports, an egress policy, or a limit on bandwidth.
         prefix: of the fields' names.
     """
     found: list[FieldViolation] = []
@@ -73,7 +73,7 @@ def network_violations(
             FieldViolation(f"{prefix}.network_mode", "the host's network is for privileged containers only")
         )
     if mode is not NetworkMode.OWN and (subnet or asks_for_more):
-        problem = f"with mode {mode.value} there is no subnet, no mapped port and no egress policy"
+        problem = f"with mode {mode.value} there are no subnet, ports, egress policy and bandwidth"
         found.append(FieldViolation(f"{prefix}.network_mode", problem))
     if subnet:
         try:

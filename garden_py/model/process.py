@@ -185,6 +185,8 @@ def check_process(spec: ProcessSpec, prefix: str = "spec") -> None:
     found += limit_violations(spec.limits, f"{prefix}.limits")
     if spec.limits.cpu_period_us is not None and spec.limits.cpu_quota_us is None:
         bad("limits.cpu_period_us", "needs cpu_quota_us")
+    if spec.limits.states_network:
+        found.append(FieldViolation("spec.limits", "a process has the bandwidth of its container"))
     if spec.limits.states_disk and spec.sidecar is None:
         bad("limits.disk_bytes", "only containers and sidecars have disk space of their own")
     if (sidecar := spec.sidecar) is not None:

@@ -95,7 +95,7 @@ def check_container(spec: ContainerSpec) -> None:
         spec.network_mode,
         spec.subnet,
         privileged=spec.privileged,
-        asks_for_more=bool(spec.port_mappings) or spec.egress is not None,
+        asks_for_more=bool(spec.port_mappings) or spec.egress is not None or spec.limits.states_network,
         prefix="spec",
     )
     if found:

@@ -305,7 +305,6 @@ async def test_1_23_errors_have_five_keys(garden: Garden) -> None:
         (b'{"image": {"uri": "preloaded+layer:/a?layer=b"}}', "preloaded"),
         (b'{"network": "10.1.0.300/24"}', "invalid CIDR address: 10.1.0.300/24"),
         (b'{"limits": {"disk_limits": {"byte_hard": 1, "scope": 2}}}', "scope"),
-        (b'{"limits": {"bandwidth_limits": {"rate": 1}}}', "cannot limit bandwidth yet"),
         (b'{"env": ["A"]}', "must be NAME=VALUE"),
         (b'{"bind_mounts": [{"src_path": "a", "dst_path": "/b"}]}', "absolute path"),
     ],

@@ -500,6 +500,9 @@ class Limits(_message.Message):
     DISK_BYTES_FIELD_NUMBER: _builtins.int
     DISK_INODES_FIELD_NUMBER: _builtins.int
     DISK_SCOPE_FIELD_NUMBER: _builtins.int
+    NETWORK_RX_BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    NETWORK_TX_BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    NETWORK_BURST_BYTES_FIELD_NUMBER: _builtins.int
     memory_bytes: _builtins.int
     """all processes together, no swap on top; 0 = unlimited; floor 4 MiB"""
     cpu_weight: _builtins.int
@@ -518,6 +521,16 @@ class Limits(_message.Message):
     """of the writable layer; 0 = unlimited; not on btrfs (UNIMPLEMENTED)"""
     disk_scope: Global___Limits.DiskScope.ValueType
     """what disk_bytes counts"""
+    network_rx_bytes_per_s: _builtins.int
+    """Bandwidth of the container's link, bytes on the wire, of containers only; 0 = unlimited; floor 1 KiB/s. What is too much
+    waits, and then is lost, as on any slow link. Root of a privileged container can lift its own tx limit. Unset in answers
+    where none was ever stated.
+    what it receives
+    """
+    network_tx_bytes_per_s: _builtins.int
+    """what it sends"""
+    network_burst_bytes: _builtins.int
+    """that may pass at once after a pause; 0: 20 ms' worth; floor 4 KiB"""
     def __init__(
         self,
         *,
@@ -529,10 +542,13 @@ class Limits(_message.Message):
         disk_bytes: _builtins.int | None = ...,
         disk_inodes: _builtins.int | None = ...,
         disk_scope: Global___Limits.DiskScope.ValueType | None = ...,
+        network_rx_bytes_per_s: _builtins.int | None = ...,
+        network_tx_bytes_per_s: _builtins.int | None = ...,
+        network_burst_bytes: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_cpu_period_us", b"_cpu_period_us", "_cpu_quota_us", b"_cpu_quota_us", "_cpu_weight", b"_cpu_weight", "_disk_bytes", b"_disk_bytes", "_disk_inodes", b"_disk_inodes", "_disk_scope", b"_disk_scope", "_memory_bytes", b"_memory_bytes", "_pids", b"_pids", "cpu_period_us", b"cpu_period_us", "cpu_quota_us", b"cpu_quota_us", "cpu_weight", b"cpu_weight", "disk_bytes", b"disk_bytes", "disk_inodes", b"disk_inodes", "disk_scope", b"disk_scope", "memory_bytes", b"memory_bytes", "pids", b"pids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cpu_period_us", b"_cpu_period_us", "_cpu_quota_us", b"_cpu_quota_us", "_cpu_weight", b"_cpu_weight", "_disk_bytes", b"_disk_bytes", "_disk_inodes", b"_disk_inodes", "_disk_scope", b"_disk_scope", "_memory_bytes", b"_memory_bytes", "_network_burst_bytes", b"_network_burst_bytes", "_network_rx_bytes_per_s", b"_network_rx_bytes_per_s", "_network_tx_bytes_per_s", b"_network_tx_bytes_per_s", "_pids", b"_pids", "cpu_period_us", b"cpu_period_us", "cpu_quota_us", b"cpu_quota_us", "cpu_weight", b"cpu_weight", "disk_bytes", b"disk_bytes", "disk_inodes", b"disk_inodes", "disk_scope", b"disk_scope", "memory_bytes", b"memory_bytes", "network_burst_bytes", b"network_burst_bytes", "network_rx_bytes_per_s", b"network_rx_bytes_per_s", "network_tx_bytes_per_s", b"network_tx_bytes_per_s", "pids", b"pids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cpu_period_us", b"_cpu_period_us", "_cpu_quota_us", b"_cpu_quota_us", "_cpu_weight", b"_cpu_weight", "_disk_bytes", b"_disk_bytes", "_disk_inodes", b"_disk_inodes", "_disk_scope", b"_disk_scope", "_memory_bytes", b"_memory_bytes", "_pids", b"_pids", "cpu_period_us", b"cpu_period_us", "cpu_quota_us", b"cpu_quota_us", "cpu_weight", b"cpu_weight", "disk_bytes", b"disk_bytes", "disk_inodes", b"disk_inodes", "disk_scope", b"disk_scope", "memory_bytes", b"memory_bytes", "pids", b"pids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cpu_period_us", b"_cpu_period_us", "_cpu_quota_us", b"_cpu_quota_us", "_cpu_weight", b"_cpu_weight", "_disk_bytes", b"_disk_bytes", "_disk_inodes", b"_disk_inodes", "_disk_scope", b"_disk_scope", "_memory_bytes", b"_memory_bytes", "_network_burst_bytes", b"_network_burst_bytes", "_network_rx_bytes_per_s", b"_network_rx_bytes_per_s", "_network_tx_bytes_per_s", b"_network_tx_bytes_per_s", "_pids", b"_pids", "cpu_period_us", b"cpu_period_us", "cpu_quota_us", b"cpu_quota_us", "cpu_weight", b"cpu_weight", "disk_bytes", b"disk_bytes", "disk_inodes", b"disk_inodes", "disk_scope", b"disk_scope", "memory_bytes", b"memory_bytes", "network_burst_bytes", b"network_burst_bytes", "network_rx_bytes_per_s", b"network_rx_bytes_per_s", "network_tx_bytes_per_s", b"network_tx_bytes_per_s", "pids", b"pids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cpu_period_us: _TypeAlias = _typing.Literal["cpu_period_us"]  # noqa: Y015
     _WhichOneofArgType__cpu_period_us: _TypeAlias = _typing.Literal["_cpu_period_us", b"_cpu_period_us"]  # noqa: Y015
@@ -548,6 +564,12 @@ class Limits(_message.Message):
     _WhichOneofArgType__disk_scope: _TypeAlias = _typing.Literal["_disk_scope", b"_disk_scope"]  # noqa: Y015
     _WhichOneofReturnType__memory_bytes: _TypeAlias = _typing.Literal["memory_bytes"]  # noqa: Y015
     _WhichOneofArgType__memory_bytes: _TypeAlias = _typing.Literal["_memory_bytes", b"_memory_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__network_burst_bytes: _TypeAlias = _typing.Literal["network_burst_bytes"]  # noqa: Y015
+    _WhichOneofArgType__network_burst_bytes: _TypeAlias = _typing.Literal["_network_burst_bytes", b"_network_burst_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__network_rx_bytes_per_s: _TypeAlias = _typing.Literal["network_rx_bytes_per_s"]  # noqa: Y015
+    _WhichOneofArgType__network_rx_bytes_per_s: _TypeAlias = _typing.Literal["_network_rx_bytes_per_s", b"_network_rx_bytes_per_s"]  # noqa: Y015
+    _WhichOneofReturnType__network_tx_bytes_per_s: _TypeAlias = _typing.Literal["network_tx_bytes_per_s"]  # noqa: Y015
+    _WhichOneofArgType__network_tx_bytes_per_s: _TypeAlias = _typing.Literal["_network_tx_bytes_per_s", b"_network_tx_bytes_per_s"]  # noqa: Y015
     _WhichOneofReturnType__pids: _TypeAlias = _typing.Literal["pids"]  # noqa: Y015
     _WhichOneofArgType__pids: _TypeAlias = _typing.Literal["_pids", b"_pids"]  # noqa: Y015
     @_typing.overload
@@ -564,6 +586,12 @@ class Limits(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__disk_scope) -> _WhichOneofReturnType__disk_scope | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_bytes) -> _WhichOneofReturnType__memory_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__network_burst_bytes) -> _WhichOneofReturnType__network_burst_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__network_rx_bytes_per_s) -> _WhichOneofReturnType__network_rx_bytes_per_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__network_tx_bytes_per_s) -> _WhichOneofReturnType__network_tx_bytes_per_s | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__pids) -> _WhichOneofReturnType__pids | None: ...
 

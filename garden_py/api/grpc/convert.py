@@ -63,6 +63,13 @@ def limits_from(message: pb.Limits) -> Limits:
         pids=message.pids if message.HasField("pids") else None,
         disk_bytes=message.disk_bytes if message.HasField("disk_bytes") else None,
         disk_inodes=message.disk_inodes if message.HasField("disk_inodes") else None,
+        network_rx_bytes_per_s=(
+            message.network_rx_bytes_per_s if message.HasField("network_rx_bytes_per_s") else None
+        ),
+        network_tx_bytes_per_s=(
+            message.network_tx_bytes_per_s if message.HasField("network_tx_bytes_per_s") else None
+        ),
+        network_burst_bytes=message.network_burst_bytes if message.HasField("network_burst_bytes") else None,
         disk_scope=_scope_from(message.disk_scope) if message.HasField("disk_scope") else None,
     )
 
@@ -83,6 +90,9 @@ def limits_to(limits: Limits) -> pb.Limits:
         pids=limits.pids,
         disk_bytes=limits.disk_bytes,
         disk_inodes=limits.disk_inodes,
+        network_rx_bytes_per_s=limits.network_rx_bytes_per_s,
+        network_tx_bytes_per_s=limits.network_tx_bytes_per_s,
+        network_burst_bytes=limits.network_burst_bytes,
         disk_scope=None if limits.disk_scope is None else _SCOPES_OUT[limits.disk_scope],
     )
 

@@ -10,7 +10,14 @@ from garden_py.api.http.messages import window_size
 from garden_py.model.errors import GardenError, InvalidField, NotSupported
 from garden_py.model.files import BindMount, MountMode
 from garden_py.model.image import RegistryAuth
-from garden_py.model.limits import DISK_FLOOR_BYTES, UINT63_MAX, DiskScope, Limits
+from garden_py.model.limits import (
+    DISK_FLOOR_BYTES,
+    NETWORK_BURST_RANGE,
+    NETWORK_RATE_RANGE,
+    UINT63_MAX,
+    DiskScope,
+    Limits,
+)
 from garden_py.model.netrule import (
     MAX_PORT,
     AddressRange,
@@ -82,12 +89,24 @@ def bind_mount(fields: Fields) -> BindMount:
 
 def container_limits(fields: Fields) -> Limits:
     """Limits of a container; 0 and absent are the same: none."""
-    bandwidth = fields.child("bandwidth_limits")
-    for name in ("rate", "burst"):
-        if bandwidth.number(name):
-            raise NotSupported(f"limits.bandwidth_limits.{name}: this server cannot limit bandwidth yet")
     pids = fields.child("pid_limits").number("max")
-    return _disk_limits(fields.child("disk_limits")).over(_process_limits(fields, pids or None))
+    disk, bandwidth = fields.child("disk_limits"), fields.child("bandwidth_limits")
+    return _disk_limits(disk).over(_bandwidth_limits(bandwidth)).over(_process_limits(fields, pids or None))
+
+
+def _bandwidth_limits(bandwidth: Fields) -> Limits:
+    """`rate` in bytes per second for each direction, `burst` in bytes; too small ones are raised."""
+    rate, burst = bandwidth.number("rate"), bandwidth.number("burst")
+    if not rate:
+        return Limits()
+    least, most = NETWORK_RATE_RANGE
+    rate = min(max(rate, least), most)
+    least, most = NETWORK_BURST_RANGE
+    return Limits(
+        network_rx_bytes_per_s=rate,
+        network_tx_bytes_per_s=rate,
+        network_burst_bytes=min(max(burst, least), most) if burst else None,
+    )
 
 
 def _disk_limits(disk: Fields) -> Limits:

@@ -177,6 +177,15 @@ def cpu_limits_json(asked: Limits, in_force: Limits) -> dict[str, int]:
     return {"limit_in_shares": in_force.cpu_shares or in_force.cpu_weight or 0}
 
 
+def bandwidth_limits_json(in_force: Limits) -> dict[str, Any]:
+    """Garden knows one rate for both directions: the lower one."""
+    rates = [rate for rate in (in_force.network_rx_bytes_per_s, in_force.network_tx_bytes_per_s) if rate]
+    if not rates:
+        return {}
+    burst = {"burst": in_force.network_burst_bytes} if in_force.network_burst_bytes else {}
+    return {"rate": min(rates), **burst}
+
+
 def memory_limits_json(in_force: Limits) -> dict[str, int]:
     """`limit_in_bytes`, if there is one."""
     return {"limit_in_bytes": in_force.memory_bytes} if in_force.memory_bytes else {}

@@ -177,13 +177,14 @@ class GardenHandlers:
     # --- limits
 
     async def bandwidth_limits(self, match: Match, request: Request) -> Answer:
-        """Route 12: there are none (statement OL2)."""
-        self._core.containers.get(match.captures["handle"])
-        return json_reply(_NOTHING)
+        """Route 12; nothing where none was set (statement OL2)."""
+        in_force = await self._core.containers.limits(match.captures["handle"])
+        return json_reply(encode.bandwidth_limits_json(in_force))
 
     async def disk_limits(self, match: Match, request: Request) -> Answer:
         """Route 14: there are none (statement D6)."""
-        return await self.bandwidth_limits(match, request)
+        self._core.containers.get(match.captures["handle"])
+        return json_reply(_NOTHING)
 
     async def cpu_limits(self, match: Match, request: Request) -> Answer:
         """Route 13."""

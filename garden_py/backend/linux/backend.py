@@ -244,7 +244,7 @@ class LinuxBackend:
         )
         spec = load_container_spec(row.spec)
         container.image, container.disk_scope = spec.image, spec.limits.disk_scope
-        container.policy = spec.egress
+        container.policy, container.bandwidth = spec.egress, spec.limits.network_only()
         container.watch(pidfd)
         try:
             container.connect(site.depot.socket(row.handle), patience_s=self._config.agent_patience_s)
@@ -486,14 +486,17 @@ class LinuxBackend:
         container = self._get(handle)
         with may_be_gone(handle):
             found = read_limits(container.cgroup)
-        return found.over(await self._disk.limits(container))
+        return found.over(await self._disk.limits(container)).over(await self._read_bandwidth(container))
 
     async def update_limits(self, handle: str, limits: Limits) -> Limits:
         """Change limits; those in force afterwards."""
         container = self._get(handle)
         before = await self._disk.limits(container) if limits.states_disk else None
         await self._disk.update(container, limits)
+        bandwidth = container.bandwidth
         try:
+            if limits.states_network:
+                await self._set_bandwidth(container, limits.network_only().over(bandwidth))
             with may_be_gone(handle):
                 now = read_limits(container.cgroup)
                 change_limits(container.cgroup, limits.over(_period_of(limits, now)))
@@ -501,8 +504,26 @@ class LinuxBackend:
         except BaseException:
             if before is not None:
                 await self._disk.update(container, before)
+            if container.bandwidth != bandwidth:
+                await self._set_bandwidth(container, bandwidth)
             raise
-        return now.over(await self._disk.limits(container))
+        return now.over(await self._disk.limits(container)).over(await self._read_bandwidth(container))
+
+    async def _set_bandwidth(self, container: LinuxContainer, wanted: Limits) -> None:
+        facts = self._get_linked(container.handle).facts
+        await self._network.set_bandwidth(
+            container.handle, facts.pid, facts.lease, wanted, privileged=facts.privileged
+        )
+        container.bandwidth = wanted
+
+    async def _read_bandwidth(self, container: LinuxContainer) -> Limits:
+        """What the kernel says, where anything was stated; nobody else limits a link of ours."""
+        if not container.bandwidth.states_network:
+            return Limits()
+        facts = container.facts
+        return await self._network.bandwidth(
+            container.handle, facts.pid, facts.lease, container.bandwidth, privileged=facts.privileged
+        )
 
     async def map_port(
         self, handle: str, mapping: PortMapping, record: Callable[[dict[str, Any]], None]

@@ -90,6 +90,7 @@ class Construction:
         if rootfs.used is not None:
             self._images.store.hold(spec.handle, directory, rootfs.used)
         container.image, container.disk_scope = spec.image, spec.limits.disk_scope
+        container.bandwidth = spec.limits.network_only()
         with step(Step.DISK):
             layer = await self._disk.make(facts.runtime_id, spec.limits, rootfs, "spec.limits") or directory
         with step(Step.BUNDLE):
@@ -125,7 +126,7 @@ class Construction:
         policy = spec.egress or EgressPolicy(default_action=DefaultAction(self._site.config.default_egress))
         with step(Step.NETWORK), at_field("spec"):
             await self._network.attach(
-                spec.handle, facts.pid, facts.lease, policy, privileged=spec.privileged
+                spec.handle, facts.pid, facts.lease, policy, spec.limits, privileged=spec.privileged
             )
         self._network.note_rules(container.directory, policy)
         failpoints.reach(Point.CREATE_CONNECT)

@@ -94,6 +94,7 @@ class LinuxContainer(AgentOwner):
         broken_because: why it can only be destroyed; empty while it is whole.
         image: as its spec has it.
         disk_scope: what its limit on disk space counts.
+        bandwidth: its limits on that, as stated.
         policy: its egress policy when it was taken over; None: made by this server.
         sidecars: agents besides PID 1, by the process that each of them was started for (linux/sidecars.py).
         retiring: removals of sidecars under way, by process.
@@ -119,6 +120,7 @@ class LinuxContainer(AgentOwner):
         self.jobs: set[asyncio.Future[Any]] = set()
         self.image = ""
         self.disk_scope: DiskScope | None = None
+        self.bandwidth = Limits()
         self.policy: EgressPolicy | None = None
         self._events = events
         self.spawning: set[str] = set()

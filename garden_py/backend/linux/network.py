@@ -24,12 +24,13 @@ from garden_py.backend.net import firewall, host_firewall
 from garden_py.backend.net import host_firewall as hf
 from garden_py.backend.net.apply import TABLE_MISSING
 from garden_py.backend.net.host_firewall import Reach
-from garden_py.backend.net.messages import Attachment
+from garden_py.backend.net.messages import Attachment, Bandwidth
 from garden_py.backend.net.plan import HostPlan, LinkPlan, address_of_link, plan_link
 from garden_py.backend.net.pools import AddressPool, PortPool, Subnets
 from garden_py.config import Config
 from garden_py.model.connection import Connection
 from garden_py.model.errors import ContainerBroken, HostFault, InvalidField
+from garden_py.model.limits import Limits
 from garden_py.model.netrule import (
     AddressRange,
     Cause,
@@ -49,6 +50,7 @@ log = structlog.get_logger()
 # How long the host's own address is believed: a list of all containers asks once for each.
 _ADDRESS_KEPT_S = 2.0
 _RULES_FILE = "egress-rules"
+_BURST_FLOOR_BYTES = 16 << 10
 ICMP_ECHO_REQUEST = 8  # RFC 792
 
 
@@ -315,9 +317,16 @@ class LinuxNetwork:
         ]
 
     async def attach(
-        self, handle: str, pid: int, lease: NetworkLease, policy: EgressPolicy, *, privileged: bool
+        self,
+        handle: str,
+        pid: int,
+        lease: NetworkLease,
+        policy: EgressPolicy,
+        limits: Limits,
+        *,
+        privileged: bool,
     ) -> None:
-        """Connect a container, with its policy in force before its first packet.
+        """Connect a container, with its policy and its limits in force before its first packet.
 
         Raises:
             InvalidField: its subnet is in use on the host (field `subnet`).
@@ -339,6 +348,7 @@ class LinuxNetwork:
         params = {
             "attachment": Attachment(link, host_rules, container_rules).to_json(),
             "mappings": [mapping.to_json() for mapping in self._mappings(lease)],
+            "bandwidth": _bandwidth(limits).to_json() if limits.states_network else None,
         }
         with _Namespaces("", pid, privileged=privileged) as fds:
             await self.job("attach", params, fds)
@@ -397,6 +407,27 @@ class LinuxNetwork:
             rules = self.container_rules(policy)
             await self.watch(handle, pid, policy)
             await self.job("set_egress", {"host_side": False, "rules": rules}, fds)
+
+    async def set_bandwidth(
+        self, handle: str, pid: int, lease: NetworkLease, limits: Limits, *, privileged: bool
+    ) -> None:
+        """Put the limits on bandwidth in force, all of them."""
+        params = {"link": self._link(lease, handle).to_json(), "bandwidth": _bandwidth(limits).to_json()}
+        with _Namespaces(handle, pid, privileged=privileged) as fds:
+            await self.job("set_bandwidth", params, fds)
+
+    async def bandwidth(
+        self, handle: str, pid: int, lease: NetworkLease, stated: Limits, *, privileged: bool
+    ) -> Limits:
+        """The limits on bandwidth as the kernel has them. The burst is as stated: the kernel keeps it as a time."""
+        with _Namespaces(handle, pid, privileged=privileged) as fds:
+            answer = await self.job("bandwidth", {"link": self._link(lease, handle).to_json()}, fds)
+        found = Bandwidth.from_json(answer)
+        return Limits(
+            network_rx_bytes_per_s=found.rx_bytes_per_s,
+            network_tx_bytes_per_s=found.tx_bytes_per_s,
+            network_burst_bytes=stated.network_burst_bytes or 0,
+        )
 
     async def egress_counts(
         self, handle: str, pid: int, lease: NetworkLease, rules: int, *, privileged: bool
@@ -535,6 +566,17 @@ def _own_address() -> str:
         except OSError:
             return ""
         return str(probe.getsockname()[0])
+
+
+def _bandwidth(limits: Limits) -> Bandwidth:
+    rx, tx = limits.network_rx_bytes_per_s or 0, limits.network_tx_bytes_per_s or 0
+    burst = limits.network_burst_bytes or 0
+    return Bandwidth(rx, tx, burst or _burst_of(rx), burst or _burst_of(tx))
+
+
+def _burst_of(bytes_per_s: int) -> int:
+    """20 ms' worth: enough for the kernel's timers, too little to be noticed in a rate."""
+    return max(bytes_per_s // 50, _BURST_FLOOR_BYTES)
 
 
 def _digest(rules: str) -> str:

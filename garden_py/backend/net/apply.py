@@ -18,10 +18,10 @@ from typing import Any, TypeVar
 
 from garden_py.agent.netrules import NetrulesError, end_children, inject, load_tools
 from garden_py.agent.nft import Nft, NftError, is_missing, is_taken, read_counters
-from garden_py.agent.rtnetlink import RTN_UNREACHABLE, Link, Rtnetlink, RtnetlinkError, VethEnd
+from garden_py.agent.rtnetlink import RTN_UNREACHABLE, Link, Rate, Rtnetlink, RtnetlinkError, VethEnd
 from garden_py.backend.net import host_firewall
 from garden_py.backend.net.host_firewall import HostPolicy, PortMapping
-from garden_py.backend.net.messages import Attachment, HostReport, RuleCounter
+from garden_py.backend.net.messages import Attachment, Bandwidth, HostReport, RuleCounter
 from garden_py.backend.net.plan import HostPlan, LinkPlan, address_of_link, choose_mtu, parse_mac
 from garden_py.backend.net.survey import Survey, read_chains, read_elements
 from garden_py.model.errors import HostFault, InvalidField, PortInUse
@@ -269,6 +269,50 @@ class HostNetwork:
             raise self._fault("network.counters", error) from error
         return [RuleCounter(**counter) for counter in read_counters(listed)]  # type: ignore[arg-type]
 
+    # --- bandwidth ---
+
+    def set_bandwidth(self, link: LinkPlan, wanted: Bandwidth, netns_fd: int, userns_fd: int | None) -> None:
+        """Limit what passes a container's link; a rate of 0 lifts the limit.
+
+        What it receives is held back at the host's end, what it sends at its own: each end limits what it sends, so
+        that packets wait there instead of being lost on the other side.
+
+        Raises:
+            HostFault: refused; one direction may have been changed.
+        """
+        _step("network.bandwidth", partial(self._set_rate, link.host_link, wanted))
+        rate = {
+            "name": link.container_link,
+            "bytes_per_s": wanted.tx_bytes_per_s,
+            "burst_bytes": wanted.tx_burst_bytes,
+        }
+        self._inject("network.bandwidth", userns_fd, netns_fd, {"rate": rate})
+
+    def read_bandwidth(self, link: LinkPlan, netns_fd: int, userns_fd: int | None) -> Bandwidth:
+        """What the kernel holds a container's link to.
+
+        Raises:
+            HostFault: it cannot be asked.
+        """
+        host = _step("network.bandwidth", lambda: self._netlink.rate(self._find(link.host_link).index))
+        found = self._inject("network.bandwidth", userns_fd, netns_fd, {"read_rate": link.container_link})
+        tx = found["rate"] or (0, 0)
+        rx = (0, 0) if host is None else (host.bytes_per_s, host.burst_bytes)
+        return Bandwidth(rx[0], tx[0], rx[1], tx[1])
+
+    def _set_rate(self, name: str, wanted: Bandwidth) -> None:
+        index = self._find(name).index
+        if wanted.rx_bytes_per_s:
+            self._netlink.set_rate(index, Rate(wanted.rx_bytes_per_s, wanted.rx_burst_bytes))
+        else:
+            self._netlink.clear_rate(index)
+
+    def _find(self, name: str) -> Link:
+        link = self._netlink.find_link(name)
+        if link is None:
+            raise RtnetlinkError(errno.ENODEV, f"link {name}")
+        return link
+
     # --- mapped ports ---
 
     def map_port(self, mapping: PortMapping) -> None:
@@ -311,9 +355,7 @@ class HostNetwork:
         name = self._plan.anchor_link
         if self._netlink.find_link(name) is None:
             self._netlink.add_bridge(name, self._plan.anchor_mac)
-        link = self._netlink.find_link(name)
-        if link is None:
-            raise RtnetlinkError(errno.ENODEV, f"link {name}")
+        link = self._find(name)
         _write_sysctl(f"ipv6/conf/{name}/disable_ipv6", "1")
         self._netlink.set_link_up(link.index, alias=f"garden server {self._plan.tag}: gateway address")
         self._netlink.set_address(link.index, self._plan.gateway, 32)
@@ -327,9 +369,7 @@ class HostNetwork:
         )
 
     def _open_link(self, link: LinkPlan) -> None:
-        found = self._netlink.find_link(link.host_link)
-        if found is None:
-            raise RtnetlinkError(errno.ENODEV, f"link {link.host_link}")
+        found = self._find(link.host_link)
         _write_sysctl(f"ipv6/conf/{link.host_link}/disable_ipv6", "1")
         # 127.0.0.1:PORT on the host reaches a container only so; chain antispoof closes what this opens.
         _write_sysctl(f"ipv4/conf/{link.host_link}/route_localnet", "1")

@@ -8,7 +8,7 @@ from typing import Any
 
 from garden_py.backend.net.apply import HostNetwork
 from garden_py.backend.net.host_firewall import Access, HostPolicy, PortMapping, Reach
-from garden_py.backend.net.messages import Attachment
+from garden_py.backend.net.messages import Attachment, Bandwidth
 from garden_py.backend.net.plan import HostPlan, LinkPlan
 
 
@@ -62,9 +62,24 @@ def attach(net: HostNetwork, params: dict[str, Any], fds: list[int]) -> dict[str
     """Connect a container, then map its ports."""
     netns_fd, userns_fd = _namespaces(fds)
     net.attach_container(Attachment.from_json(params["attachment"]), netns_fd, userns_fd)
+    if params["bandwidth"] is not None:
+        link = LinkPlan.from_json(params["attachment"]["link"])
+        net.set_bandwidth(link, Bandwidth.from_json(params["bandwidth"]), netns_fd, userns_fd)
     for mapping in params["mappings"]:
         net.map_port(PortMapping.from_json(mapping))
     return {}
+
+
+def set_bandwidth(net: HostNetwork, params: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+    """Limit what passes a container's link."""
+    link, wanted = LinkPlan.from_json(params["link"]), Bandwidth.from_json(params["bandwidth"])
+    net.set_bandwidth(link, wanted, *_namespaces(fds))
+    return {}
+
+
+def bandwidth(net: HostNetwork, params: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+    """What it is limited to."""
+    return net.read_bandwidth(LinkPlan.from_json(params["link"]), *_namespaces(fds)).to_json()
 
 
 def isolate(net: HostNetwork, params: dict[str, Any], fds: list[int]) -> dict[str, Any]:
@@ -142,6 +157,8 @@ JOBS: dict[str, NetJob] = {
     "net.restore_host": restore_host,
     "net.remove_host": remove_host,
     "net.attach": attach,
+    "net.set_bandwidth": set_bandwidth,
+    "net.bandwidth": bandwidth,
     "net.isolate": isolate,
     "net.claim_subnet": claim_subnet,
     "net.release_subnet": release_subnet,

@@ -57,6 +57,25 @@ class Attachment:
 
 
 @dataclass(frozen=True, slots=True)
+class Bandwidth:
+    """What a container may receive and send, in bytes per second, and either burst in bytes. 0: no limit, no burst."""
+
+    rx_bytes_per_s: int = 0
+    tx_bytes_per_s: int = 0
+    rx_burst_bytes: int = 0
+    tx_burst_bytes: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for another process; `from_json` is the inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Bandwidth:
+        """Rebuild from `to_json`."""
+        return cls(**value)
+
+
+@dataclass(frozen=True, slots=True)
 class RuleCounter:
     """How often a rule decided. `rule` is its index in the policy, or "default", "dns", "ipv6"."""
 
