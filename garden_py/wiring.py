@@ -43,6 +43,7 @@ from garden_py.observe.traces import Tracing, open_tracing
 from garden_py.service.containers import Containers, Defaults
 from garden_py.service.core import Core
 from garden_py.service.diagnosis import Diagnosis
+from garden_py.service.event_log import EventLog
 from garden_py.service.events import EventHub
 from garden_py.service.files import Files
 from garden_py.service.guard import Guard
@@ -90,11 +91,23 @@ def load_backend(config: Config) -> Backend:
 
 
 def build_core(
-    config: Config, backend: Backend, records: Records, listeners: Sequence[Listener] = ()
+    config: Config,
+    backend: Backend,
+    records: Records,
+    listeners: Sequence[Listener] = (),
+    events: EventHub | None = None,
 ) -> Core:
-    """The service over a backend and a journal; listeners are told of each create and destroy."""
+    """The service over a backend and a journal.
+
+    Args:
+        config: of the server.
+        backend: makes containers.
+        records: the journal.
+        listeners: told of each create and destroy.
+        events: those of earlier servers included; None: new ones.
+    """
     registry, guard, metrics = Registry(records), Guard(), Metrics()
-    events = EventHub(first_cursor=time.time_ns() // 1000)  # no server tells a million events a second
+    events = events or EventHub(_first_cursor())
     default_egress = DefaultAction(config.default_egress)
     containers = Containers(
         backend,
@@ -135,6 +148,23 @@ def build_core(
     )
 
 
+def _first_cursor() -> int:
+    """Above every cursor of earlier servers: none tells a million events a second."""
+    return time.time_ns() // 1000
+
+
+def open_events(directory: Path, *, rebooted: bool) -> tuple[EventLog, EventHub]:
+    """The events of earlier servers, and where those of this one are written down."""
+    kept = EventLog(directory)
+    if rebooted:
+        kept.clear()
+    events = EventHub(_first_cursor(), kept.append)
+    after, earlier = kept.load()
+    if after:
+        events.restore(after, earlier)
+    return kept, events
+
+
 def count_pools(backend: Backend, what: str) -> dict[str, float]:
     """One number of each pool; what: a field of PoolLevel."""
     return {name: getattr(level, what) for name, level in backend.pools().items()}
@@ -165,7 +195,8 @@ async def running_server(config: Config, inherited: socket.socket | None = None)
         remember_settings(journal, config, inherited)
         tracing = open_tracing(config.otel_endpoint, version=version("garden-py"), instance=config.tag)
         listeners = [] if tracing is None else [tracing.operation_ended]
-        core = build_core(config, load_backend(config), journal, listeners)
+        kept_events, events = open_events(config.state_dir / "events", rebooted=rebooted)
+        core = build_core(config, load_backend(config), journal, listeners, events)
         core.metrics.watch("garden_journal_bytes", "Size of the journal's files.", "file", journal.file_sizes)
         # The backend mostly waits for processes that it starts; grpc and the doors are loaded meanwhile.
         await asyncio.gather(
@@ -188,6 +219,7 @@ async def running_server(config: Config, inherited: socket.socket | None = None)
                 await page.stop()
             await core.close()
             journal.close()
+            kept_events.close()
             if tracing is not None:
                 await send_last_traces(tracing)
     finally:

@@ -1,7 +1,7 @@
 """One directory per container below the state directory; mkdir(2) is the claim.
 
-<state>/containers/<handle>/   config.json, image.json, runtime log, agent log, etc/, upper/, work/, streams/<process>/,
-                               sidecars/<process>/
+<state>/containers/<handle>/   config.json, image.json, egress-rules, runtime log, agent log, etc/, upper/, work/,
+                               streams/<process>/, sidecars/<process>/
 <state>/trash/                 directories of destroyed containers, deleted in the background
 <run>/agents/<hash>.sock       the agents' sockets; short names, since sun_path holds 108 bytes (unix(7))
 """
@@ -29,6 +29,7 @@ _CONTENTS = frozenset(
     {
         "agent.log",
         "config.json",
+        "egress-rules",
         "etc",
         "image.json",
         "pid",

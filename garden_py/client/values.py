@@ -509,7 +509,7 @@ class ContainerMetrics:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that happened; the cursor grows by one with each event of the server."""
+    """Something that happened; the cursor grows with each event of the server."""
 
     cursor: int
     at: datetime | None

@@ -6,7 +6,7 @@ import asyncio
 import heapq
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -63,13 +63,14 @@ class EventHub:
     """The latest events, and the watchers that follow them: 10,000, and beside them 10,000 of connections.
 
     Args:
-        first_cursor: of the moment before the first event. Above all of an earlier server's, whose cursors are then
-            refused; otherwise they would be continued from, and the events between silently skipped.
+        first_cursor: of the moment before the first event; above all of an earlier server's.
+        write: takes down each event, but those of connections, before anybody sees it.
     """
 
-    def __init__(self, first_cursor: int = 0) -> None:
+    def __init__(self, first_cursor: int = 0, write: Callable[[Event], None] = lambda event: None) -> None:
         self._kept: deque[Event] = deque(maxlen=KEPT_EVENTS)
         self._connections: deque[Event] = deque(maxlen=KEPT_CONNECTIONS)
+        self._write = write
         self._oldest = first_cursor
         self._waiters: set[asyncio.Future[None]] = set()
         self.cursor = first_cursor
@@ -90,13 +91,23 @@ class EventHub:
         if kind in _CONNECTIONS:
             self._connections.append(event)
         else:
-            if len(self._kept) == KEPT_EVENTS:
-                self._oldest = self._kept[0].cursor
-            self._kept.append(event)
+            self._write(event)
+            self._keep(event)
         waiters, self._waiters = self._waiters, set()
         for future in waiters:
             if not future.done():
                 future.set_result(None)
+
+    def restore(self, after: int, events: Iterable[Event]) -> None:
+        """Keep events of an earlier server too: all there were after a cursor. Before anything is published."""
+        self._oldest = after
+        for event in events:
+            self._keep(event)
+
+    def _keep(self, event: Event) -> None:
+        if len(self._kept) == KEPT_EVENTS:
+            self._oldest = self._kept[0].cursor
+        self._kept.append(event)
 
     def kept_about(self, handle: str) -> list[Event]:
         """The kept events of a container, the oldest first."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +15,15 @@ from kit.garden import cgroups_of, sh, text_of, wait_until
 from kit.server import ServerProcess, running_server
 from kit.trace import assert_no_trace, snapshot
 
-from garden_py.client import ContainerSpec, ContainerState, EgressAction, EgressPolicy, GardenClient, Limits
+from garden_py.client import (
+    ContainerSpec,
+    ContainerState,
+    EgressAction,
+    EgressPolicy,
+    EventKind,
+    GardenClient,
+    Limits,
+)
 
 pytestmark = pytest.mark.root
 
@@ -200,3 +210,30 @@ def test_two_servers_side_by_side(server: ServerProcess) -> None:
         other.stop()
         assert text_of(container, "ip -o addr show eth0 | wc -l") == "1\n"
         other.start()
+
+
+def test_watcher_misses_nothing_through_restarts(no_trace: None) -> None:
+    """Its cursor is good for the next server, which tells what happened while there was none."""
+    with running_server() as server, GardenClient(server.address) as garden:
+        watched = garden.events()
+        cursor = next(watched).cursor
+        with garden.create(ContainerSpec(handle="watched")) as box:
+            process = box.start(["sleep", "1000"])
+            server.kill()
+            (pid,) = set(workload_of("watched"))
+            os.kill(int(pid), signal.SIGKILL)
+            server.start()
+            box.update_properties({"still": "here"})
+            server.kill()
+            server.start()
+        kinds = [next(watched).kind for _ in range(5)]
+        again = garden.events(["watched"], after_cursor=cursor)
+        found = [next(again) for _ in range(5)]
+        assert [event.kind for event in found] == kinds
+        assert [event.kind for event in found] == [
+            EventKind.CONTAINER_CREATED, EventKind.PROCESS_STARTED, EventKind.PROCESS_EXITED,
+            EventKind.PROPERTIES_CHANGED, EventKind.CONTAINER_DESTROYED,
+        ]  # fmt: skip
+        assert found[2].process_id == process.id
+        assert found[2].exit is not None
+        assert found[2].exit.signal == signal.SIGKILL

@@ -1,0 +1,144 @@
+"""Events that outlive the server that told them: nothing missing is ever passed off as complete."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from garden_py.model.errors import OffsetOutOfRange
+from garden_py.model.process import ExitStatus
+from garden_py.service import event_log
+from garden_py.service.event_log import EVENTS_PER_FILE, EventLog
+from garden_py.service.events import KEPT_EVENTS, Event, EventHub, EventKind
+
+
+def server(directory: Path, first_cursor: int) -> tuple[EventLog, EventHub]:
+    """What a server that starts does."""
+    log = EventLog(directory)
+    hub = EventHub(first_cursor, log.append)
+    after, events = log.load()
+    if after:
+        hub.restore(after, events)
+    return log, hub
+
+
+async def seen(hub: EventHub, after: int) -> list[Event]:
+    found = []
+    hub.publish(EventKind.LEAK_FOUND, "end")
+    async for event in hub.watch(after):
+        if event.handle == "end":
+            return found
+        found.append(event)
+    raise AssertionError
+
+
+async def test_next_server_goes_on_where_the_last_has_ended(tmp_path: Path) -> None:
+    """All that an event holds, in order, also over several restarts."""
+    exit_ = ExitStatus(code=None, signal=9, out_of_memory=True, exited_ns=5, reason="killed")
+    told: list[Event] = []
+    for life in range(6):
+        log, hub = server(tmp_path / "events", 1000 * (life + 1))
+        hub.publish(EventKind.CONTAINER_CREATED, f"box-{life}", why="test")
+        hub.publish(EventKind.PROCESS_EXITED, f"box-{life}", process_id="p", exit=exit_)
+        log.close()
+    _, hub = server(tmp_path / "events", 10_000)
+    told = await seen(hub, 1000)
+    assert [(event.handle, event.cursor) for event in told] == [
+        (f"box-{life}", 1000 * (life + 1) + number) for life in range(6) for number in (1, 2)
+    ]
+    assert (told[1].exit, told[0].details, told[1].process_id) == (exit_, {"why": "test"}, "p")
+    assert await seen(hub, 6001) == [told[-1]]
+    with pytest.raises(OffsetOutOfRange):
+        hub.check_cursor(999)
+
+
+async def test_events_of_connections_are_of_one_life(tmp_path: Path) -> None:
+    """They are not written, and a cursor among them is good for the next server all the same."""
+    log, hub = server(tmp_path, 1000)
+    hub.publish(EventKind.CONTAINER_CREATED, "box")
+    hub.publish(EventKind.CONNECTION_DENIED, "box")
+    hub.publish(EventKind.CONNECTION_DENIED, "box")
+    cursor = hub.cursor
+    log.close()
+    _, hub = server(tmp_path, 2000)
+    hub.publish(EventKind.CONTAINER_DESTROYED, "box")
+    assert [event.kind for event in await seen(hub, cursor)] == [EventKind.CONTAINER_DESTROYED]
+
+
+async def test_retention_is_bounded_on_disk_and_exact_in_memory(tmp_path: Path) -> None:
+    """Three files; of what is kept nothing is missing."""
+    log, hub = server(tmp_path, 1000)
+    for _ in range(3 * EVENTS_PER_FILE + 7):
+        hub.publish(EventKind.PROPERTIES_CHANGED, "box")
+    log.close()
+    assert len(os.listdir(tmp_path)) == 3
+    _, hub = server(tmp_path, 10**6)
+    oldest = 1000 + 3 * EVENTS_PER_FILE + 7 - KEPT_EVENTS
+    assert len(await seen(hub, oldest + 1)) == KEPT_EVENTS - 1
+    with pytest.raises(OffsetOutOfRange):
+        hub.check_cursor(oldest - 1)
+
+
+@pytest.mark.parametrize("torn", [b'{"cursor": 12', b"\xff\xfe", b"{"])
+async def test_a_cut_line_is_dropped_and_written_over(tmp_path: Path, torn: bytes) -> None:
+    """The server was killed in the middle of a write: nobody has seen that event."""
+    log, hub = server(tmp_path, 1000)
+    hub.publish(EventKind.CONTAINER_CREATED, "box")
+    log.close()
+    file = tmp_path / os.listdir(tmp_path)[0]
+    file.write_bytes(file.read_bytes() + torn)
+    log, hub = server(tmp_path, 2000)
+    hub.publish(EventKind.CONTAINER_DESTROYED, "box")
+    log.close()
+    _, hub = server(tmp_path, 3000)
+    kinds = [EventKind.CONTAINER_CREATED, EventKind.CONTAINER_DESTROYED]
+    assert [event.kind for event in await seen(hub, 1000)] == kinds
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\n", b'{"after": "x"}\n', b'{"after": 7}\n{"cursor": 8}\n', b"\0\0\n"]
+)
+async def test_an_unreadable_file_ends_what_is_known(tmp_path: Path, content: bytes) -> None:
+    """A cursor of before is refused; nothing is made up."""
+    tmp_path.joinpath(f"{7:020d}.jsonl").write_bytes(content)
+    log, hub = server(tmp_path, 2000)
+    with pytest.raises(OffsetOutOfRange):
+        hub.check_cursor(7)
+    hub.publish(EventKind.CONTAINER_CREATED, "box")
+    log.close()
+    _, hub = server(tmp_path, 3000)
+    assert [event.handle for event in await seen(hub, 2000)] == ["box"]
+
+
+async def test_a_full_disk_breaks_off_and_does_not_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The event that was not written would be missing: cursors of before are refused by the next server."""
+    log, hub = server(tmp_path, 1000)
+    hub.publish(EventKind.CONTAINER_CREATED, "one")
+    write = os.write
+
+    def refuse(fd: int, data: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(event_log.os, "write", refuse)
+    hub.publish(EventKind.CONTAINER_CREATED, "two")
+    monkeypatch.setattr(event_log.os, "write", write)
+    hub.publish(EventKind.CONTAINER_CREATED, "three")
+    assert [event.handle for event in await seen(hub, 1000)] == ["one", "two", "three"]
+    log.close()
+    _, hub = server(tmp_path, 2000)
+    with pytest.raises(OffsetOutOfRange):
+        hub.check_cursor(1001)
+    assert [event.handle for event in await seen(hub, 1002)][:1] == ["three"]
+
+
+def test_a_reboot_forgets(tmp_path: Path) -> None:
+    log, hub = server(tmp_path, 1000)
+    hub.publish(EventKind.CONTAINER_CREATED, "box")
+    log.clear()
+    assert EventLog(tmp_path).load() == (0, [])
