@@ -44,6 +44,8 @@ CLONE_NEWNET = 0x40000000
 _LENGTH = struct.Struct("=I")
 DEFAULT_DEADLINE_S = 20.0
 """Far above the tenths of a second that the largest policy takes; beyond it the kernel is stuck."""
+ROUTED_REALM = 103
+"""Realm of a container's routes: by it the rules tell packets that IP has sent from frames made by hand."""
 REST_S = 1.0
 """How long a child waits for another request; so long it may keep the namespace of a dead container alive."""
 MAX_RESTING = 32
@@ -389,8 +391,9 @@ def _bring_up(netlink: Rtnetlink, interface: dict[str, Any]) -> None:
     netlink.set_link_up(link.index)
     # Nobody but the host is at the other end; a fixed neighbour saves the ARP round and cannot be forged.
     netlink.set_neighbour(link.index, gateway, bytes.fromhex(interface["gateway_mac"].replace(":", "")))
-    netlink.set_route(IPv4Network(gateway), link_index=link.index)
-    netlink.set_route(IPv4Network("0.0.0.0/0"), link_index=link.index, gateway=gateway)
+    netlink.set_route(IPv4Network(gateway), link_index=link.index, realm=ROUTED_REALM)
+    everywhere = IPv4Network("0.0.0.0/0")
+    netlink.set_route(everywhere, link_index=link.index, gateway=gateway, realm=ROUTED_REALM)
 
 
 def _write(path: str, value: bytes) -> None:

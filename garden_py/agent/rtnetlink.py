@@ -29,7 +29,7 @@ RTM_NEWQDISC, RTM_DELQDISC, RTM_GETQDISC = 36, 37, 38
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINKINFO, IFLA_IFALIAS, IFLA_NET_NS_FD = 1, 3, 4, 18, 20, 28
 IFLA_INFO_KIND, IFLA_INFO_DATA, VETH_INFO_PEER = 1, 2, 1
 IFA_ADDRESS, IFA_LOCAL = 1, 2
-RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_TABLE = 1, 4, 5, 6, 15
+RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_FLOW, RTA_TABLE = 1, 4, 5, 6, 11, 15
 NDA_DST, NDA_LLADDR = 1, 2
 NUD_PERMANENT = 0x80
 RT_TABLE_MAIN, RTPROT_STATIC = 254, 4
@@ -187,15 +187,29 @@ class Rtnetlink:
         return found
 
     def set_route(
-        self, destination: IPv4Network, *, link_index: int, gateway: IPv4Address | None = None
+        self,
+        destination: IPv4Network,
+        *,
+        link_index: int,
+        gateway: IPv4Address | None = None,
+        realm: int = 0,
     ) -> None:
-        """Route `destination` to a link, directly or through a gateway; replaces a route to the same."""
+        """Route `destination` to a link, directly or through a gateway; replaces a route to the same.
+
+        Args:
+            destination: of the packets.
+            link_index: where they go.
+            gateway: whose MAC they are sent to; None: their own destination's.
+            realm: that packets on this route carry inside the kernel (ip-route(8)); 0: none.
+        """
         scope = SCOPE_LINK if gateway is None else SCOPE_UNIVERSE
         body = _route_header(destination, scope, RTN_UNICAST) + _attribute(
             RTA_OIF, struct.pack("=i", link_index)
         )
         if gateway is not None:
             body += _attribute(RTA_GATEWAY, gateway.packed)
+        if realm:
+            body += _attribute(RTA_FLOW, struct.pack("=I", realm))
         self._ask(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, body, f"route replace {destination}")
 
     def set_unreachable(self, destination: IPv4Network) -> None:

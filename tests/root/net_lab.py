@@ -71,8 +71,9 @@ def ping(address):
             if data[20] in (0, 3):
                 return data[20]
 
-def frame(data):
+def frame(data, bypass=False):
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as s:
+        s.setsockopt(263, 20, int(bypass))  # SOL_PACKET, PACKET_QDISC_BYPASS
         s.bind(("eth0", 0))
         s.send(bytes.fromhex(data))
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from kit.garden import PATIENCE, code_of, events_of, text_of, wait_until
 from kit.server import ServerProcess, running_server
 
 from garden_py.client import (
+    BindMount,
     Container,
     ContainerSpec,
     Destination,
@@ -340,3 +343,52 @@ def test_chosen_dns_server_on_the_host_may_be_asked(no_trace: None) -> None:
             subprocess.run(
                 ["ip", "address", "delete", "10.253.253.53/32", "dev", "lo"], check=True, timeout=20
             )
+
+
+def test_no_socket_of_a_container_passes_by_its_rules(garden: GardenClient) -> None:
+    """Root of an unprivileged container: frames by hand are dropped at the link, AF_XDP is no socket for it."""
+    with garden.create(ContainerSpec(egress=CLOSED)) as box:
+        counter = ["nsenter", "-t", str(box.info().pid), "-n", "nft", "list", "table", "netdev", "garden"]
+
+        def dropped() -> int:
+            listed = subprocess.run(counter, capture_output=True, text=True, timeout=20, check=True).stdout
+            return int(listed.partition("counter packets ")[2].split()[0])
+
+        code_of(box, f"arping -c 1 -w 1 -I eth0 {box.info().host_ip}")
+        assert dropped() >= 1
+        assert code_of(box, "udhcpc -n -q -t 1 -T 1 -i eth0 >/dev/null 2>&1") != 0
+        box.set_egress(OPEN)
+        assert subprocess.run(counter, capture_output=True, timeout=20, check=False).returncode != 0
+        box.set_egress(CLOSED)
+        assert dropped() == 0
+
+
+def test_xdp_sockets_are_refused(garden: GardenClient, tmp_path: Path) -> None:
+    """They would send past netfilter; packet sockets, which cannot, are there."""
+    source, program = tmp_path / "try.c", tmp_path / "try"
+    source.write_text(
+        "#include <errno.h>\n#include <stdio.h>\n#include <sys/socket.h>\n"
+        "int main(void) { for (int family = 17; family <= 44; family += 27) { errno = 0; socket(family, SOCK_RAW, 0);"
+        ' printf("%d ", errno); } return 0; }\n'
+    )
+    subprocess.run(["gcc", "-static", "-o", program, source], check=True, timeout=60)
+    with garden.create(ContainerSpec(bind_mounts=(BindMount(str(program), "/try"),))) as box:
+        assert text_of(box, "/try") == f"0 {errno.EPERM} "
+
+
+def test_container_of_an_earlier_release_keeps_its_network(no_trace: None) -> None:
+    """Its routes have no realm; the server that takes it over gives them one with the rules that ask for it."""
+    with running_server() as server, GardenClient(server.address) as garden:
+        address = serve(garden.create(ContainerSpec(handle="echo")))
+        policy = EgressPolicy(EgressAction.DENY, (rule(address, PORT),))
+        box = garden.create(ContainerSpec(handle="old", egress=policy))
+        enter = ["nsenter", "-t", str(box.info().pid), "-n"]
+        gateway = box.info().host_ip
+        server.stop()
+        for words in (f"{gateway} dev eth0", f"default via {gateway} dev eth0"):
+            subprocess.run([*enter, "ip", "route", "replace", *words.split()], check=True, timeout=20)
+        subprocess.run([*enter, "nft", "delete", "table", "netdev", "garden"], check=True, timeout=20)
+        server.place.joinpath("state/containers/old/egress-rules").unlink()
+        server.start()
+        assert connects(box, address)
+        assert not connects(box, address, PORT + 1)

@@ -7,10 +7,12 @@ import os
 import socket
 import struct
 from collections.abc import Iterator
+from contextlib import nullcontext
 from ipaddress import IPv4Address
 
 import pytest
-from net_lab import HOST_IP, OUTSIDE_IP, Lab, open_lab
+from kit.garden import wait_until
+from net_lab import HOST_IP, OUTSIDE_IP, Lab, Probe, Refused, open_lab
 
 from garden_py.agent.rtnetlink import Rtnetlink
 from garden_py.backend.net.host_firewall import Access, HostPolicy, PortProtocol, Reach
@@ -231,3 +233,29 @@ def test_nothing_stays_open(lab: Lab) -> None:
         lab.detach(container)
         lab.network.attach_container(lab.attachment(container, OPEN), container.netns_fd, container.userns_fd)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def udp_strays(probe: Probe) -> int:
+    """UDP datagrams that arrived there and that nobody took (RFC 4113, udpNoPorts)."""
+    names, values = [
+        line.split() for line in probe.order("read", "/proc/net/snmp").splitlines() if "Udp:" in line
+    ][:2]
+    return int(values[names.index("NoPorts")])
+
+
+@pytest.mark.parametrize("privileged", [False, True])
+def test_hand_made_frames_are_judged_like_any_others(lab: Lab, privileged: bool) -> None:
+    """A packet socket (CAP_NET_RAW) passes by the hooks of IP; the policy must hold all the same."""
+    container = lab.container(2, CLOSED, privileged=privileged)
+    datagram = udp_datagram(IPv4Address(container.address), IPv4Address(OUTSIDE_IP))
+    macs = (container.link.host_mac + container.link.container_mac).replace(":", "")
+    before = udp_strays(lab.outside)
+    for bypass in (False, True):
+        with (
+            nullcontext() if privileged else pytest.raises(Refused, match="ENOBUFS")
+        ):  # judged on the host, or inside
+            container.order("frame", macs + "0800" + datagram.hex(), bypass)
+    lab.replace(container, OPEN)
+    container.order("frame", macs + "0800" + datagram.hex())
+    wait_until(lambda: udp_strays(lab.outside) > before, "the datagram that is allowed")
+    assert udp_strays(lab.outside) == before + 1

@@ -29,7 +29,7 @@ KERNEL_MAX_INSTRUCTIONS = 4096  # BPF_MAXINSNS, linux/bpf_common.h
 @pytest.fixture(scope="module")
 def program() -> list[tuple[int, int, int, int]]:
     """Instructions of struct sock_filter: code, jt, jf, k."""
-    data = compile_filter(seccomp_policy(FACTS, load_runc_config()))
+    data = compile_filter(seccomp_policy(FACTS, load_runc_config()), without_xdp=True)
     return [struct.unpack_from("=HBBI", data, at) for at in range(0, len(data), 8)]
 
 
@@ -142,3 +142,25 @@ def test_host_without_the_library_is_told_apart(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(seccomp_filter, "_LIBRARY", "libseccomp-that-is-not-there.so")
     with pytest.raises(NoFilter, match="libseccomp-that-is-not-there"):
         compile_filter(seccomp_policy(FACTS, load_runc_config()))
+
+
+@pytest.mark.parametrize(
+    ("arch", "number", "arguments", "answer"),
+    [
+        (X86_64, 41, (44, 3), EPERM),
+        (X86_64, 41 | X32_BIT, (44, 3), EPERM),
+        (X86, 359, (44, 3), EPERM),
+        (X86, 102, (1,), ENOSYS),
+        (X86_64, 41, (17, 3), ALLOW),
+        (X86_64, 41, (2, 1), ALLOW),
+        (X86, 359, (2, 1), ALLOW),
+        (X86, 102, (3,), ALLOW),
+        (X86_64, 42, (44,), ALLOW),
+        (X86_64, 1, (44,), ALLOW),
+    ],
+)
+def test_no_socket_passes_by_the_rules_of_the_network(
+    program: list[tuple[int, int, int, int]], arch: int, number: int, arguments: tuple[int, ...], answer: int
+) -> None:
+    """AF_XDP sends past netfilter; i386's old way to make a socket, which would hide the family, is not there."""
+    assert run(program, arch, number, *arguments) == answer

@@ -289,7 +289,7 @@ class LinuxBackend:
         if self._network.has_rules(container.directory, policy):
             await self._network.watch(container.handle, facts.pid, policy)
         else:
-            await self._set_egress(container, policy)
+            await self._set_egress(container, policy, renews=True)
 
     def agent(self, handle: str) -> AgentFacts:
         """Which agent a container has."""
@@ -548,10 +548,17 @@ class LinuxBackend:
         container = self._get_linked(handle)
         await self._set_egress(container, policy)
 
-    async def _set_egress(self, container: LinuxContainer, policy: EgressPolicy) -> None:
+    async def _set_egress(
+        self, container: LinuxContainer, policy: EgressPolicy, *, renews: bool = False
+    ) -> None:
         facts = container.facts
         await self._network.set_egress(
-            container.handle, facts.pid, facts.lease, policy, privileged=facts.privileged
+            container.handle,
+            facts.pid,
+            facts.lease,
+            policy,
+            privileged=facts.privileged,
+            renews=renews,
         )
         self._network.note_rules(container.directory, policy)
 

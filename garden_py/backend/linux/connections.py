@@ -16,10 +16,10 @@ from functools import partial
 import structlog
 
 from garden_py.backend.host.threads import in_thread
-from garden_py.backend.net.firewall import ALLOW_PREFIX, CAUSE_MARKS, LOG_GROUP
+from garden_py.backend.net.firewall import ALLOW_PREFIX, CAUSE_MARKS, LOG_GROUP, can_refuse
 from garden_py.backend.net.nflog import LoggedPacket, open_group, parse_flow, parse_messages
 from garden_py.model.connection import Connection
-from garden_py.model.netrule import AddressRange, Cause, Decision, DefaultAction, EgressPolicy, RuleAction
+from garden_py.model.netrule import AddressRange, Cause, Decision, EgressPolicy, RuleAction
 
 log = structlog.get_logger()
 _RECEIVE_BYTES = 65536
@@ -113,8 +113,7 @@ class ConnectionLog:
 
 def can_tell(policy: EgressPolicy, denied: Sequence[AddressRange]) -> bool:
     """Whether a policy refuses or logs anything."""
-    refuses = policy.default_action is DefaultAction.DENY or bool(denied)
-    return refuses or any(rule.log or rule.action is RuleAction.DENY for rule in policy.rules)
+    return can_refuse(policy, denied) or any(rule.log for rule in policy.rules)
 
 
 def read_decision(packet: LoggedPacket) -> Decision | None:

@@ -393,9 +393,16 @@ class LinuxNetwork:
             self._attached[handle] = replace(attached, lease=lease)
 
     async def set_egress(
-        self, handle: str, pid: int, lease: NetworkLease, policy: EgressPolicy, *, privileged: bool
+        self,
+        handle: str,
+        pid: int,
+        lease: NetworkLease,
+        policy: EgressPolicy,
+        *,
+        privileged: bool,
+        renews: bool = False,
     ) -> None:
-        """Replace a container's whole policy in one transaction."""
+        """Replace a container's whole policy in one transaction; renews: its routes may be of an earlier release."""
         if privileged:
             rules = host_firewall.compile_host_side_policy(
                 self.host, self._link(lease, handle), policy, denied=self._denied
@@ -406,7 +413,8 @@ class LinuxNetwork:
         with _Namespaces(handle, pid, privileged=False) as fds:
             rules = self.container_rules(policy)
             await self.watch(handle, pid, policy)
-            await self.job("set_egress", {"host_side": False, "rules": rules}, fds)
+            link = {"link": self._link(lease, handle).to_json()} if renews else {}
+            await self.job("set_egress", {"host_side": False, "rules": rules, **link}, fds)
 
     async def set_bandwidth(
         self, handle: str, pid: int, lease: NetworkLease, limits: Limits, *, privileged: bool

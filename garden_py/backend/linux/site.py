@@ -180,7 +180,7 @@ def _open_filter(facts: HostFacts) -> int:
         )
         return -1
     try:
-        program = compile_filter(seccomp_policy(facts, load_runc_config()))
+        program = compile_filter(seccomp_policy(facts, load_runc_config()), without_xdp=True)
     except NoFilter as error:
         log.info("seccomp.by_runtime", reason=str(error))
         return -1

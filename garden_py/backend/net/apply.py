@@ -231,13 +231,24 @@ class HostNetwork:
         finally:
             self._forget("network.detach", detach_rules)
 
-    def replace_egress(self, container_rules: str, netns_fd: int, userns_fd: int | None) -> None:
+    def replace_egress(
+        self, container_rules: str, netns_fd: int, userns_fd: int | None, link: LinkPlan | None = None
+    ) -> None:
         """Replace an unprivileged container's whole policy, in one transaction; established flows go on.
+
+        Args:
+            container_rules: from firewall.compile_container_ruleset.
+            netns_fd: the container's network namespace.
+            userns_fd: its user namespace.
+            link: given for a container of an earlier release, whose routes are then set anew as well.
 
         Raises:
             HostFault: refused; the former policy is in force.
         """
-        self._inject("network.egress", userns_fd, netns_fd, {"nft": container_rules})
+        request: dict[str, Any] = {"nft": container_rules}
+        if link is not None:
+            request["interface"] = _interface(link)
+        self._inject("network.egress", userns_fd, netns_fd, request)
 
     def replace_host_side_egress(self, rules: str) -> None:
         """Replace a privileged container's policy (text of host_firewall.compile_host_side_policy).

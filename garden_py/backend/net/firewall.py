@@ -11,6 +11,9 @@ first packet of a connection walks the list.
 Whatever is refused goes through one chain, which tells of it before it answers: as a message to an NFLOG group, with
 the cause in the packet's mark, at a bounded rate. Kernel log targets do not work in child namespaces.
 
+A packet socket (packet(7), CAP_NET_RAW) sends frames past all hooks of IP. Where a policy refuses anything, a second
+chain at the link itself drops what no route has sent: routes have a realm, which such a frame lacks and cannot get.
+
 Cutting connections: what a policy of a later generation has let out carries that generation as its connection mark.
 A connection without it is judged again by the rules, once. Only policies that have cut use marks. Those of a privileged
 container's connections are on the host, where other tools may have marks of their own: see CONNECTION_MARK.
@@ -22,6 +25,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, summarize_address_range
 
+from garden_py.agent.netrules import ROUTED_REALM
+from garden_py.backend.net.plan import CONTAINER_LINK
 from garden_py.model.netrule import (
     AddressRange,
     Cause,
@@ -72,6 +77,24 @@ _ESTABLISHED = "ct state established,related"
 _LAST_IPV4 = IPv4Address("255.255.255.255")
 
 
+_LINK_TABLE = f"netdev {CONTAINER_TABLE}"
+_LINK_HOOK = f'type filter hook egress device "{CONTAINER_LINK}" priority filter; policy drop;'
+_LET_PASS_HAND_MADE = [f"add table {_LINK_TABLE}", f"delete table {_LINK_TABLE}"]
+_DROP_HAND_MADE = [
+    f"add table {_LINK_TABLE}",
+    f"add chain {_LINK_TABLE} egress {{ {_LINK_HOOK} }}",
+    f"flush chain {_LINK_TABLE} egress",
+    f"add rule {_LINK_TABLE} egress meta rtclassid {ROUTED_REALM} accept",
+    f'add rule {_LINK_TABLE} egress counter drop comment "hand-made"',
+]
+
+
+def can_refuse(policy: EgressPolicy, denied: Sequence[AddressRange]) -> bool:
+    """Whether a policy refuses anything at all."""
+    refuses = policy.default_action is DefaultAction.DENY or bool(denied)
+    return refuses or any(rule.action is Action.DENY for rule in policy.rules)
+
+
 @dataclass(frozen=True, slots=True)
 class LogTarget:
     """Where messages of connections go.
@@ -119,6 +142,7 @@ def compile_container_ruleset(policy: EgressPolicy, *, denied: Sequence[AddressR
     """
     body = [*_preamble(policy), *compile_policy(policy, CONTAINER_LOG, denied=denied)]
     lines = [
+        *(_DROP_HAND_MADE if can_refuse(policy, denied) else _LET_PASS_HAND_MADE),
         f"add table inet {CONTAINER_TABLE}",  # so that the delete finds one
         f"delete table inet {CONTAINER_TABLE}",
         f"table inet {CONTAINER_TABLE} {{",

@@ -113,7 +113,10 @@ def set_egress(net: HostNetwork, params: dict[str, Any], fds: list[int]) -> dict
         net.replace_host_side_egress(params["rules"])
     else:
         netns_fd, userns_fd = _namespaces(fds)
-        net.replace_egress(params["rules"], netns_fd, userns_fd)
+        link = params.get("link")
+        net.replace_egress(
+            params["rules"], netns_fd, userns_fd, None if link is None else LinkPlan.from_json(link)
+        )
     return {}
 
 

@@ -57,7 +57,15 @@ _ARCHITECTURES: Final = {
 _LOAD_WORD, _JUMP, _RETURN = 0x20, 0x05, 0x06
 _JUMP_EQUAL, _JUMP_GREATER, _JUMP_GREATER_EQUAL = 0x15, 0x25, 0x35
 _NUMBER_AT, _ARCHITECTURE_AT = 0, 4  # offsets in struct seccomp_data
+_FIRST_ARGUMENT_AT: Final = 16  # its lower half, on the little-endian machines that we know
 _ENOSYS: Final = 0x0005_0000 | errno.ENOSYS
+_EPERM: Final = 0x0005_0000 | errno.EPERM
+
+# sys/socket.h; linux/net.h; socket(2) in the kernel's tables of system calls, by AUDIT_ARCH_*
+_AF_XDP, _SYS_SOCKET, _I386_SOCKETCALL, _AUDIT_I386 = 44, 1, 102, 0x40000003
+_SOCKET_CALLS: Final = {
+    0xC000003E: (41, 41 | X32_BIT), _AUDIT_I386: (359,), 0xC00000B7: (198,), 0x40000028: (281,),
+}  # fmt: skip
 _Instruction: TypeAlias = tuple[int, int, int, int]  # struct sock_filter: code, jt, jf, k
 
 
@@ -76,11 +84,13 @@ class _Argument(ctypes.Structure):
     )
 
 
-def compile_filter(policy: dict[str, Any]) -> bytes:
+def compile_filter(policy: dict[str, Any], *, without_xdp: bool = False) -> bytes:
     """The BPF program of a policy.
 
     Args:
         policy: `linux.seccomp` of an OCI configuration, with the actions and comparisons that ours uses.
+        without_xdp: sockets of the family AF_XDP are refused as well. They send past every hook of netfilter, and
+            libseccomp cannot express it: i386 has a second way to make a socket.
 
     Returns:
         An array of struct sock_filter (8 bytes each), in the host's byte order. System calls that are newer than all
@@ -93,7 +103,8 @@ def compile_filter(policy: dict[str, Any]) -> bytes:
     architectures = [_ARCHITECTURES[name] for name in policy["architectures"]]
     names = {name for rule in policy["syscalls"] for name in rule["names"]}
     newest = [(each, _newest(library, each, names)) for each in architectures]
-    return _refuse_newer(newest) + _compile(library, policy, architectures)
+    refusals = _refuse_newer(newest) + (_refuse_xdp(architectures) if without_xdp else b"")
+    return refusals + _compile(library, policy, architectures)
 
 
 def _load_library() -> ctypes.CDLL:
@@ -184,6 +195,36 @@ def _refuse_newer(newest: list[tuple[_Architecture, int]]) -> bytes:
         siblings = [(each.bit, last) for each, last in newest if each.audit == audit]
         checks = [step for bit, last in sorted(siblings, reverse=True) for step in _check_number(bit, last)]
         program += [(_JUMP_EQUAL, 0, len(checks) + 1, audit), (_LOAD_WORD, 0, 0, _NUMBER_AT), *checks]
+    return _pack(program)
+
+
+def _refuse_xdp(architectures: list[_Architecture]) -> bytes:
+    """Runs second. i386's socketcall(2) hides the family from a filter: ENOSYS leads its callers to socket(2)."""
+    program: list[_Instruction] = [(_LOAD_WORD, 0, 0, _ARCHITECTURE_AT)]
+    for audit in dict.fromkeys(each.audit for each in architectures):
+        checks = [(_LOAD_WORD, 0, 0, _NUMBER_AT)]
+        for number in _SOCKET_CALLS[audit]:
+            checks += _check_argument(number, _AF_XDP, _EPERM)
+        if audit == _AUDIT_I386:
+            checks += _check_argument(_I386_SOCKETCALL, _SYS_SOCKET, _ENOSYS)
+        program += [(_JUMP_EQUAL, 0, len(checks), audit), *checks]
+        program.append((_LOAD_WORD, 0, 0, _ARCHITECTURE_AT))
+    return _pack(program)
+
+
+def _check_argument(number: int, value: int, answer: int) -> list[_Instruction]:
+    """For this call: the answer if its first argument has the value, else leave. Jump 0 leads to the end."""
+    return [
+        (_JUMP_EQUAL, 0, 4, number),
+        (_LOAD_WORD, 0, 0, _FIRST_ARGUMENT_AT),
+        (_JUMP_EQUAL, 0, 1, value),
+        (_RETURN, 0, 0, answer),
+        (_JUMP, 0, 0, 0),
+    ]
+
+
+def _pack(program: list[_Instruction]) -> bytes:
+    """Machine code; every unconditional jump leads behind the last instruction."""
     end = len(program)
     return b"".join(
         struct.pack("=HBBI", code, yes, no, end - at - 1 if code == _JUMP else value)
