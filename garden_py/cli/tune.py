@@ -22,6 +22,14 @@ def limits(
     disk: opt.DiskOption = None,
     disk_inodes: opt.DiskInodesOption = None,
     disk_scope: opt.DiskScopeOption = None,
+    process: Annotated[
+        str,
+        typer.Option(
+            "--process",
+            metavar="PROCESS",
+            help="Of this process alone, which has an image or was started with limits of its own.",
+        ),
+    ] = "",
     output: opt.FormatOption = render.OutputFormat.TABLE,
     address: opt.AddressOption = None,
 ) -> None:
@@ -30,13 +38,16 @@ def limits(
     garden limits web
 
     garden limits web --memory 512M --cpu-quota 150%
+
+    garden limits web --process worker --memory 64M
     """
     from garden_py.client.values import Limits
 
     changed = opt.limits_of(memory, cpu_weight, cpu_quota, pids, disk, disk_inodes, disk_scope)
     with opt.connect(context, address) as garden:
         container = garden.container(handle)
-        in_force = container.limits() if changed == Limits() else container.update_limits(changed)
+        asks = changed == Limits()
+        in_force = container.limits(process) if asks else container.update_limits(changed, process)
     if output is render.OutputFormat.JSON:
         render.print_json(in_force)
     else:

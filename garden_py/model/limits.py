@@ -108,6 +108,14 @@ def limit_violations(limits: Limits, prefix: str) -> list[FieldViolation]:
     return found
 
 
+def process_limit_violations(limits: Limits, prefix: str) -> list[FieldViolation]:
+    """As limit_violations, for limits of a running process: of memory, CPU and tasks alone."""
+    found = limit_violations(limits, prefix)
+    if limits.states_disk:
+        found.append(FieldViolation(f"{prefix}.disk_bytes", "cannot be changed for a single process"))
+    return found
+
+
 def shares_from_weight(weight: int) -> int:
     """Shares (cgroup v1 cpu.shares) with the same ratio to the default: 100 is to 1024 as weight is to the result.
 

@@ -20,7 +20,7 @@ from garden_py.model.codec import dump_container_spec
 from garden_py.model.handle import hostname_for, make_name
 from garden_py.model.image import PullProgress, RegistryAuth, UsedImage
 from garden_py.model.lifecycle import USABLE, State
-from garden_py.model.limits import Limits, limit_violations
+from garden_py.model.limits import Limits, limit_violations, process_limit_violations
 from garden_py.model.netrule import DefaultAction, EgressPolicy, EgressRule
 from garden_py.model.spec import (
     REQUEST_ID_MAX,
@@ -327,16 +327,43 @@ class Containers:
             self._events.publish(EventKind.PROPERTIES_CHANGED, handle)
             return properties
 
-    async def limits(self, handle: str) -> Limits:
-        """The limits in force, from the kernel."""
-        with self._usable(handle, "asked for its limits"):
-            return await self._backend.limits(handle)
+    async def limits(self, handle: str, process_id: str = "") -> Limits:
+        """The limits in force, from the kernel, of a container or of one process in it.
 
-    async def update_limits(self, handle: str, limits: Limits) -> Limits:
-        """Change limits of a running container; those in force afterwards."""
-        if found := limit_violations(limits, "limits"):
+        Raises:
+            ContainerNotFound, ContainerBusy, ContainerBroken, ProcessNotFound, ProcessExited, ProcessNotLimited.
+        """
+        with self._usable(handle, "asked for its limits"):
+            return await self._backend.limits(handle, process_id or None)
+
+    async def update_limits(self, handle: str, limits: Limits, process_id: str = "") -> Limits:
+        """Change limits of a running container, or of one process in it; those in force afterwards.
+
+        Raises:
+            InvalidRequest, LimitRefused, NotSupported, HostFault, and as `limits`: nothing has changed.
+        """
+        found = (
+            process_limit_violations(limits, "limits") if process_id else limit_violations(limits, "limits")
+        )
+        if found:
             raise errors.InvalidRequest(found)
-        return await self._guard.complete("limit", self._update_limits(handle, limits))
+        if process_id:
+            job = self._update_process_limits(handle, process_id, limits)
+        else:
+            job = self._update_limits(handle, limits)
+        return await self._guard.complete("limit", job)
+
+    async def _update_process_limits(self, handle: str, process_id: str, limits: Limits) -> Limits:
+        async with self._changing(handle, "limited") as container:
+            before = await self._backend.limits(handle, process_id)
+            now = await self._backend.update_limits(handle, limits, process_id)
+            await self._or_undo(
+                container,
+                lambda: self._registry.save_process(container, process_id),
+                lambda: self._backend.update_limits(handle, before, process_id),
+            )
+        self._events.publish(EventKind.LIMITS_CHANGED, handle, process_id=process_id)
+        return now
 
     async def _update_limits(self, handle: str, limits: Limits) -> Limits:
         async with self._changing(handle, "limited") as container:
@@ -351,7 +378,11 @@ class Containers:
                     disk_scope=now.disk_scope,
                 )
             changed = replace(container.spec, limits=wanted)
-            await self._save_or_undo(container, changed, lambda: self._backend.update_limits(handle, before))
+            await self._or_undo(
+                container,
+                lambda: self._registry.save(container, spec=changed),
+                lambda: self._backend.update_limits(handle, before),
+            )
         self._events.publish(EventKind.LIMITS_CHANGED, handle)
         return now
 
@@ -395,7 +426,11 @@ class Containers:
         handle = container.handle
         await self._backend.set_egress(handle, wanted)
         changed = replace(container.spec, egress=wanted)
-        await self._save_or_undo(container, changed, lambda: self._backend.set_egress(handle, former))
+        await self._or_undo(
+            container,
+            lambda: self._registry.save(container, spec=changed),
+            lambda: self._backend.set_egress(handle, former),
+        )
         container.egress_etag = egress_etag(wanted)
         self._events.publish(EventKind.EGRESS_CHANGED, handle, etag=container.egress_etag)
 
@@ -437,8 +472,8 @@ class Containers:
 
         return record
 
-    async def _save_or_undo(
-        self, container: Container, spec: ContainerSpec, undo: Callable[[], Awaitable[object]]
+    async def _or_undo(
+        self, container: Container, save: Callable[[], None], undo: Callable[[], Awaitable[object]]
     ) -> None:
         """Write down a change that is in force already; if that fails, take it back.
 
@@ -446,7 +481,7 @@ class Containers:
             HostFault: it is not written down; a note says if it could not be taken back either.
         """
         try:
-            self._registry.save(container, spec=spec)
+            save()
         except errors.HostFault as fault:
             try:
                 await undo()

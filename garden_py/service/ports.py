@@ -467,11 +467,20 @@ class Backend(LeakFinder, Protocol):
             ProcessNotFound: there is no such process, or it has ended.
         """
 
-    async def limits(self, handle: str) -> Limits:
-        """The limits in force, read from the kernel; 0 where there is none."""
+    async def limits(self, handle: str, process_id: str | None = None) -> Limits:
+        """The limits in force, read from the kernel, of a container or a process in it; 0 where there is none.
 
-    async def update_limits(self, handle: str, limits: Limits) -> Limits:
-        """Change limits; those in force afterwards. InvalidField if the kernel refuses."""
+        Raises:
+            ProcessNotFound, ProcessExited.
+            ProcessNotLimited: the process is not counted by itself (ProcessSpec.has_own_group).
+        """
+
+    async def update_limits(self, handle: str, limits: Limits, process_id: str | None = None) -> Limits:
+        """Change limits; those in force afterwards. A process's spec says them from then on.
+
+        Raises:
+            LimitRefused: the kernel refuses; nothing has changed. And those of `limits`.
+        """
 
     async def map_port(
         self, handle: str, mapping: PortMapping, record: Callable[[dict[str, Any]], None]

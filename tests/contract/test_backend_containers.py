@@ -160,6 +160,23 @@ async def test_limits_are_read_back(stage: Stage) -> None:
     assert await stage.backend.limits(handle) == changed
 
 
+async def test_limits_of_a_process(stage: Stage) -> None:
+    """They are read and changed beside the container's, and its spec says them; others are refused with a reason."""
+    handle = await stage.create()
+    before = await stage.backend.limits(handle)
+    await stage.start(handle, "sleep", "1000", id="own", limits=Limits(memory_bytes=64 << 20))
+    await stage.start(handle, "sleep", "1000", id="plain")
+    now = await stage.backend.limits(handle, "own")
+    assert (now.memory_bytes, now.pids) == (64 << 20, 0)
+    changed = await stage.backend.update_limits(handle, Limits(pids=7), "own")
+    assert (changed.memory_bytes, changed.pids) == (64 << 20, 7)
+    assert await stage.backend.limits(handle) == before
+    with pytest.raises(errors.ProcessNotLimited):
+        await stage.backend.update_limits(handle, Limits(pids=7), "plain")
+    with pytest.raises(errors.ProcessNotFound):
+        await stage.backend.limits(handle, "nobody")
+
+
 async def test_container_without_limits_has_none(stage: Stage) -> None:
     """0 is the reading of "unlimited", whatever the kernel writes for it."""
     now = await stage.backend.limits(await stage.create())

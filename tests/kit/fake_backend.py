@@ -265,10 +265,26 @@ class FakeBackend:
             cpu_usage_ns=1,
         )
 
-    async def limits(self, handle: str) -> Limits:
+    async def limits(self, handle: str, process_id: str | None = None) -> Limits:
+        if process_id is not None:
+            return self._limited(handle, process_id).spec.limits.over(UNLIMITED).without_disk()
         return self._get(handle).limits
 
-    async def update_limits(self, handle: str, limits: Limits) -> Limits:
+    def _limited(self, handle: str, process_id: str) -> FakeProcess:
+        process = self._get(handle).processes.get(process_id)
+        if process is None:
+            raise errors.ProcessNotFound(handle, process_id)
+        if process.exit is not None:
+            raise errors.ProcessExited(process_id)
+        if not process.spec.has_own_group:
+            raise errors.ProcessNotLimited(handle, process_id)
+        return process
+
+    async def update_limits(self, handle: str, limits: Limits, process_id: str | None = None) -> Limits:
+        if process_id is not None:
+            process = self._limited(handle, process_id)
+            process.spec = replace(process.spec, limits=limits.over(process.spec.limits))
+            return await self.limits(handle, process_id)
         container = self._get(handle)
         container.limits = limits.over(container.limits)
         return container.limits

@@ -268,7 +268,11 @@ def test_the_process_keeps_next_to_nothing(place: Place) -> None:
         "diff_id": None, "max_bytes": MIB, "max_entries": 10,
     }  # fmt: skip
     # The writing end is closed first, whatever happens: the process waits for it.
-    with os.fdopen(receive, "rb"), started(receive, asked) as process, os.fdopen(send, "wb", buffering=0) as pipe:
+    with (
+        os.fdopen(receive, "rb"),
+        started(receive, asked) as process,
+        os.fdopen(send, "wb", buffering=0) as pipe,
+    ):
         assert process.stdout is not None
         data = layer(build.file(b"f", b"x"))
         pipe.write(data[:300])  # no header yet: nothing is opened meanwhile

@@ -120,19 +120,34 @@ def write_limits(cgroup: ContainerCgroup, limits: Limits, *, leaf: tuple[str, ..
             raise HostFault("write limits", f"{path}: {error.strerror}") from error
 
 
-def change_limits(cgroup: ContainerCgroup, limits: Limits) -> None:
-    """Put a container's limits in force, all of them or none.
+def change_limits(cgroup: ContainerCgroup, limits: Limits, *, leaf: tuple[str, ...] = (WORK,)) -> Limits:
+    """Put limits in force, all of them or none; those in force then.
+
+    Args:
+        cgroup: of the container.
+        limits: what is not stated stays.
+        leaf: which group of it carries them.
 
     Raises:
         LimitRefused, HostFault: as write_limits; those in force before are again.
     """
-    before = read_limits(cgroup)
+    before = read_limits(cgroup, leaf=leaf)
+    limits = limits.over(_period_of(limits, before))
     asked = {name for name, value in asdict(limits).items() if value is not None}
     try:
-        write_limits(cgroup, limits)
+        write_limits(cgroup, limits, leaf=leaf)
     except (LimitRefused, HostFault):
-        write_limits(cgroup, Limits(**{n: value for n, value in asdict(before).items() if n in asked}))
+        earlier = Limits(**{name: value for name, value in asdict(before).items() if name in asked})
+        write_limits(cgroup, earlier, leaf=leaf)
         raise
+    return read_limits(cgroup, leaf=leaf)
+
+
+def _period_of(asked: Limits, now: Limits) -> Limits:
+    """v2 writes quota and period in one file: a change of one keeps the other."""
+    if asked.cpu_quota_us is None and asked.cpu_period_us is None:
+        return Limits()
+    return Limits(cpu_quota_us=now.cpu_quota_us, cpu_period_us=now.cpu_period_us)
 
 
 def _raises_memory_limit(directory: Path, limits: Limits) -> bool:

@@ -11,6 +11,7 @@ from garden_py.backend.cgroup.layout import WORK, ContainerCgroup
 from garden_py.backend.cgroup.limits import V1_UNLIMITED_BYTES, parse_max
 from garden_py.service.ports import Usage
 
+_CHARGE_BATCH_BYTES = 64 << 12  # MEMCG_CHARGE_BATCH, 64 pages: so near to a limit a charge may fail
 _NS_PER_TICK = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 
 
@@ -127,3 +128,26 @@ def read_oom_kills(cgroup: ContainerCgroup, leaf: tuple[str, ...]) -> int:
             raise
         return 0
     return parse_flat_keyed(text).get("oom_kill", 0)
+
+
+def met_own_limit(directory: Path, version: int) -> bool:
+    """Whether a group has ever been at its own memory limit, and not only at one above it; False if it is gone.
+
+    On v1 this is told from the highest usage, which file pages that could be taken back count into; its counters of
+    failures stay 0 in newer kernels (seen on 6.18).
+
+    Args:
+        directory: of the group in the memory hierarchy.
+        version: 1 or 2.
+
+    Source: cgroup-v2.rst, memory.events ("oom") and memory.events.local; cgroup-v1/memory.rst §3.
+    """
+    try:
+        if version == 2:
+            return parse_flat_keyed((directory / "memory.events.local").read_text()).get("oom", 0) > 0
+        limit = _number(directory / "memory.limit_in_bytes")
+        return _number(directory / "memory.max_usage_in_bytes") + _CHARGE_BATCH_BYTES > limit
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENODEV):
+            raise
+        return False

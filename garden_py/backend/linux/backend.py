@@ -19,7 +19,7 @@ from garden_py.backend.disk.store import LoopStore
 from garden_py.backend.images.images import Images, Rootfs
 from garden_py.backend.images.store import ImageStore
 from garden_py.backend.launcher.client import Launcher
-from garden_py.backend.linux import copying
+from garden_py.backend.linux import copying, process_limits
 from garden_py.backend.linux.agent_owner import AgentOwner
 from garden_py.backend.linux.construction import Construction
 from garden_py.backend.linux.container import ContainerFacts, LinuxContainer, may_be_gone
@@ -433,23 +433,25 @@ class LinuxBackend:
             network_tx_packets=traffic.tx_packets,
         )
 
-    async def limits(self, handle: str) -> Limits:
+    async def limits(self, handle: str, process_id: str | None = None) -> Limits:
         """The limits in force."""
         container = self._get(handle)
+        if process_id is not None:
+            return process_limits.read(container, process_id)
         with may_be_gone(handle):
             found = read_limits(container.cgroup)
         return found.over(await self._disk.limits(container))
 
-    async def update_limits(self, handle: str, limits: Limits) -> Limits:
+    async def update_limits(self, handle: str, limits: Limits, process_id: str | None = None) -> Limits:
         """Change limits; those in force afterwards."""
         container = self._get(handle)
+        if process_id is not None:
+            return process_limits.change(container, process_id, limits)
         before = await self._disk.limits(container) if limits.states_disk else None
         await self._disk.update(container, limits)
         try:
             with may_be_gone(handle):
-                now = read_limits(container.cgroup)
-                change_limits(container.cgroup, limits.over(_period_of(limits, now)))
-                now = read_limits(container.cgroup)
+                now = change_limits(container.cgroup, limits)
         except BaseException:
             if before is not None:
                 await self._disk.update(container, before)
@@ -525,13 +527,6 @@ class LinuxBackend:
     def stream_out(self, handle: str, path: str, user: str) -> AsyncGenerator[bytes, None]:
         """Pack a path of the container."""
         return copying.stream_out(self._get(handle), path, user)
-
-
-def _period_of(asked: Limits, now: Limits) -> Limits:
-    """v2 writes quota and period in one file: a change of one keeps the other."""
-    if asked.cpu_quota_us is None and asked.cpu_period_us is None:
-        return Limits()
-    return Limits(cpu_quota_us=now.cpu_quota_us, cpu_period_us=now.cpu_period_us)
 
 
 def _as_garden_error(verb: str, failure: BaseException) -> BaseException:

@@ -18,7 +18,7 @@ from garden_py.backend.cgroup import groups
 from garden_py.backend.cgroup.events import OomWatch
 from garden_py.backend.cgroup.layout import WORK, ContainerCgroup
 from garden_py.backend.cgroup.limits import read_limits
-from garden_py.backend.cgroup.stats import read_oom_kills
+from garden_py.backend.cgroup.stats import met_own_limit, read_oom_kills
 from garden_py.backend.host.pids import ProcessIdentity
 from garden_py.backend.linux.agent_owner import AgentOwner
 from garden_py.backend.linux.isolation import Isolation
@@ -161,9 +161,16 @@ class LinuxContainer(AgentOwner):
             directory,
             self.cgroup.hierarchies.version,
             lambda: self._events.out_of_memory(self.handle, process_id),
+            below_limit=leaf != (WORK,) and leaf[0] == WORK,
         )
         self._watches[process_id] = watch
         asyncio.get_running_loop().add_reader(watch.fileno(), watch.acknowledge)
+
+    def _hear_oom(self, process_id: str) -> None:
+        """The kernel tells of an OOM kill before the victim ends, but the agent may be heard first."""
+        watch = self._watches.get(process_id)
+        if watch is not None:
+            watch.acknowledge()
 
     def unwatch_oom(self, process_id: str) -> None:
         """Stop watching it; absent is fine."""
@@ -245,6 +252,7 @@ class LinuxContainer(AgentOwner):
         elif process.exit is None:
             process.ended(told)
             if process.own_group:
+                self._hear_oom(told.process_id)
                 self.unwatch_oom(told.process_id)
             self._events.process_exited(self.handle, process)
 
@@ -284,9 +292,13 @@ class LinuxContainer(AgentOwner):
 
     def _describe_oom(self, leaf: tuple[str, ...]) -> str:
         """The memory limit that was hit: the process's own, or that of all the container's processes."""
-        own = read_limits(self.cgroup, leaf=limit_leaf(leaf))
-        shared = not own.memory_bytes and leaf[0] == WORK
-        return describe_memory_limit(read_limits(self.cgroup) if shared else own)
+        at, version = limit_leaf(leaf), self.cgroup.hierarchies.version
+        own = read_limits(self.cgroup, leaf=at)
+        if at == (WORK,) or leaf[0] != WORK:
+            return describe_memory_limit(own)
+        if own.memory_bytes and met_own_limit(self.cgroup.directory("memory", *at), version):
+            return describe_memory_limit(own, "the process's own ")
+        return describe_memory_limit(read_limits(self.cgroup), "the container's ")
 
     @contextmanager
     def group_fds(self, leaf: tuple[str, ...]) -> Iterator[list[int]]:
@@ -337,8 +349,13 @@ def limit_leaf(leaf: tuple[str, ...]) -> tuple[str, ...]:
     return leaf if leaf[-1].startswith("p-") else (WORK,)
 
 
-def describe_memory_limit(limits: Limits) -> str:
-    """Which memory limit a process ran into."""
+def describe_memory_limit(limits: Limits, whose: str = "") -> str:
+    """Which memory limit a process ran into.
+
+    Args:
+        limits: that it was under.
+        whose: put before the limit, where it could be somebody else's.
+    """
     if limits.memory_bytes:
-        return f"limit {limits.memory_bytes} bytes"
+        return f"{whose}limit {limits.memory_bytes} bytes"
     return "the host has no memory left"
