@@ -94,10 +94,18 @@ def build_core(config: Config, backend: Backend, records: Records) -> Core:
         guard,
         events,
         metrics,
-        Defaults(config.max_containers, default_egress, not config.disable_privileged_containers),
+        Defaults(
+            config.max_containers,
+            default_egress,
+            not config.disable_privileged_containers,
+            config.cpu_quota_per_share,
+            config.cpu_entitlement_per_share,
+        ),
         config.default_grace_time_s,
     )
-    processes = Processes(backend, registry, events, containers.expiry)
+    processes = Processes(
+        backend, registry, events, containers.expiry, cpu_quota_us_per_share=config.cpu_quota_per_share
+    )
     metrics.watch("garden_containers", "Containers by state.", "state", partial(count_by_state, registry))
     images = Images(backend)
     metrics.watch(

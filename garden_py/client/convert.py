@@ -308,6 +308,7 @@ def metrics_from_pb(message: pb.ContainerMetrics) -> v.ContainerMetrics:
         network_rx_packets=message.network_rx_packets,
         network_tx_packets=message.network_tx_packets,
         memory_stat=dict(message.memory_stat),
+        cpu_entitlement_ns=message.cpu_entitlement_ns,
         disk_exclusive_bytes=message.disk_exclusive_bytes,
         disk_total_bytes=message.disk_total_bytes,
         disk_exclusive_inodes=message.disk_exclusive_inodes,

@@ -444,6 +444,7 @@ class ContainerMetrics:
     disk_exclusive_bytes: int = 0
     disk_total_bytes: int = 0
     disk_exclusive_inodes: int = 0
+    cpu_entitlement_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)

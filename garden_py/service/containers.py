@@ -17,6 +17,7 @@ import structlog
 
 from garden_py.model import errors
 from garden_py.model.codec import dump_container_spec
+from garden_py.model.cpu import Entitlement, Standing, stated_shares, with_quota
 from garden_py.model.handle import hostname_for, make_name
 from garden_py.model.image import PullProgress, RegistryAuth, UsedImage
 from garden_py.model.lifecycle import USABLE, State
@@ -57,6 +58,8 @@ class Defaults:
     max_containers: int
     egress: DefaultAction
     privileged_allowed: bool = True
+    cpu_quota_us_per_share: int = 0
+    cpu_percent_per_share: float = 0.0
 
 
 class Containers:
@@ -79,6 +82,7 @@ class Containers:
         self._metrics = metrics
         self._defaults = defaults
         self._resuming = asyncio.Semaphore(_RESUMED_AT_ONCE)
+        self._entitlement: Entitlement | None = None
         self.expiry = Expiry(grace_time_s, self._expired)
 
     # --- create
@@ -165,6 +169,7 @@ class Containers:
             handle=handle,
             hostname=spec.hostname or hostname_for(handle),
             egress=self._complete(spec.egress),
+            limits=with_quota(spec.limits, self._defaults.cpu_quota_us_per_share),
         )
 
     def _complete(self, policy: EgressPolicy | None) -> EgressPolicy:
@@ -284,10 +289,37 @@ class Containers:
 
     async def _usage_of(self, handle: str) -> Usage | errors.GardenError:
         try:
-            self._registry.get(handle).require_usable("measured")
-            return await self._backend.usage(handle)
+            return await self.usage_of_container(handle)
         except errors.GardenError as error:
             return error
+
+    async def usage_of_container(self, handle: str) -> Usage:
+        """Usage of one container.
+
+        Raises:
+            ContainerNotFound, ContainerBusy, ContainerBroken.
+        """
+        self._registry.get(handle).require_usable("measured")
+        usage = await self._backend.usage(handle)
+        return replace(usage, cpu_entitlement_ns=self.standing(handle, usage.cpu_usage_ns).entitled_ns)
+
+    @property
+    def entitlement(self) -> Entitlement:
+        """What a CPU share is worth on this host."""
+        if self._entitlement is None:
+            host, per_share = self._backend.capacity(), self._defaults.cpu_percent_per_share
+            self._entitlement = Entitlement.of_host(per_share, cpus=host.cpus, memory_bytes=host.memory_bytes)
+        return self._entitlement
+
+    def standing(self, handle: str, used_ns: int) -> Standing:
+        """How a container that has used so much CPU time stands to what it is entitled to.
+
+        Raises:
+            ContainerNotFound.
+        """
+        container = self._registry.get(handle)
+        shares, age_ns = stated_shares(container.spec.limits), time.time_ns() - container.created_ns
+        return Standing(shares, used_ns, self.entitlement.entitled_ns(shares, age_ns))
 
     async def usage_of_process(self, handle: str, process_id: str) -> Usage:
         """Usage of one process and its children.
@@ -356,6 +388,8 @@ class Containers:
     async def _update_process_limits(self, handle: str, process_id: str, limits: Limits) -> Limits:
         async with self._changing(handle, "limited") as container:
             before = await self._backend.limits(handle, process_id)
+            stated = container.processes[process_id].process.spec.limits
+            limits = with_quota(limits, self._defaults.cpu_quota_us_per_share, stated)
             now = await self._backend.update_limits(handle, limits, process_id)
             await self._or_undo(
                 container,
@@ -368,6 +402,7 @@ class Containers:
     async def _update_limits(self, handle: str, limits: Limits) -> Limits:
         async with self._changing(handle, "limited") as container:
             before = await self._backend.limits(handle)
+            limits = with_quota(limits, self._defaults.cpu_quota_us_per_share, container.spec.limits)
             now = await self._backend.update_limits(handle, limits)
             wanted = limits.over(container.spec.limits)
             if limits.states_disk:  # a limit that was taken away has no scope either

@@ -121,7 +121,10 @@ class AgentFacts:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """A container's use of resources; fields as in ContainerMetrics of the proto, same units."""
+    """A container's use of resources; fields as in ContainerMetrics of the proto, same units.
+
+    The service fills in cpu_entitlement_ns.
+    """
 
     memory_bytes: int = 0
     memory_working_set_bytes: int = 0
@@ -132,6 +135,7 @@ class Usage:
     cpu_user_ns: int = 0
     cpu_system_ns: int = 0
     cpu_throttled_ns: int = 0
+    cpu_entitlement_ns: int = 0
     pids: int = 0
     pids_limit: int = 0
     oom_kills: int = 0

@@ -1696,6 +1696,7 @@ class ContainerMetrics(_message.Message):
     DISK_EXCLUSIVE_BYTES_FIELD_NUMBER: _builtins.int
     DISK_TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     DISK_EXCLUSIVE_INODES_FIELD_NUMBER: _builtins.int
+    CPU_ENTITLEMENT_NS_FIELD_NUMBER: _builtins.int
     PROCESS_ID_FIELD_NUMBER: _builtins.int
     handle: _builtins.str
     error: _builtins.str
@@ -1726,6 +1727,8 @@ class ContainerMetrics(_message.Message):
     """that and its image"""
     disk_exclusive_inodes: _builtins.int
     """as disk_exclusive_bytes; 0 on btrfs"""
+    cpu_entitlement_ns: _builtins.int
+    """CPU time that its shares or weight entitled it to so far; 0 if it states neither"""
     process_id: _builtins.str
     """set: these are of that process and its children; network fields are 0"""
     @_builtins.property
@@ -1759,11 +1762,12 @@ class ContainerMetrics(_message.Message):
         disk_exclusive_bytes: _builtins.int = ...,
         disk_total_bytes: _builtins.int = ...,
         disk_exclusive_inodes: _builtins.int = ...,
+        cpu_entitlement_ns: _builtins.int = ...,
         process_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["age", b"age"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "cpu_system_ns", b"cpu_system_ns", "cpu_throttled_ns", b"cpu_throttled_ns", "cpu_usage_ns", b"cpu_usage_ns", "cpu_user_ns", b"cpu_user_ns", "disk_exclusive_bytes", b"disk_exclusive_bytes", "disk_exclusive_inodes", b"disk_exclusive_inodes", "disk_total_bytes", b"disk_total_bytes", "error", b"error", "handle", b"handle", "memory_bytes", b"memory_bytes", "memory_limit_bytes", b"memory_limit_bytes", "memory_peak_bytes", b"memory_peak_bytes", "memory_stat", b"memory_stat", "memory_working_set_bytes", b"memory_working_set_bytes", "network_rx_bytes", b"network_rx_bytes", "network_rx_packets", b"network_rx_packets", "network_tx_bytes", b"network_tx_bytes", "network_tx_packets", b"network_tx_packets", "oom_kills", b"oom_kills", "pids", b"pids", "pids_limit", b"pids_limit", "process_id", b"process_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "cpu_entitlement_ns", b"cpu_entitlement_ns", "cpu_system_ns", b"cpu_system_ns", "cpu_throttled_ns", b"cpu_throttled_ns", "cpu_usage_ns", b"cpu_usage_ns", "cpu_user_ns", b"cpu_user_ns", "disk_exclusive_bytes", b"disk_exclusive_bytes", "disk_exclusive_inodes", b"disk_exclusive_inodes", "disk_total_bytes", b"disk_total_bytes", "error", b"error", "handle", b"handle", "memory_bytes", b"memory_bytes", "memory_limit_bytes", b"memory_limit_bytes", "memory_peak_bytes", b"memory_peak_bytes", "memory_stat", b"memory_stat", "memory_working_set_bytes", b"memory_working_set_bytes", "network_rx_bytes", b"network_rx_bytes", "network_rx_packets", b"network_rx_packets", "network_tx_bytes", b"network_tx_bytes", "network_tx_packets", b"network_tx_packets", "oom_kills", b"oom_kills", "pids", b"pids", "pids_limit", b"pids_limit", "process_id", b"process_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
