@@ -47,6 +47,7 @@ from garden_py.service.ports import Backend, Records
 from garden_py.service.processes import Processes
 from garden_py.service.recovery import Recovery
 from garden_py.service.registry import Registry
+from garden_py.service.throttling import Throttling
 
 log = structlog.get_logger()
 BACKEND_GROUP = "garden_py.backends"
@@ -123,6 +124,12 @@ def build_core(config: Config, backend: Backend, records: Records) -> Core:
         images=images,
         recovery=Recovery(backend, registry, containers, processes, events),
         janitor=Janitor(backend, registry, guard, events, metrics, interval_s=config.janitor_interval_s),
+        throttling=Throttling(
+            backend,
+            registry,
+            containers,
+            interval_s=config.cpu_throttling_check_interval if config.enable_cpu_throttling else 0,
+        ),
         metrics=metrics,
         default_egress=default_egress,
         version=version("garden-py"),
@@ -167,6 +174,7 @@ async def running_server(config: Config, inherited: socket.socket | None = None)
             for door in doors:
                 address = await door.start()
             core.janitor.start()
+            core.throttling.start()
             yield address
         finally:
             await asyncio.gather(*(door.stop() for door in doors))

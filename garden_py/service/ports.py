@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from garden_py.model.cpu import Entitlement, Standing
 from garden_py.model.image import ImageInfo, ImageRef, PullProgress, RegistryAuth, UsedImage
 from garden_py.model.leak import Leak
 from garden_py.model.lifecycle import State
@@ -469,6 +470,16 @@ class Backend(LeakFinder, Protocol):
 
         Raises:
             ProcessNotFound: there is no such process, or it has ended.
+        """
+
+    def cpu_usage_ns(self, handle: str) -> int:
+        """CPU time of a container so far, without sidecars beside its limits."""
+
+    async def balance_cpu(self, standings: Mapping[str, Standing], entitlement: Entitlement) -> None:
+        """Give containers over their entitlement only what the others leave; those not named stay as they are.
+
+        Raises:
+            OSError: it cannot be done now.
         """
 
     async def limits(self, handle: str, process_id: str | None = None) -> Limits:

@@ -10,12 +10,13 @@ import asyncio
 import io
 import itertools
 import tarfile
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from garden_py.model import errors
 from garden_py.model.codec import load_exit
+from garden_py.model.cpu import Entitlement, Standing
 from garden_py.model.image import PullProgress, Transport, UsedImage, parse_image
 from garden_py.model.leak import Leak
 from garden_py.model.lifecycle import USABLE
@@ -90,6 +91,8 @@ class FakeBackend:
         looks: what each search for leaks finds, in order.
         can_put_back: names of what can be made again when it is missing.
         remove_gate: removals of leaks wait for it.
+        cpu_used_ns: CPU time of containers; 1 where there is none.
+        throttled: those over their entitlement at the last look.
         calls: what was asked, in order: (verb, handle).
     """
 
@@ -108,6 +111,8 @@ class FakeBackend:
         self.remove_gate = open_gate()
         self.calls: list[tuple[str, str]] = []
         self.connected: set[str] = set()
+        self.cpu_used_ns: dict[str, int] = {}
+        self.throttled: set[str] = set()
         self._most = containers
         self._ports = range(61_001, 61_001 + ports)
         self._events: BackendEvents
@@ -264,6 +269,12 @@ class FakeBackend:
             pids_limit=limits.pids or 0,
             cpu_usage_ns=1,
         )
+
+    def cpu_usage_ns(self, handle: str) -> int:
+        return self.cpu_used_ns.get(handle, 1)
+
+    async def balance_cpu(self, standings: Mapping[str, Standing], entitlement: Entitlement) -> None:
+        self.throttled = {handle for handle, standing in standings.items() if standing.is_over}
 
     async def limits(self, handle: str, process_id: str | None = None) -> Limits:
         if process_id is not None:

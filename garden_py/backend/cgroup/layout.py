@@ -10,6 +10,12 @@
     /garden-<tag>/<handle>/agent-<id>   both versions: the agent of a sidecar
     /garden-<tag>/<handle>/p-<id>       and its processes, if it has limits of its own, not within the container's
 
+With --enable-cpu-throttling on v1, a container is in /garden-throttled-<tag>/good/<handle> instead, and in the cpu
+hierarchy alone it has a twin, where its processes are while it is over its entitlement (cgroup/throttle.py):
+
+    /garden-throttled-<tag>/bad/<handle>        those of `work`, with the container's weight and `work`'s quota
+    /garden-throttled-<tag>/bad/<handle>/p-<id> those of `work/p-<id>`
+
 The limits are on `work`, which the agent is not in: running out of memory takes the workload, never PID 1. The CPU
 weight is on the container, where it competes with other containers. Nothing in the container can write any of these
 directories: the server opens `cgroup.procs` and hands descriptors to the agent, and the kernel checks the opener's
@@ -27,6 +33,17 @@ from pathlib import Path
 V1_CONTROLLERS = ("cpu", "cpuacct", "memory", "pids")
 V2_CONTROLLERS = ("cpu", "memory", "pids")
 WORK, INIT, MAIN = "work", "init", "main"
+GOOD, BAD = "good", "bad"
+
+
+def parent_of(tag: str) -> str:
+    """The cgroup that the containers of a server are in."""
+    return f"garden-{tag}"
+
+
+def throttled_parent_of(tag: str) -> str:
+    """The cgroup that holds the good and the bad ones of a server's containers that can be throttled, on v1."""
+    return f"garden-throttled-{tag}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +104,12 @@ class ContainerCgroup:
 
     Attributes:
         path: relative to each mount point, for example `garden-1a2b/my-container`.
+        twin: where its processes are in the cpu hierarchy while it is throttled; empty: it has no such place.
     """
 
     hierarchies: Hierarchies
     path: str
+    twin: str = ""
 
     @property
     def runtime_path(self) -> str:
@@ -104,6 +123,16 @@ class ContainerCgroup:
     def all_directories(self, *below: str) -> list[Path]:
         """The same directory in every hierarchy."""
         return [mount_point.joinpath(self.path, *below) for mount_point in self.hierarchies.distinct()]
+
+    def twin_directory(self, below: tuple[str, ...]) -> Path | None:
+        """The directory in the twin that stands for one below the container, `()` and `work` being one there.
+
+        Returns:
+            None: the container has no twin, or what is there stays there (agents, and sidecars beside its limits).
+        """
+        if not self.twin or (below and below[0] != WORK):
+            return None
+        return self.hierarchies.mount_points["cpu"].joinpath(self.twin, *below[1:])
 
     def sidecar(self, process_id: str) -> ContainerCgroup:
         """Where the agent of a sidecar is."""

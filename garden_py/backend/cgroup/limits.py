@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from garden_py.backend.cgroup.layout import WORK, ContainerCgroup
+from garden_py.backend.cgroup.weight import is_scaled, read_weight, rescale
 from garden_py.model.errors import HostFault, LimitRefused
 from garden_py.model.limits import CPU_PERIOD_DEFAULT_US, Limits, shares_from_weight, weight_from_shares
 
@@ -108,16 +109,25 @@ def write_limits(cgroup: ContainerCgroup, limits: Limits, *, leaf: tuple[str, ..
     if cgroup.hierarchies.version == 2:
         _refuse_below_usage(memory, limits)
     for write in writes:
-        path = cgroup.directory(write.controller, *write.below, write.file)
-        try:
-            path.write_text(write.value)
-        except OSError as error:
-            if write.optional and error.errno in (errno.ENOENT, errno.EACCES):
-                continue
-            if error.errno in (errno.EBUSY, errno.EINVAL, errno.ERANGE):
-                problem = f"the kernel refuses {write.value} for {write.file}: {error.strerror}"
-                raise LimitRefused(f"limits.{write.field}", problem) from error
-            raise HostFault("write limits", f"{path}: {error.strerror}") from error
+        if write.file == "cpu.weight" and not write.below and is_scaled(cgroup):
+            rescale(cgroup, int(write.value))
+            continue
+        _write(cgroup.directory(write.controller, *write.below, write.file), write)
+        twin = cgroup.twin_directory(write.below) if write.controller == "cpu" else None
+        if twin is not None:
+            _write(twin / write.file, write)
+
+
+def _write(path: Path, write: LimitWrite) -> None:
+    try:
+        path.write_text(write.value)
+    except OSError as error:
+        if write.optional and error.errno in (errno.ENOENT, errno.EACCES):
+            return
+        if error.errno in (errno.EBUSY, errno.EINVAL, errno.ERANGE):
+            problem = f"the kernel refuses {write.value} for {write.file}: {error.strerror}"
+            raise LimitRefused(f"limits.{write.field}", problem) from error
+        raise HostFault("write limits", f"{path}: {error.strerror}") from error
 
 
 def change_limits(cgroup: ContainerCgroup, limits: Limits, *, leaf: tuple[str, ...] = (WORK,)) -> Limits:
@@ -178,7 +188,7 @@ def read_limits(cgroup: ContainerCgroup, *, leaf: tuple[str, ...] = (WORK,)) -> 
         quota, period = read("cpu", leaf, "cpu.max").split()
         return Limits(
             memory_bytes=parse_max(read("memory", leaf, "memory.max")),
-            cpu_weight=int(read("cpu", weight_at, "cpu.weight")),
+            cpu_weight=read_weight(cgroup.directory("cpu", *weight_at)),
             cpu_quota_us=parse_max(quota),
             cpu_period_us=int(period),
             pids=pids,

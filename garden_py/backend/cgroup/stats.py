@@ -70,25 +70,40 @@ def _optional_number(path: Path) -> int:
 
 
 def _read_v1(cgroup: ContainerCgroup, top: tuple[str, ...], limited: tuple[str, ...]) -> Usage:
-    memory, cpuacct = (cgroup.directory(name, *top) for name in ("memory", "cpuacct"))
+    memory = cgroup.directory("memory", *top)
+    cpu_ns, user_ns, system_ns = _cpu_time_v1(cgroup, top)
     stat = parse_flat_keyed((memory / "memory.stat").read_text())
     usage = _number(memory / "memory.usage_in_bytes")
     limit = _number(cgroup.directory("memory", *limited, "memory.limit_in_bytes"))
-    throttled = parse_flat_keyed(cgroup.directory("cpu", *limited, "cpu.stat").read_text())
-    ticks = parse_flat_keyed((cpuacct / "cpuacct.stat").read_text())
+    halves = [cgroup.directory("cpu", *limited), cgroup.twin_directory(limited)]
+    throttled = [parse_flat_keyed((half / "cpu.stat").read_text()) for half in halves if half is not None]
     return Usage(
         memory_bytes=usage,
         memory_working_set_bytes=max(0, usage - stat.get("total_inactive_file", 0)),
         memory_limit_bytes=0 if limit >= V1_UNLIMITED_BYTES else limit,
         memory_peak_bytes=_number(memory / "memory.max_usage_in_bytes"),
         memory_stat=stat,
-        cpu_usage_ns=_number(cpuacct / "cpuacct.usage"),
-        cpu_user_ns=ticks["user"] * _NS_PER_TICK,
-        cpu_system_ns=ticks["system"] * _NS_PER_TICK,
-        cpu_throttled_ns=throttled.get("throttled_time", 0),
+        cpu_usage_ns=cpu_ns,
+        cpu_user_ns=user_ns,
+        cpu_system_ns=system_ns,
+        cpu_throttled_ns=sum(each.get("throttled_time", 0) for each in throttled),
         pids=_number(cgroup.directory("pids", *top, "pids.current")),
         pids_limit=parse_max(cgroup.directory("pids", *limited, "pids.max").read_text().strip()),
         oom_kills=read_oom_kills(cgroup, limited),
+    )
+
+
+def _cpu_time_v1(cgroup: ContainerCgroup, top: tuple[str, ...]) -> tuple[int, int, int]:
+    """Nanoseconds in all, in user mode, in the kernel; with the twin's if cpu and cpuacct are one hierarchy (CT3)."""
+    halves = [cgroup.directory("cpuacct", *top)]
+    points, twin = cgroup.hierarchies.mount_points, cgroup.twin_directory(top)
+    if twin is not None and points["cpu"] == points["cpuacct"]:
+        halves.append(twin)
+    ticks = [parse_flat_keyed((half / "cpuacct.stat").read_text()) for half in halves]
+    return (
+        sum(_number(half / "cpuacct.usage") for half in halves),
+        sum(each["user"] for each in ticks) * _NS_PER_TICK,
+        sum(each["system"] for each in ticks) * _NS_PER_TICK,
     )
 
 

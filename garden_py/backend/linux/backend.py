@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,12 @@ from garden_py.backend.linux.process import LinuxProcess
 from garden_py.backend.linux.processes import LinuxProcesses, usage_of, without_sidecars
 from garden_py.backend.linux.sidecars import Sidecars, owner_of, sidecar_directories
 from garden_py.backend.linux.site import Site, check_apparmor, disk_of, make_mount_dir, open_site, open_store
+from garden_py.backend.linux.throttling import Throttling
 from garden_py.backend.linux.upgrades import Upgrades
 from garden_py.backend.rootfs.embedded import build_embedded_rootfs
 from garden_py.config import Config
 from garden_py.model.codec import load_container_spec
+from garden_py.model.cpu import Entitlement, Standing
 from garden_py.model.errors import (
     ContainerBroken,
     ContainerNotFound,
@@ -104,6 +106,7 @@ class LinuxBackend:
         self._upgrades: Upgrades
         self._heartbeat: Heartbeat
         self._ledger: Ledger
+        self._throttling: Throttling
 
     # --- start and stop
 
@@ -130,6 +133,7 @@ class LinuxBackend:
         self._construction = Construction(self._site, starter, self._network, self._images, self._disk)
         self._processes = LinuxProcesses(self._site, starter, self._images, self._disk, self._events)
         self._sidecars = self._processes.sidecars
+        self._throttling = Throttling(self._site)
         self._demolition = Demolition(self._site, self._launcher, self._network, self._disk)
         site = self._site
         self._ledger = Ledger(
@@ -138,7 +142,8 @@ class LinuxBackend:
         )
         self._hold_leases(rows)
         await self._network.ensure_host()
-        groups.ensure_parent(self._site.hierarchies, self._config.tag)
+        throttling = self._config.enable_cpu_throttling
+        groups.ensure_parent(self._site.hierarchies, self._config.tag, throttling=throttling)
         self._discard_orphans({row.handle for row in rows})
         self._hold_images()
         self._upgrades = Upgrades(self._site.bundle)
@@ -214,9 +219,8 @@ class LinuxBackend:
     def _keep_broken(self, row: ContainerRow, reason: str) -> None:
         """A container that can only be destroyed; until then its processes' exits and output can be asked for."""
         facts, site = ContainerFacts.from_json(row.facts), self._site
-        container = LinuxContainer(
-            row.handle, facts, site.cgroup(row.handle), site.depot.directory(row.handle), self._events
-        )
+        cgroup = site.cgroup(row.handle, throttleable=facts.throttleable)
+        container = LinuxContainer(row.handle, facts, cgroup, site.depot.directory(row.handle), self._events)
         container.broken_because = reason
         self._containers[row.handle] = container
 
@@ -228,13 +232,13 @@ class LinuxBackend:
         if pidfd is None:
             return "its PID 1 is gone"
         site = self._site
-        container = LinuxContainer(
-            row.handle, facts, site.cgroup(row.handle), site.depot.directory(row.handle), self._events
-        )
+        cgroup = site.cgroup(row.handle, throttleable=facts.throttleable)
+        container = LinuxContainer(row.handle, facts, cgroup, site.depot.directory(row.handle), self._events)
         spec = load_container_spec(row.spec)
         container.image, container.disk_scope = spec.image, spec.limits.disk_scope
         container.watch(pidfd)
         try:
+            await self._throttling.adopt(container)
             container.connect(site.depot.socket(row.handle), patience_s=self._config.agent_patience_s)
             await container.greet(timeout_s=_REATTACH_TIMEOUT_S)
             await self._sidecars.adopt(container)
@@ -432,6 +436,17 @@ class LinuxBackend:
             network_rx_packets=traffic.rx_packets,
             network_tx_packets=traffic.tx_packets,
         )
+
+    def cpu_usage_ns(self, handle: str) -> int:
+        """CPU time of a container, without that of sidecars beside its limits."""
+        container = self._get(handle)
+        with may_be_gone(handle):
+            return without_sidecars(container, read_usage(container.cgroup)).cpu_usage_ns
+
+    async def balance_cpu(self, standings: Mapping[str, Standing], entitlement: Entitlement) -> None:
+        """Throttle those over their entitlement; see service.ports."""
+        containers = [self._containers[handle] for handle in standings if handle in self._containers]
+        await self._throttling.balance(containers, standings, entitlement)
 
     async def limits(self, handle: str, process_id: str | None = None) -> Limits:
         """The limits in force."""

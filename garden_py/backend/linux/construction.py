@@ -66,7 +66,14 @@ class Construction:
             self._network.release(lease)
             raise
         isolation = self._site.isolation(privileged=spec.privileged, slot=slot)
-        return ContainerFacts(secrets.token_hex(8), spec.privileged, lease, slot, isolation=isolation)
+        return ContainerFacts(
+            secrets.token_hex(8),
+            spec.privileged,
+            lease,
+            slot,
+            isolation=isolation,
+            throttleable=self._site.config.enable_cpu_throttling and self._site.hierarchies.version == 1,
+        )
 
     async def build(
         self,
@@ -82,7 +89,8 @@ class Construction:
         """
         site = self._site
         directory = site.depot.claim(spec.handle)
-        container = LinuxContainer(spec.handle, facts, site.cgroup(spec.handle), directory, events)
+        cgroup = site.cgroup(spec.handle, throttleable=facts.throttleable)
+        container = LinuxContainer(spec.handle, facts, cgroup, directory, events)
         if rootfs.used is not None:
             self._images.store.hold(spec.handle, directory, rootfs.used)
         container.image, container.disk_scope = spec.image, spec.limits.disk_scope
@@ -133,7 +141,7 @@ class Construction:
             image=rootfs.name,
             isolation=facts.isolation,
             hostname=spec.hostname or hostname_for(spec.handle),
-            cgroup_path=site.cgroup(spec.handle).runtime_path,
+            cgroup_path=site.cgroup(spec.handle, throttleable=facts.throttleable).runtime_path,
             bind_mounts=spec.bind_mounts,
             fail_points=failpoints.hand_over(Point.CREATE_MOUNT, Point.CREATE_RUN),
         )

@@ -49,6 +49,7 @@ class ContainerFacts:
         pid_start: its start time in clock ticks, which tells it from a later process of that number.
         boot: the boot of the machine that pid and pid_start are of.
         isolation: what it was made with; None: by a server that did not take it down.
+        throttleable: its cgroups are where --enable-cpu-throttling puts them on cgroup v1.
     """
 
     runtime_id: str
@@ -59,6 +60,7 @@ class ContainerFacts:
     pid_start: int = 0
     boot: str = field(default_factory=read_boot_id)
     isolation: Isolation | None = None
+    throttleable: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """For the journal."""
@@ -95,6 +97,7 @@ class LinuxContainer(AgentOwner):
         sidecars: agents besides PID 1, by the process that each of them was started for (linux/sidecars.py).
         retiring: removals of sidecars under way, by process.
         jobs: starts and removals of sidecars under way.
+        throttled: it has used more CPU time than it is entitled to, and gets what others leave.
     """
 
     def __init__(
@@ -121,7 +124,8 @@ class LinuxContainer(AgentOwner):
         self._early_exits: dict[str, AgentExit] = {}
         self._watches: dict[str, OomWatch] = {}
         self._pidfd = -1
-        self._default_group: list[int] = []
+        self.throttled = False
+        self._default_groups: dict[bool, list[int]] = {}
         self._shared_oom = self._oom_account(cgroup.leaf(None))
 
     def _oom_account(self, leaf: tuple[str, ...]) -> OomAccount:
@@ -221,8 +225,9 @@ class LinuxContainer(AgentOwner):
             asyncio.get_running_loop().remove_reader(self._pidfd)
             os.close(self._pidfd)
             self._pidfd = -1
-        while self._default_group:
-            os.close(self._default_group.pop())
+        for fds in self._default_groups.values():
+            while fds:
+                os.close(fds.pop())
 
     def _close_links(self) -> None:
         for owner in (*self.sidecars.values(), self):
@@ -308,9 +313,10 @@ class LinuxContainer(AgentOwner):
             ContainerBroken: somebody has removed the cgroup.
         """
         if leaf == self.cgroup.leaf(None):
-            if not self._default_group:
-                self._default_group = self._open_group(leaf)
-            yield self._default_group
+            fds = self._default_groups.setdefault(self.throttled, [])
+            if not fds:
+                fds += self._open_group(leaf)
+            yield fds
             return
         fds = self._open_group(leaf)
         try:
@@ -321,7 +327,7 @@ class LinuxContainer(AgentOwner):
 
     def _open_group(self, leaf: tuple[str, ...]) -> list[int]:
         with may_be_gone(self.handle):
-            return groups.open_procs(self.cgroup, leaf)
+            return groups.open_procs(self.cgroup, leaf, throttled=self.throttled)
 
     def leaf_of(self, spec: ProcessSpec) -> tuple[str, ...]:
         """The cgroup that a process's tasks go to."""

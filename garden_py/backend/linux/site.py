@@ -10,7 +10,15 @@ from pathlib import Path
 
 import structlog
 
-from garden_py.backend.cgroup.layout import ContainerCgroup, Hierarchies, probe_hierarchies
+from garden_py.backend.cgroup.layout import (
+    BAD,
+    GOOD,
+    ContainerCgroup,
+    Hierarchies,
+    parent_of,
+    probe_hierarchies,
+    throttled_parent_of,
+)
 from garden_py.backend.depot import Depot
 from garden_py.backend.disk.store import LoopStore
 from garden_py.backend.disk.volumes import Volumes, find_driver
@@ -109,9 +117,17 @@ class Site:
         base = None if slot == NO_SLOT else self.uids.base(slot)
         return choose_isolation(self.config, privileged=privileged, id_base=base)
 
-    def cgroup(self, handle: str) -> ContainerCgroup:
-        """The cgroups of a container."""
-        return ContainerCgroup(self.hierarchies, f"garden-{self.config.tag}/{handle}")
+    def cgroup(self, handle: str, *, throttleable: bool) -> ContainerCgroup:
+        """The cgroups of a container.
+
+        Args:
+            handle: of the container.
+            throttleable: as its ContainerFacts have it.
+        """
+        if throttleable:
+            parent = throttled_parent_of(self.config.tag)
+            return ContainerCgroup(self.hierarchies, f"{parent}/{GOOD}/{handle}", f"{parent}/{BAD}/{handle}")
+        return ContainerCgroup(self.hierarchies, f"{parent_of(self.config.tag)}/{handle}")
 
 
 def make_mount_dir(config: Config) -> Path:
