@@ -241,6 +241,39 @@ class Config(BaseModel):
         float, Field(gt=0, description="Seconds between two looks at who used more than that.")
     ] = 15.0
 
+    # -- block I/O: backend/linux/block_io.py
+    default_container_blockio_weight: Annotated[
+        int, Field(ge=0, le=10_000, description="Weight of containers' block I/O that state none; 0: none.")
+    ] = 0
+    container_io_max_read_bps: Annotated[
+        ByteCount,
+        Field(
+            ge=0,
+            description="Most bytes read per second of a container that states none, per block device; 0: any.",
+        ),
+    ] = 0
+    container_io_max_write_bps: Annotated[
+        ByteCount,
+        Field(
+            ge=0,
+            description="Most bytes written per second of a container that states none, per block device; 0: any.",
+        ),
+    ] = 0
+    container_io_max_read_iops: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="Most reads per second of a container that states none, per block device; 0: any.",
+        ),
+    ] = 0
+    container_io_max_write_iops: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="Most writes per second of a container that states none, per block device; 0: any.",
+        ),
+    ] = 0
+
     # -- isolation: backend/linux/launching.py
     apparmor: Annotated[
         str, Field(description="AppArmor profile of unprivileged containers' processes; empty: none.")

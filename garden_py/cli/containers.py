@@ -64,6 +64,11 @@ def create(
     disk: opt.DiskOption = None,
     disk_inodes: opt.DiskInodesOption = None,
     disk_scope: opt.DiskScopeOption = None,
+    io_weight: opt.IoWeightOption = None,
+    io_read: opt.IoReadOption = None,
+    io_write: opt.IoWriteOption = None,
+    io_read_ops: opt.IoReadOpsOption = None,
+    io_write_ops: opt.IoWriteOpsOption = None,
     grace_time: Annotated[
         str | None,
         typer.Option(
@@ -112,6 +117,7 @@ def create(
     """
     from garden_py.client.values import ContainerSpec, EgressPolicy
 
+    io = opt.Io(io_weight, io_read, io_write, io_read_ops, io_write_ops)
     policy = None
     if egress or egress_default:
         policy = EgressPolicy((egress_default or EgressAction.SERVER).to_value(), parse_rules(egress or []))
@@ -122,7 +128,7 @@ def create(
         env=parse.parse_pairs(env or [], "environment variable"),
         properties=parse.parse_pairs(properties or [], "property"),
         bind_mounts=tuple(parse.parse_mount(text) for text in mounts or []),
-        limits=opt.limits_of(memory, cpu_weight, cpu_quota, pids, disk, disk_inodes, disk_scope),
+        limits=opt.limits_of(memory, cpu_weight, cpu_quota, pids, disk, disk_inodes, disk_scope, io),
         grace_time=opt.given("--grace-time", parse.parse_grace_time, grace_time),
         port_mappings=tuple(parse.parse_port(text) for text in publish or []),
         egress=policy,

@@ -22,6 +22,11 @@ def limits(
     disk: opt.DiskOption = None,
     disk_inodes: opt.DiskInodesOption = None,
     disk_scope: opt.DiskScopeOption = None,
+    io_weight: opt.IoWeightOption = None,
+    io_read: opt.IoReadOption = None,
+    io_write: opt.IoWriteOption = None,
+    io_read_ops: opt.IoReadOpsOption = None,
+    io_write_ops: opt.IoWriteOpsOption = None,
     process: Annotated[
         str,
         typer.Option(
@@ -43,7 +48,8 @@ def limits(
     """
     from garden_py.client.values import Limits
 
-    changed = opt.limits_of(memory, cpu_weight, cpu_quota, pids, disk, disk_inodes, disk_scope)
+    io = opt.Io(io_weight, io_read, io_write, io_read_ops, io_write_ops)
+    changed = opt.limits_of(memory, cpu_weight, cpu_quota, pids, disk, disk_inodes, disk_scope, io)
     with opt.connect(context, address) as garden:
         container = garden.container(handle)
         asks = changed == Limits()

@@ -30,6 +30,11 @@ def limits_to_pb(limits: v.Limits) -> pb.Limits:
         disk_bytes=limits.disk_bytes,
         disk_inodes=limits.disk_inodes,
         disk_scope=None if limits.disk_scope is None else pb.Limits.DiskScope.ValueType(limits.disk_scope),
+        io_weight=limits.io_weight,
+        io_read_bytes_per_s=limits.io_read_bytes_per_s,
+        io_write_bytes_per_s=limits.io_write_bytes_per_s,
+        io_read_ops_per_s=limits.io_read_ops_per_s,
+        io_write_ops_per_s=limits.io_write_ops_per_s,
     )
 
 
@@ -44,6 +49,13 @@ def limits_from_pb(message: pb.Limits) -> v.Limits:
         disk_bytes=message.disk_bytes if message.HasField("disk_bytes") else None,
         disk_inodes=message.disk_inodes if message.HasField("disk_inodes") else None,
         disk_scope=v.DiskScope(message.disk_scope) if message.HasField("disk_scope") else None,
+        io_weight=message.io_weight if message.HasField("io_weight") else None,
+        io_read_bytes_per_s=message.io_read_bytes_per_s if message.HasField("io_read_bytes_per_s") else None,
+        io_write_bytes_per_s=message.io_write_bytes_per_s
+        if message.HasField("io_write_bytes_per_s")
+        else None,
+        io_read_ops_per_s=message.io_read_ops_per_s if message.HasField("io_read_ops_per_s") else None,
+        io_write_ops_per_s=message.io_write_ops_per_s if message.HasField("io_write_ops_per_s") else None,
     )
 
 

@@ -151,6 +151,9 @@ class Limits:
         disk_bytes: disk space of a container or sidecar, as disk_scope counts it; floor 256 KiB.
         disk_inodes: files and directories that it wrote; not on btrfs.
         disk_scope: what disk_bytes counts; None: what it wrote.
+        io_weight: of a container, relative share of the writable layer's block device under contention, 1 to 10000.
+        io_read_bytes_per_s, io_write_bytes_per_s, io_read_ops_per_s, io_write_ops_per_s: of a container, transfers with
+            that device. On cgroup v1 only writes that bypass the page cache count.
     """
 
     memory_bytes: int | None = None
@@ -161,6 +164,11 @@ class Limits:
     disk_bytes: int | None = None
     disk_inodes: int | None = None
     disk_scope: DiskScope | None = None
+    io_weight: int | None = None
+    io_read_bytes_per_s: int | None = None
+    io_write_bytes_per_s: int | None = None
+    io_read_ops_per_s: int | None = None
+    io_write_ops_per_s: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,11 @@ CPU_SHARES_RANGE = (2, 262_144)
 CPU_QUOTA_FLOOR_US = 1_000
 CPU_PERIOD_RANGE_US = (1_000, 1_000_000)
 CPU_PERIOD_DEFAULT_US = 100_000
+IO_WEIGHT_RANGE = (1, 10_000)
+IO_RATES = ("io_read_bytes_per_s", "io_write_bytes_per_s", "io_read_ops_per_s", "io_write_ops_per_s")
+IO_OPS_MAX = (1 << 32) - 2  # UINT_MAX stands for "no limit" (block/blk-throttle.c)
+IO_FLOOR_BYTES_PER_S = 4096  # a page: less would hold up a single fault for seconds
+NO_PROCESS_IO = "only the transfers of a whole container can be limited"
 UINT63_MAX = (1 << 63) - 1
 
 
@@ -44,6 +49,8 @@ class Limits:
         disk_bytes: disk space, as disk_scope counts it.
         disk_inodes: files, directories and whatever else has an inode, of what the container wrote.
         disk_scope: what disk_bytes counts; None with disk_bytes stated: what the container wrote.
+        io_weight: share of the writable layer's block device under contention, 1 to 10000, as cgroup v2's io.weight.
+        io_read_bytes_per_s, io_write_bytes_per_s, io_read_ops_per_s, io_write_ops_per_s: transfers with that device.
     """
 
     memory_bytes: int | None = None
@@ -55,6 +62,11 @@ class Limits:
     disk_bytes: int | None = None
     disk_inodes: int | None = None
     disk_scope: DiskScope | None = None
+    io_weight: int | None = None
+    io_read_bytes_per_s: int | None = None
+    io_write_bytes_per_s: int | None = None
+    io_read_ops_per_s: int | None = None
+    io_write_ops_per_s: int | None = None
 
     def over(self, older: Limits) -> Limits:
         """These limits, with older's value wherever this has no statement."""
@@ -69,12 +81,34 @@ class Limits:
             disk_bytes=older.disk_bytes if self.disk_bytes is None else self.disk_bytes,
             disk_inodes=older.disk_inodes if self.disk_inodes is None else self.disk_inodes,
             disk_scope=older.disk_scope if self.disk_scope is None else self.disk_scope,
+            io_weight=older.io_weight if self.io_weight is None else self.io_weight,
+            io_read_bytes_per_s=older.io_read_bytes_per_s
+            if self.io_read_bytes_per_s is None
+            else self.io_read_bytes_per_s,
+            io_write_bytes_per_s=older.io_write_bytes_per_s
+            if self.io_write_bytes_per_s is None
+            else self.io_write_bytes_per_s,
+            io_read_ops_per_s=older.io_read_ops_per_s
+            if self.io_read_ops_per_s is None
+            else self.io_read_ops_per_s,
+            io_write_ops_per_s=older.io_write_ops_per_s
+            if self.io_write_ops_per_s is None
+            else self.io_write_ops_per_s,
         )
 
     @property
     def states_disk(self) -> bool:
         """Whether anything is said about disk space."""
         return any(value is not None for value in (self.disk_bytes, self.disk_inodes, self.disk_scope))
+
+    @property
+    def states_io(self) -> bool:
+        """Whether anything is said about transfers with the block device."""
+        return any(getattr(self, name) is not None for name in ("io_weight", *IO_RATES))
+
+    def only_io(self) -> Limits:
+        """Of these, those of transfers with the block device."""
+        return Limits(**{name: getattr(self, name) for name in ("io_weight", *IO_RATES)})
 
     def without_disk(self) -> Limits:
         """The same without a word about disk space: what is left is the processes'."""
@@ -103,6 +137,11 @@ def limit_violations(limits: Limits, prefix: str) -> list[FieldViolation]:
     check("pids", limits.pids, PIDS_FLOOR, 4_194_304, zero_is_unlimited=True)  # PID_MAX_LIMIT, proc(5)
     check("disk_bytes", limits.disk_bytes, DISK_FLOOR_BYTES, UINT63_MAX, zero_is_unlimited=True)
     check("disk_inodes", limits.disk_inodes, DISK_FLOOR_INODES, UINT63_MAX, zero_is_unlimited=True)
+    check("io_weight", limits.io_weight, *IO_WEIGHT_RANGE, zero_is_unlimited=False)
+    for name in IO_RATES:
+        counts_bytes = "bytes" in name
+        low, high = (IO_FLOOR_BYTES_PER_S, UINT63_MAX) if counts_bytes else (1, IO_OPS_MAX)
+        check(name, getattr(limits, name), low, high, zero_is_unlimited=True)
     if limits.disk_scope is not None and limits.disk_bytes is None:
         found.append(FieldViolation(f"{prefix}.disk_scope", "needs disk_bytes"))
     return found
@@ -113,6 +152,8 @@ def process_limit_violations(limits: Limits, prefix: str) -> list[FieldViolation
     found = limit_violations(limits, prefix)
     if limits.states_disk:
         found.append(FieldViolation(f"{prefix}.disk_bytes", "cannot be changed for a single process"))
+    if limits.states_io:
+        found.append(FieldViolation(f"{prefix}.io_weight", NO_PROCESS_IO))
     return found
 
 

@@ -10,7 +10,7 @@ from .errors import FieldViolation, InvalidRequest
 from .files import BindMount, mount_violations
 from .handle import name_problem
 from .image import RegistryAuth, image_problem
-from .limits import Limits, limit_violations
+from .limits import NO_PROCESS_IO, Limits, limit_violations
 
 ARG_MAX_BYTES = 512 << 10
 RETENTION_FLOOR_BYTES = 64 << 10
@@ -187,6 +187,8 @@ def check_process(spec: ProcessSpec, prefix: str = "spec") -> None:
         bad("limits.cpu_period_us", "needs cpu_quota_us")
     if spec.limits.states_disk and spec.sidecar is None:
         bad("limits.disk_bytes", "only containers and sidecars have disk space of their own")
+    if spec.limits.states_io:
+        bad("limits.io_weight", NO_PROCESS_IO)
     if (sidecar := spec.sidecar) is not None:
         if problem := image_problem(sidecar.image):
             bad("sidecar.image", problem)

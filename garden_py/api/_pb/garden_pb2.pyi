@@ -428,6 +428,11 @@ class Limits(_message.Message):
     DISK_BYTES_FIELD_NUMBER: _builtins.int
     DISK_INODES_FIELD_NUMBER: _builtins.int
     DISK_SCOPE_FIELD_NUMBER: _builtins.int
+    IO_WEIGHT_FIELD_NUMBER: _builtins.int
+    IO_READ_BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    IO_WRITE_BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    IO_READ_OPS_PER_S_FIELD_NUMBER: _builtins.int
+    IO_WRITE_OPS_PER_S_FIELD_NUMBER: _builtins.int
     memory_bytes: _builtins.int
     """all processes together, no swap on top; 0 = unlimited; floor 4 MiB"""
     cpu_weight: _builtins.int
@@ -446,6 +451,16 @@ class Limits(_message.Message):
     """of the writable layer; 0 = unlimited; not on btrfs (UNIMPLEMENTED)"""
     disk_scope: Global___Limits.DiskScope.ValueType
     """what disk_bytes counts"""
+    io_weight: _builtins.int
+    """Transfers to and from the block device that carries the writable layer, of containers only. UNIMPLEMENTED where the host
+    cannot limit them. On cgroup v1 writes count only when they bypass the page cache (O_DIRECT); see docs/operations.md.
+    relative share under contention, 1 to 10000, default 100 (cgroups(7) io.weight)
+    """
+    io_read_bytes_per_s: _builtins.int
+    """0 = unlimited, like the following"""
+    io_write_bytes_per_s: _builtins.int
+    io_read_ops_per_s: _builtins.int
+    io_write_ops_per_s: _builtins.int
     def __init__(
         self,
         *,
@@ -457,10 +472,15 @@ class Limits(_message.Message):
         disk_bytes: _builtins.int | None = ...,
         disk_inodes: _builtins.int | None = ...,
         disk_scope: Global___Limits.DiskScope.ValueType | None = ...,
+        io_weight: _builtins.int | None = ...,
+        io_read_bytes_per_s: _builtins.int | None = ...,
+        io_write_bytes_per_s: _builtins.int | None = ...,
+        io_read_ops_per_s: _builtins.int | None = ...,
+        io_write_ops_per_s: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_cpu_period_us", b"_cpu_period_us", "_cpu_quota_us", b"_cpu_quota_us", "_cpu_weight", b"_cpu_weight", "_disk_bytes", b"_disk_bytes", "_disk_inodes", b"_disk_inodes", "_disk_scope", b"_disk_scope", "_memory_bytes", b"_memory_bytes", "_pids", b"_pids", "cpu_period_us", b"cpu_period_us", "cpu_quota_us", b"cpu_quota_us", "cpu_weight", b"cpu_weight", "disk_bytes", b"disk_bytes", "disk_inodes", b"disk_inodes", "disk_scope", b"disk_scope", "memory_bytes", b"memory_bytes", "pids", b"pids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cpu_period_us", b"_cpu_period_us", "_cpu_quota_us", b"_cpu_quota_us", "_cpu_weight", b"_cpu_weight", "_disk_bytes", b"_disk_bytes", "_disk_inodes", b"_disk_inodes", "_disk_scope", b"_disk_scope", "_io_read_bytes_per_s", b"_io_read_bytes_per_s", "_io_read_ops_per_s", b"_io_read_ops_per_s", "_io_weight", b"_io_weight", "_io_write_bytes_per_s", b"_io_write_bytes_per_s", "_io_write_ops_per_s", b"_io_write_ops_per_s", "_memory_bytes", b"_memory_bytes", "_pids", b"_pids", "cpu_period_us", b"cpu_period_us", "cpu_quota_us", b"cpu_quota_us", "cpu_weight", b"cpu_weight", "disk_bytes", b"disk_bytes", "disk_inodes", b"disk_inodes", "disk_scope", b"disk_scope", "io_read_bytes_per_s", b"io_read_bytes_per_s", "io_read_ops_per_s", b"io_read_ops_per_s", "io_weight", b"io_weight", "io_write_bytes_per_s", b"io_write_bytes_per_s", "io_write_ops_per_s", b"io_write_ops_per_s", "memory_bytes", b"memory_bytes", "pids", b"pids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cpu_period_us", b"_cpu_period_us", "_cpu_quota_us", b"_cpu_quota_us", "_cpu_weight", b"_cpu_weight", "_disk_bytes", b"_disk_bytes", "_disk_inodes", b"_disk_inodes", "_disk_scope", b"_disk_scope", "_memory_bytes", b"_memory_bytes", "_pids", b"_pids", "cpu_period_us", b"cpu_period_us", "cpu_quota_us", b"cpu_quota_us", "cpu_weight", b"cpu_weight", "disk_bytes", b"disk_bytes", "disk_inodes", b"disk_inodes", "disk_scope", b"disk_scope", "memory_bytes", b"memory_bytes", "pids", b"pids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cpu_period_us", b"_cpu_period_us", "_cpu_quota_us", b"_cpu_quota_us", "_cpu_weight", b"_cpu_weight", "_disk_bytes", b"_disk_bytes", "_disk_inodes", b"_disk_inodes", "_disk_scope", b"_disk_scope", "_io_read_bytes_per_s", b"_io_read_bytes_per_s", "_io_read_ops_per_s", b"_io_read_ops_per_s", "_io_weight", b"_io_weight", "_io_write_bytes_per_s", b"_io_write_bytes_per_s", "_io_write_ops_per_s", b"_io_write_ops_per_s", "_memory_bytes", b"_memory_bytes", "_pids", b"_pids", "cpu_period_us", b"cpu_period_us", "cpu_quota_us", b"cpu_quota_us", "cpu_weight", b"cpu_weight", "disk_bytes", b"disk_bytes", "disk_inodes", b"disk_inodes", "disk_scope", b"disk_scope", "io_read_bytes_per_s", b"io_read_bytes_per_s", "io_read_ops_per_s", b"io_read_ops_per_s", "io_weight", b"io_weight", "io_write_bytes_per_s", b"io_write_bytes_per_s", "io_write_ops_per_s", b"io_write_ops_per_s", "memory_bytes", b"memory_bytes", "pids", b"pids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cpu_period_us: _TypeAlias = _typing.Literal["cpu_period_us"]  # noqa: Y015
     _WhichOneofArgType__cpu_period_us: _TypeAlias = _typing.Literal["_cpu_period_us", b"_cpu_period_us"]  # noqa: Y015
@@ -474,6 +494,16 @@ class Limits(_message.Message):
     _WhichOneofArgType__disk_inodes: _TypeAlias = _typing.Literal["_disk_inodes", b"_disk_inodes"]  # noqa: Y015
     _WhichOneofReturnType__disk_scope: _TypeAlias = _typing.Literal["disk_scope"]  # noqa: Y015
     _WhichOneofArgType__disk_scope: _TypeAlias = _typing.Literal["_disk_scope", b"_disk_scope"]  # noqa: Y015
+    _WhichOneofReturnType__io_read_bytes_per_s: _TypeAlias = _typing.Literal["io_read_bytes_per_s"]  # noqa: Y015
+    _WhichOneofArgType__io_read_bytes_per_s: _TypeAlias = _typing.Literal["_io_read_bytes_per_s", b"_io_read_bytes_per_s"]  # noqa: Y015
+    _WhichOneofReturnType__io_read_ops_per_s: _TypeAlias = _typing.Literal["io_read_ops_per_s"]  # noqa: Y015
+    _WhichOneofArgType__io_read_ops_per_s: _TypeAlias = _typing.Literal["_io_read_ops_per_s", b"_io_read_ops_per_s"]  # noqa: Y015
+    _WhichOneofReturnType__io_weight: _TypeAlias = _typing.Literal["io_weight"]  # noqa: Y015
+    _WhichOneofArgType__io_weight: _TypeAlias = _typing.Literal["_io_weight", b"_io_weight"]  # noqa: Y015
+    _WhichOneofReturnType__io_write_bytes_per_s: _TypeAlias = _typing.Literal["io_write_bytes_per_s"]  # noqa: Y015
+    _WhichOneofArgType__io_write_bytes_per_s: _TypeAlias = _typing.Literal["_io_write_bytes_per_s", b"_io_write_bytes_per_s"]  # noqa: Y015
+    _WhichOneofReturnType__io_write_ops_per_s: _TypeAlias = _typing.Literal["io_write_ops_per_s"]  # noqa: Y015
+    _WhichOneofArgType__io_write_ops_per_s: _TypeAlias = _typing.Literal["_io_write_ops_per_s", b"_io_write_ops_per_s"]  # noqa: Y015
     _WhichOneofReturnType__memory_bytes: _TypeAlias = _typing.Literal["memory_bytes"]  # noqa: Y015
     _WhichOneofArgType__memory_bytes: _TypeAlias = _typing.Literal["_memory_bytes", b"_memory_bytes"]  # noqa: Y015
     _WhichOneofReturnType__pids: _TypeAlias = _typing.Literal["pids"]  # noqa: Y015
@@ -490,6 +520,16 @@ class Limits(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__disk_inodes) -> _WhichOneofReturnType__disk_inodes | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__disk_scope) -> _WhichOneofReturnType__disk_scope | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__io_read_bytes_per_s) -> _WhichOneofReturnType__io_read_bytes_per_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__io_read_ops_per_s) -> _WhichOneofReturnType__io_read_ops_per_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__io_weight) -> _WhichOneofReturnType__io_weight | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__io_write_bytes_per_s) -> _WhichOneofReturnType__io_write_bytes_per_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__io_write_ops_per_s) -> _WhichOneofReturnType__io_write_ops_per_s | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_bytes) -> _WhichOneofReturnType__memory_bytes | None: ...
     @_typing.overload

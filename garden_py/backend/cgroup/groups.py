@@ -33,8 +33,9 @@ def ensure_parent(hierarchies: Hierarchies, tag: str, *, throttling: bool = Fals
         parent = mount_point / parent_of(tag)
         parent.mkdir(exist_ok=True)
         if hierarchies.version == 2:
-            (mount_point / "cgroup.subtree_control").write_text(_ENABLE_V2)
-            (parent / "cgroup.subtree_control").write_text(_ENABLE_V2)
+            enable = f"{_ENABLE_V2} +io" if hierarchies.io else _ENABLE_V2  # on containers, not below them
+            (mount_point / "cgroup.subtree_control").write_text(enable)
+            (parent / "cgroup.subtree_control").write_text(enable)
         elif throttling:
             (mount_point / throttled_parent_of(tag) / GOOD).mkdir(parents=True, exist_ok=True)
     if throttling and hierarchies.version == 1:

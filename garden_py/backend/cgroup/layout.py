@@ -27,7 +27,7 @@ Source: cgroups(7); kernel docs cgroup-v1/ and cgroup-v2.rst ("no internal proce
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 V1_CONTROLLERS = ("cpu", "cpuacct", "memory", "pids")
@@ -54,11 +54,14 @@ class Hierarchies:
         version: 1 or 2.
         mount_points: controller name to mount point; on v2 all the same directory.
         unified: the v2 mount of a hybrid host, which carries no controllers we use; else None.
+        io: where block I/O is limited: v1's blkio, or on v2 the same as all; None: nowhere. On v1 no group of ours is
+            made there: all processes of a container stay in the one that the runtime makes.
     """
 
     version: int
     mount_points: dict[str, Path]
     unified: Path | None = None
+    io: Path | None = None
 
     def distinct(self) -> list[Path]:
         """Every mount point once (cpu and cpuacct are often one hierarchy)."""
@@ -79,6 +82,7 @@ def parse_hierarchies(mountinfo: str, version: int) -> Hierarchies:
     """
     found: dict[str, Path] = {}
     unified: Path | None = None
+    blkio: Path | None = None
     for line in mountinfo.splitlines():
         left, _, right = line.partition(" - ")
         fstype, _, options = right.split(" ", 2)
@@ -89,13 +93,15 @@ def parse_hierarchies(mountinfo: str, version: int) -> Hierarchies:
             for option in options.split(","):
                 if option in V1_CONTROLLERS:
                     found.setdefault(option, mount_point)
+                elif option == "blkio":
+                    blkio = blkio or mount_point
     if version == 2:
         if unified is None:
             raise CgroupsMissing("cgroup2 is not mounted")
         return Hierarchies(2, dict.fromkeys(V2_CONTROLLERS, unified))
     if missing := [name for name in V1_CONTROLLERS if name not in found]:
         raise CgroupsMissing(f"cgroup v1 controllers are not mounted: {', '.join(missing)}")
-    return Hierarchies(1, found, unified)
+    return Hierarchies(1, found, unified, blkio)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +158,12 @@ class ContainerCgroup:
 
 def probe_hierarchies(version: int) -> Hierarchies:
     """The hierarchies of this host; see parse_hierarchies."""
-    return parse_hierarchies(Path("/proc/self/mountinfo").read_text(), version)
+    found = parse_hierarchies(Path("/proc/self/mountinfo").read_text(), version)
+    if version == 2:
+        top = found.mount_points["memory"]
+        if "io" in (top / "cgroup.controllers").read_text().split():
+            return replace(found, io=top)
+    return found
 
 
 def remove_tree(directory: Path) -> None:

@@ -144,6 +144,7 @@ class LinuxBackend:
         await self._network.ensure_host()
         throttling = self._config.enable_cpu_throttling
         groups.ensure_parent(self._site.hierarchies, self._config.tag, throttling=throttling)
+        self._site.block_io.open()
         self._discard_orphans({row.handle for row in rows})
         self._hold_images()
         self._upgrades = Upgrades(self._site.bundle)
@@ -454,7 +455,7 @@ class LinuxBackend:
         if process_id is not None:
             return process_limits.read(container, process_id)
         with may_be_gone(handle):
-            found = read_limits(container.cgroup)
+            found = read_limits(container.cgroup).over(self._site.block_io.read(container.cgroup))
         return found.over(await self._disk.limits(container))
 
     async def update_limits(self, handle: str, limits: Limits, process_id: str | None = None) -> Limits:
@@ -462,11 +463,19 @@ class LinuxBackend:
         container = self._get(handle)
         if process_id is not None:
             return process_limits.change(container, process_id, limits)
+        block_io, cgroup = self._site.block_io, container.cgroup
         before = await self._disk.limits(container) if limits.states_disk else None
         await self._disk.update(container, limits)
         try:
             with may_be_gone(handle):
-                now = change_limits(container.cgroup, limits)
+                io_before = block_io.read(cgroup) if limits.states_io else Limits()
+                block_io.change(cgroup, limits)
+                try:
+                    now = change_limits(cgroup, limits)
+                except BaseException:
+                    block_io.change(cgroup, io_before)
+                    raise
+                now = now.over(block_io.read(cgroup))
         except BaseException:
             if before is not None:
                 await self._disk.update(container, before)

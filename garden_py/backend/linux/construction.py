@@ -57,6 +57,7 @@ class Construction:
         if profile and not spec.privileged and apparmor.is_known_missing(profile):
             raise ProfileNotLoaded(profile)
         self._disk.check(spec.limits)
+        self._site.block_io.check(spec.limits)
         self._site.depot.refuse_foreign(spec.handle)
         check_bind_sources(spec.bind_mounts, "spec.bind_mounts")
         lease = self._network.lease(spec.port_mappings)
@@ -107,6 +108,7 @@ class Construction:
         failpoints.reach(Point.CREATE_PID)
         container.connect(site.depot.socket(spec.handle), patience_s=site.config.agent_patience_s)
         groups.furnish(container.cgroup, facts.pid, spec.limits)
+        site.block_io.furnish(container.cgroup, spec.limits)
         container.watch(os.pidfd_open(facts.pid))
         failpoints.reach(Point.CREATE_LIMIT)
         async with asyncio.TaskGroup() as steps:
