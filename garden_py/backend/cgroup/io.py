@@ -8,7 +8,7 @@ Source: cgroup-v2.rst, io.max and io.weight; cgroup-v1/blkio-controller.rst; blo
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -119,4 +119,11 @@ def read_io_limits(directory: Path, version: int, device: str, weight_file: str)
     else:
         rates = parse_io_max((directory / "io.max").read_text(), device)
     weight = parse_weight((directory / weight_file).read_text()) if weight_file else None
-    return replace(Limits(io_weight=weight), **rates)
+    read_bytes, write_bytes, read_ops, write_ops = (rates[name] for name in IO_RATES)
+    return Limits(
+        io_weight=weight,
+        io_read_bytes_per_s=read_bytes,
+        io_write_bytes_per_s=write_bytes,
+        io_read_ops_per_s=read_ops,
+        io_write_ops_per_s=write_ops,
+    )
