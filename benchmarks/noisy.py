@@ -103,28 +103,31 @@ def _under(
     quiet, noisy, pings = [], [], []
     for _ in range(rounds):
         quiet.append([cell.run_ms(victim, "true") for _ in range(RUNS)])
-        with _attacked(cell, attack):
+        with _attacked(cell, attack) as attacker:
             time.sleep(_SETTLE_S)
+            before_ns = attacker.metrics().cpu_usage_ns
             batch, asked = [], []
             for _ in range(RUNS):
                 batch.append(cell.run_ms(victim, "true"))
                 asked.append(ping_ms(cell.stub))
+            if attacker.metrics().cpu_usage_ns == before_ns:
+                raise RuntimeError(f"the {attack.name} has ended by itself")
             noisy.append(batch)
             pings.append(asked)
     return quiet, noisy, pings
 
 
 @contextmanager
-def _attacked(cell: Cell, attack: Attack) -> Iterator[None]:
+def _attacked(cell: Cell, attack: Attack) -> Iterator[Container]:
     with cell.client.create(ContainerSpec(limits=attack.limits)) as attacker:
         if attack.needs_sink:
             with cell.client.create(ContainerSpec(limits=LIMITS)) as sink:
                 sink.start(ProcessSpec("nc", ("-ll", "-p", "9999", "-e", "sh", "-c", "cat >/dev/null")))
                 _start(attacker, attack, sink.info().container_ip)
-                yield
+                yield attacker
         else:
             _start(attacker, attack)
-            yield
+            yield attacker
 
 
 def _start(attacker: Container, attack: Attack, *more: str) -> None:
