@@ -218,8 +218,8 @@ class Config(BaseModel):
         Field(
             ge=0,
             le=1_000_000,
-            description="Microseconds of CPU time per CPU share in each period of 100000, as the quota of all that "
-            "states shares or a weight and no quota; 0: none.",
+            description="Microseconds of CPU time per CPU share in each period of 100000, as the quota of containers, "
+            "and of sidecars beside them, that state shares or a weight and no quota; 0: none.",
         ),
     ] = 0
     cpu_entitlement_per_share: Annotated[

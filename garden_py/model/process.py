@@ -107,6 +107,11 @@ class ProcessSpec:
         """Whether it and its children are counted by themselves."""
         return self.sidecar is not None or not self.limits.without_disk().empty()
 
+    @property
+    def is_beside(self) -> bool:
+        """Whether its limits stand beside its container's instead of within them."""
+        return self.sidecar is not None and self.sidecar.own_limits
+
 
 @dataclass(frozen=True, slots=True)
 class ExitStatus:

@@ -388,8 +388,9 @@ class Containers:
     async def _update_process_limits(self, handle: str, process_id: str, limits: Limits) -> Limits:
         async with self._changing(handle, "limited") as container:
             before = await self._backend.limits(handle, process_id)
-            stated = container.processes[process_id].process.spec.limits
-            limits = with_quota(limits, self._defaults.cpu_quota_us_per_share, stated)
+            spec = container.processes[process_id].process.spec
+            if spec.is_beside:
+                limits = with_quota(limits, self._defaults.cpu_quota_us_per_share, spec.limits)
             now = await self._backend.update_limits(handle, limits, process_id)
             await self._or_undo(
                 container,

@@ -59,9 +59,9 @@ class Processes:
             raise errors.InvalidField("request_id", f"is longer than {REQUEST_ID_MAX} characters")
         container = self._registry.get(handle)
         container.require_usable("given a process")
-        spec = replace(
-            spec, id=spec.id or make_name(), limits=with_quota(spec.limits, self._cpu_quota_us_per_share)
-        )
+        spec = spec if spec.id else replace(spec, id=make_name())
+        if spec.is_beside:  # all others are within what their container's shares stand for
+            spec = replace(spec, limits=with_quota(spec.limits, self._cpu_quota_us_per_share))
         with self._expiry.use(container):
             if (starting := container.starting.get(spec.id)) is not None:
                 return self._repeated(container, await asyncio.shield(starting), request_id).process

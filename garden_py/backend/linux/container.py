@@ -331,8 +331,7 @@ class LinuxContainer(AgentOwner):
 
     def leaf_of(self, spec: ProcessSpec) -> tuple[str, ...]:
         """The cgroup that a process's tasks go to."""
-        beside = spec.sidecar is not None and spec.sidecar.own_limits
-        return self.cgroup.leaf(spec.id if spec.has_own_group else None, beside=beside)
+        return self.cgroup.leaf(spec.id if spec.has_own_group else None, beside=spec.is_beside)
 
     def drop_process_group(self, leaf: tuple[str, ...]) -> None:
         """Remove a finished process's own cgroup, if its last child has gone too."""
