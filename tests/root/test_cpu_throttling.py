@@ -100,8 +100,8 @@ def test_spinning_one_is_throttled_and_an_idle_one_can_spike(no_trace: None) -> 
         if not V2:
             assert cpu_path(pid_on_host(spinner, "sleep 1000; true")).endswith(f"bad/{spinner.handle}")
         assert code_of(spinner, "dd if=/dev/zero of=/dev/shm/a bs=1M count=80 2>/dev/null") != 0
-        if V2:
-            assert weight_in_force(spinner) < 100
+        if V2:  # 20 to 1 between them may be more than the balance asks for already
+            assert weight_in_force(spinner) <= 100
         else:
             shares = [
                 int(Path(str(place).replace("/good/", "/bad/"), "cpu.shares").read_text())
@@ -150,6 +150,11 @@ def test_who_states_no_shares_is_left_alone(no_trace: None) -> None:
         box.start(sh(SPIN))
         wait_until(lambda: is_bad(box), "throttling")
         assert not is_bad(plain)
+        if V2:
+            wait_until(
+                lambda: weight_in_force(box) < 10 and box.limits().cpu_weight == 10, "a part of its weight"
+            )
+            assert weight_in_force(plain) == 100
 
 
 def test_restart_and_destroy(no_trace: None) -> None:
