@@ -94,7 +94,6 @@ def test_spinning_one_is_throttled_and_an_idle_one_can_spike(no_trace: None) -> 
         second = used_ns(spinner, idle)
         of_spinner, of_idle = (b - a for a, b in zip(first, second, strict=True))
         assert of_idle > 5 * of_spinner
-        assert of_idle > 10 * first[1]
         # what starts now starts on the right side, and is limited as ever
         spinner.start(sh("sleep 1000; true"))
         if not V2:
