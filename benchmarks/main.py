@@ -29,6 +29,7 @@ import garden_load
 import images
 import layers
 import lifecycle
+import noisy
 import processes
 import queries
 import restart
@@ -53,6 +54,7 @@ MEASUREMENTS: dict[str, Callable[[Setting], Iterator[Row]]] = {
     "garden_load": garden_load.measure_garden_load,
     "unpack": layers.measure_unpack,
     "copies": copies.measure_copies,
+    "noisy": noisy.measure_noisy,
 }
 
 

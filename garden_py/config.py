@@ -212,6 +212,68 @@ class Config(BaseModel):
         int, Field(ge=1, le=4096, description="Number of uid ranges (65536 ids each).")
     ] = 4096
 
+    # -- processor time: service/containers.py, service/throttling.py
+    cpu_quota_per_share: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=1_000_000,
+            description="Microseconds of CPU time per CPU share in each period of 100000, as the quota of containers, "
+            "and of sidecars beside them, that state shares or a weight and no quota; 0: none.",
+        ),
+    ] = 0
+    cpu_entitlement_per_share: Annotated[
+        float,
+        Field(
+            ge=0,
+            description="Percent of one core that a CPU share entitles to; 0: all cores, divided by the host's memory "
+            "in MiB.",
+        ),
+    ] = 0.0
+    enable_cpu_throttling: Annotated[
+        bool,
+        Field(
+            description="Give containers that used more CPU time than their shares entitle to only what the others "
+            "leave. On cgroup v1 of containers that are made from then on."
+        ),
+    ] = False
+    cpu_throttling_check_interval: Annotated[
+        float, Field(gt=0, description="Seconds between two looks at who used more than that.")
+    ] = 15.0
+
+    # -- block I/O: backend/linux/block_io.py
+    default_container_blockio_weight: Annotated[
+        int, Field(ge=0, le=10_000, description="Weight of containers' block I/O that state none; 0: none.")
+    ] = 0
+    container_io_max_read_bps: Annotated[
+        ByteCount,
+        Field(
+            ge=0,
+            description="Most bytes read per second of a container that states none, per block device; 0: any.",
+        ),
+    ] = 0
+    container_io_max_write_bps: Annotated[
+        ByteCount,
+        Field(
+            ge=0,
+            description="Most bytes written per second of a container that states none, per block device; 0: any.",
+        ),
+    ] = 0
+    container_io_max_read_iops: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="Most reads per second of a container that states none, per block device; 0: any.",
+        ),
+    ] = 0
+    container_io_max_write_iops: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="Most writes per second of a container that states none, per block device; 0: any.",
+        ),
+    ] = 0
+
     # -- isolation: backend/linux/launching.py
     apparmor: Annotated[
         str, Field(description="AppArmor profile of unprivileged containers' processes; empty: none.")

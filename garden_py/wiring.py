@@ -53,6 +53,7 @@ from garden_py.service.ports import Backend, Records
 from garden_py.service.processes import Processes
 from garden_py.service.recovery import Recovery
 from garden_py.service.registry import Registry
+from garden_py.service.throttling import Throttling
 
 log = structlog.get_logger()
 BACKEND_GROUP = "garden_py.backends"
@@ -115,11 +116,19 @@ def build_core(
         guard,
         events,
         metrics,
-        Defaults(config.max_containers, default_egress, not config.disable_privileged_containers),
+        Defaults(
+            config.max_containers,
+            default_egress,
+            not config.disable_privileged_containers,
+            config.cpu_quota_per_share,
+            config.cpu_entitlement_per_share,
+        ),
         config.default_grace_time_s,
         listeners,
     )
-    processes = Processes(backend, registry, events, containers.expiry)
+    processes = Processes(
+        backend, registry, events, containers.expiry, cpu_quota_us_per_share=config.cpu_quota_per_share
+    )
     metrics.watch("garden_containers", "Containers by state.", "state", partial(count_by_state, registry))
     images = Images(backend)
     metrics.watch(
@@ -142,6 +151,12 @@ def build_core(
         recovery=Recovery(backend, registry, containers, processes, events),
         janitor=Janitor(backend, registry, guard, events, metrics, interval_s=config.janitor_interval_s),
         diagnosis=Diagnosis(backend, registry, events, containers.expiry, RECENT.about, server_version),
+        throttling=Throttling(
+            backend,
+            registry,
+            containers,
+            interval_s=config.cpu_throttling_check_interval if config.enable_cpu_throttling else 0,
+        ),
         metrics=metrics,
         default_egress=default_egress,
         version=server_version,
@@ -212,6 +227,7 @@ async def running_server(config: Config, inherited: socket.socket | None = None)
             for door in doors:
                 address = await door.start()
             core.janitor.start()
+            core.throttling.start()
             yield address
         finally:
             await asyncio.gather(*(door.stop() for door in doors))

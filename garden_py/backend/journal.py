@@ -223,7 +223,7 @@ class Journal:
         """Insert or replace a process's row."""
         self._execute(
             "INSERT INTO processes VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (handle, id) DO UPDATE SET "
-            "pid = excluded.pid, exit = excluded.exit",
+            "pid = excluded.pid, spec = excluded.spec, exit = excluded.exit",
             (
                 row.handle, row.id, row.request_id, row.started_ns, row.pid,
                 json.dumps(row.spec), None if row.exit is None else json.dumps(row.exit),

@@ -66,6 +66,11 @@ def create(
     disk_scope: opt.DiskScopeOption = None,
     bandwidth_in: opt.BandwidthInOption = None,
     bandwidth_out: opt.BandwidthOutOption = None,
+    io_weight: opt.IoWeightOption = None,
+    io_read: opt.IoReadOption = None,
+    io_write: opt.IoWriteOption = None,
+    io_read_ops: opt.IoReadOpsOption = None,
+    io_write_ops: opt.IoWriteOpsOption = None,
     grace_time: Annotated[
         str | None,
         typer.Option(
@@ -127,6 +132,7 @@ def create(
     named = {"none": NetworkMode.NONE, "host": NetworkMode.HOST}
     mode, subnet = (named[network], "") if network in named else (NetworkMode.OWN, network)
 
+    io = opt.Io(io_weight, io_read, io_write, io_read_ops, io_write_ops)
     policy = None
     if egress or egress_default:
         policy = EgressPolicy((egress_default or EgressAction.SERVER).to_value(), parse_rules(egress or []))
@@ -138,7 +144,16 @@ def create(
         properties=parse.parse_pairs(properties or [], "property"),
         bind_mounts=tuple(parse.parse_mount(text) for text in mounts or []),
         limits=opt.limits_of(
-            memory, cpu_weight, cpu_quota, pids, disk, disk_inodes, disk_scope, bandwidth_in, bandwidth_out
+            memory,
+            cpu_weight,
+            cpu_quota,
+            pids,
+            disk,
+            disk_inodes,
+            disk_scope,
+            io,
+            bandwidth_in,
+            bandwidth_out,
         ),
         grace_time=opt.given("--grace-time", parse.parse_grace_time, grace_time),
         port_mappings=tuple(parse.parse_port(text) for text in publish or []),

@@ -40,6 +40,17 @@ class Scope(StrEnum):
 
 
 @dataclass(frozen=True)
+class Io:
+    """Values of the options about transfers with the block device."""
+
+    weight: int | None = None
+    read: str | None = None
+    write: str | None = None
+    read_ops: int | None = None
+    write_ops: int | None = None
+
+
+@dataclass(frozen=True)
 class Settings:
     """Options given before the command's name."""
 
@@ -76,13 +87,20 @@ def limits_of(
     disk: str | None = None,
     disk_inodes: int | None = None,
     disk_scope: Scope | None = None,
+    io: Io | None = None,
     bandwidth_in: str | None = None,
     bandwidth_out: str | None = None,
 ) -> Limits:
     """Limits from the shared limit options."""
     from garden_py.client.values import DiskScope, Limits
 
+    io = io or Io()
     return Limits(
+        io_weight=io.weight,
+        io_read_bytes_per_s=given("--io-read", parse.parse_size, io.read),
+        io_write_bytes_per_s=given("--io-write", parse.parse_size, io.write),
+        io_read_ops_per_s=io.read_ops,
+        io_write_ops_per_s=io.write_ops,
         disk_bytes=given("--disk", parse.parse_size, disk),
         disk_inodes=disk_inodes,
         network_rx_bytes_per_s=given("--bandwidth-in", parse.parse_size, bandwidth_in),
@@ -210,6 +228,53 @@ DiskScopeOption = Annotated[
     typer.Option(
         "--disk-scope",
         help="Whether --disk counts the image as well.  [default: exclusive]",
+        show_default=False,
+    ),
+]
+IoWeightOption = Annotated[
+    int | None,
+    typer.Option(
+        "--io-weight",
+        metavar="1..10000",
+        help="Relative share of the disk under contention.",
+        show_default=False,
+    ),
+]
+IoReadOption = Annotated[
+    str | None,
+    typer.Option(
+        "--io-read",
+        metavar="SIZE",
+        help="Bytes read from disk per second, e.g. 20M; 0: unlimited.",
+        show_default=False,
+    ),
+]
+IoWriteOption = Annotated[
+    str | None,
+    typer.Option(
+        "--io-write",
+        metavar="SIZE",
+        help="Bytes written to disk per second; 0: unlimited. On cgroup v1 of direct writes only.",
+        show_default=False,
+    ),
+]
+IoReadOpsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--io-read-ops",
+        metavar="N",
+        min=0,
+        help="Reads from disk per second; 0: unlimited.",
+        show_default=False,
+    ),
+]
+IoWriteOpsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--io-write-ops",
+        metavar="N",
+        min=0,
+        help="Writes to disk per second; 0: unlimited.",
         show_default=False,
     ),
 ]

@@ -92,14 +92,18 @@ def limits_text(limits: Limits) -> str:
         "pids": "" if not limits.pids else str(limits.pids),
         "disk": "" if not limits.disk_bytes else format_size(limits.disk_bytes) + _scope_text(limits),
         "inodes": "" if not limits.disk_inodes else str(limits.disk_inodes),
-        "bandwidth in": _rate_text(limits.network_rx_bytes_per_s),
-        "bandwidth out": _rate_text(limits.network_tx_bytes_per_s),
+        "bandwidth in": _rate_text(limits.network_rx_bytes_per_s, None),
+        "bandwidth out": _rate_text(limits.network_tx_bytes_per_s, None),
+        "io weight": "" if not limits.io_weight else str(limits.io_weight),
+        "reads": _rate_text(limits.io_read_bytes_per_s, limits.io_read_ops_per_s),
+        "writes": _rate_text(limits.io_write_bytes_per_s, limits.io_write_ops_per_s),
     }
     return ", ".join(f"{name} {text}" for name, text in parts.items() if text) or "none"
 
 
-def _rate_text(bytes_per_s: int | None) -> str:
-    return f"{format_size(bytes_per_s)}/s" if bytes_per_s else ""
+def _rate_text(bytes_per_s: int | None, ops_per_s: int | None) -> str:
+    parts = [f"{format_size(bytes_per_s)}/s" if bytes_per_s else "", f"{ops_per_s}/s" if ops_per_s else ""]
+    return " and ".join(filter(None, parts))
 
 
 def _scope_text(limits: Limits) -> str:

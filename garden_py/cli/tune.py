@@ -24,6 +24,19 @@ def limits(
     disk_scope: opt.DiskScopeOption = None,
     bandwidth_in: opt.BandwidthInOption = None,
     bandwidth_out: opt.BandwidthOutOption = None,
+    io_weight: opt.IoWeightOption = None,
+    io_read: opt.IoReadOption = None,
+    io_write: opt.IoWriteOption = None,
+    io_read_ops: opt.IoReadOpsOption = None,
+    io_write_ops: opt.IoWriteOpsOption = None,
+    process: Annotated[
+        str,
+        typer.Option(
+            "--process",
+            metavar="PROCESS",
+            help="Of this process alone, which has an image or was started with limits of its own.",
+        ),
+    ] = "",
     output: opt.FormatOption = render.OutputFormat.TABLE,
     address: opt.AddressOption = None,
 ) -> None:
@@ -32,15 +45,19 @@ def limits(
     garden limits web
 
     garden limits web --memory 512M --cpu-quota 150% --bandwidth-out 10M
+
+    garden limits web --process worker --memory 64M
     """
     from garden_py.client.values import Limits
 
+    io = opt.Io(io_weight, io_read, io_write, io_read_ops, io_write_ops)
     changed = opt.limits_of(
-        memory, cpu_weight, cpu_quota, pids, disk, disk_inodes, disk_scope, bandwidth_in, bandwidth_out
+        memory, cpu_weight, cpu_quota, pids, disk, disk_inodes, disk_scope, io, bandwidth_in, bandwidth_out
     )
     with opt.connect(context, address) as garden:
         container = garden.container(handle)
-        in_force = container.limits() if changed == Limits() else container.update_limits(changed)
+        asks = changed == Limits()
+        in_force = container.limits(process) if asks else container.update_limits(changed, process)
     if output is render.OutputFormat.JSON:
         render.print_json(in_force)
     else:

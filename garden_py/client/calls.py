@@ -153,14 +153,17 @@ def metrics(
     )
 
 
-def limits(handle: str) -> Call[v.Limits]:
-    """The limits in force."""
-    return Call("GetLimits", pb.GetLimitsRequest(handle=handle), pb.Limits, convert.limits_from_pb)
+def limits(handle: str, process_id: str = "") -> Call[v.Limits]:
+    """The limits in force, of a container or of a process in it."""
+    request = pb.GetLimitsRequest(handle=handle, process_id=process_id)
+    return Call("GetLimits", request, pb.Limits, convert.limits_from_pb)
 
 
-def update_limits(handle: str, changed: v.Limits) -> Call[v.Limits]:
+def update_limits(handle: str, changed: v.Limits, process_id: str = "") -> Call[v.Limits]:
     """The limits in force after the change."""
-    request = pb.UpdateLimitsRequest(handle=handle, limits=convert.limits_to_pb(changed))
+    request = pb.UpdateLimitsRequest(
+        handle=handle, limits=convert.limits_to_pb(changed), process_id=process_id
+    )
     return Call("UpdateLimits", request, pb.Limits, convert.limits_from_pb)
 
 

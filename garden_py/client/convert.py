@@ -33,6 +33,11 @@ def limits_to_pb(limits: v.Limits) -> pb.Limits:
         network_tx_bytes_per_s=limits.network_tx_bytes_per_s,
         network_burst_bytes=limits.network_burst_bytes,
         disk_scope=None if limits.disk_scope is None else pb.Limits.DiskScope.ValueType(limits.disk_scope),
+        io_weight=limits.io_weight,
+        io_read_bytes_per_s=limits.io_read_bytes_per_s,
+        io_write_bytes_per_s=limits.io_write_bytes_per_s,
+        io_read_ops_per_s=limits.io_read_ops_per_s,
+        io_write_ops_per_s=limits.io_write_ops_per_s,
     )
 
 
@@ -54,6 +59,13 @@ def limits_from_pb(message: pb.Limits) -> v.Limits:
         ),
         network_burst_bytes=message.network_burst_bytes if message.HasField("network_burst_bytes") else None,
         disk_scope=v.DiskScope(message.disk_scope) if message.HasField("disk_scope") else None,
+        io_weight=message.io_weight if message.HasField("io_weight") else None,
+        io_read_bytes_per_s=message.io_read_bytes_per_s if message.HasField("io_read_bytes_per_s") else None,
+        io_write_bytes_per_s=message.io_write_bytes_per_s
+        if message.HasField("io_write_bytes_per_s")
+        else None,
+        io_read_ops_per_s=message.io_read_ops_per_s if message.HasField("io_read_ops_per_s") else None,
+        io_write_ops_per_s=message.io_write_ops_per_s if message.HasField("io_write_ops_per_s") else None,
     )
 
 
@@ -346,6 +358,7 @@ def metrics_from_pb(message: pb.ContainerMetrics) -> v.ContainerMetrics:
         network_rx_packets=message.network_rx_packets,
         network_tx_packets=message.network_tx_packets,
         memory_stat=dict(message.memory_stat),
+        cpu_entitlement_ns=message.cpu_entitlement_ns,
         disk_exclusive_bytes=message.disk_exclusive_bytes,
         disk_total_bytes=message.disk_total_bytes,
         disk_exclusive_inodes=message.disk_exclusive_inodes,

@@ -177,6 +177,9 @@ class Limits:
         disk_scope: what disk_bytes counts; None: what it wrote.
         network_rx_bytes_per_s, network_tx_bytes_per_s: what a container may receive and send.
         network_burst_bytes: how much of either may pass at once after a pause.
+        io_weight: of a container, relative share of the writable layer's block device under contention, 1 to 10000.
+        io_read_bytes_per_s, io_write_bytes_per_s, io_read_ops_per_s, io_write_ops_per_s: of a container, transfers with
+            that device. On cgroup v1 only writes that bypass the page cache count.
     """
 
     memory_bytes: int | None = None
@@ -190,6 +193,11 @@ class Limits:
     network_rx_bytes_per_s: int | None = None
     network_tx_bytes_per_s: int | None = None
     network_burst_bytes: int | None = None
+    io_weight: int | None = None
+    io_read_bytes_per_s: int | None = None
+    io_write_bytes_per_s: int | None = None
+    io_read_ops_per_s: int | None = None
+    io_write_ops_per_s: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -505,6 +513,7 @@ class ContainerMetrics:
     disk_exclusive_bytes: int = 0
     disk_total_bytes: int = 0
     disk_exclusive_inodes: int = 0
+    cpu_entitlement_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -307,6 +307,18 @@ class ProcessExited(GardenError):
         self.process_id = process_id
 
 
+class ProcessNotLimited(GardenError):
+    """The call is about a process's own limits, and this one shares its container's."""
+
+    code = "process_not_limited"
+
+    def __init__(self, handle: str, process_id: str) -> None:
+        why = f"it was started without any, and shares those of container {handle}"
+        super().__init__(f"process {process_id} has no limits of its own: {why}")
+        self.handle = handle
+        self.process_id = process_id
+
+
 class StdinClosed(GardenError):
     """Input was sent after the process's stdin had been closed."""
 

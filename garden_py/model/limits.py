@@ -19,7 +19,13 @@ CPU_SHARES_RANGE = (2, 262_144)
 CPU_QUOTA_FLOOR_US = 1_000
 CPU_PERIOD_RANGE_US = (1_000, 1_000_000)
 CPU_PERIOD_DEFAULT_US = 100_000
+IO_WEIGHT_RANGE = (1, 10_000)
+IO_RATES = ("io_read_bytes_per_s", "io_write_bytes_per_s", "io_read_ops_per_s", "io_write_ops_per_s")
+IO_OPS_MAX = (1 << 32) - 2  # UINT_MAX stands for "no limit" (block/blk-throttle.c)
+IO_FLOOR_BYTES_PER_S = 4096  # a page: less would hold up a single fault for seconds
+NO_PROCESS_IO = "only the transfers of a whole container can be limited"
 UINT63_MAX = (1 << 63) - 1
+NO_PROCESS_NETWORK = "a process has the bandwidth of its container"
 NETWORK_RATE_RANGE = (1 << 10, 1 << 40)
 NETWORK_BURST_RANGE = (4 << 10, 1 << 30)  # a whole packet must fit
 
@@ -49,6 +55,8 @@ class Limits:
         network_rx_bytes_per_s: what the container's link may receive, in bytes per second on the wire.
         network_tx_bytes_per_s: what it may send.
         network_burst_bytes: how much of either may pass at once after a pause; None or 0: the server's choice.
+        io_weight: share of the writable layer's block device under contention, 1 to 10000, as cgroup v2's io.weight.
+        io_read_bytes_per_s, io_write_bytes_per_s, io_read_ops_per_s, io_write_ops_per_s: transfers with that device.
     """
 
     memory_bytes: int | None = None
@@ -63,6 +71,11 @@ class Limits:
     network_rx_bytes_per_s: int | None = None
     network_tx_bytes_per_s: int | None = None
     network_burst_bytes: int | None = None
+    io_weight: int | None = None
+    io_read_bytes_per_s: int | None = None
+    io_write_bytes_per_s: int | None = None
+    io_read_ops_per_s: int | None = None
+    io_write_ops_per_s: int | None = None
 
     def over(self, older: Limits) -> Limits:
         """These limits, with older's value wherever this has no statement."""
@@ -80,12 +93,26 @@ class Limits:
             network_rx_bytes_per_s=_newer(self.network_rx_bytes_per_s, older.network_rx_bytes_per_s),
             network_tx_bytes_per_s=_newer(self.network_tx_bytes_per_s, older.network_tx_bytes_per_s),
             network_burst_bytes=_newer(self.network_burst_bytes, older.network_burst_bytes),
+            io_weight=_newer(self.io_weight, older.io_weight),
+            io_read_bytes_per_s=_newer(self.io_read_bytes_per_s, older.io_read_bytes_per_s),
+            io_write_bytes_per_s=_newer(self.io_write_bytes_per_s, older.io_write_bytes_per_s),
+            io_read_ops_per_s=_newer(self.io_read_ops_per_s, older.io_read_ops_per_s),
+            io_write_ops_per_s=_newer(self.io_write_ops_per_s, older.io_write_ops_per_s),
         )
 
     @property
     def states_disk(self) -> bool:
         """Whether anything is said about disk space."""
         return any(value is not None for value in (self.disk_bytes, self.disk_inodes, self.disk_scope))
+
+    @property
+    def states_io(self) -> bool:
+        """Whether anything is said about transfers with the block device."""
+        return any(getattr(self, name) is not None for name in ("io_weight", *IO_RATES))
+
+    def only_io(self) -> Limits:
+        """Of these, those of transfers with the block device."""
+        return Limits(**{name: getattr(self, name) for name in ("io_weight", *IO_RATES)})
 
     def without_disk(self) -> Limits:
         """The same without a word about disk space: what is left is the processes'."""
@@ -135,8 +162,25 @@ def limit_violations(limits: Limits, prefix: str) -> list[FieldViolation]:
     for name in ("network_rx_bytes_per_s", "network_tx_bytes_per_s"):
         check(name, getattr(limits, name), *NETWORK_RATE_RANGE, zero_is_unlimited=True)
     check("network_burst_bytes", limits.network_burst_bytes, *NETWORK_BURST_RANGE, zero_is_unlimited=True)
+    check("io_weight", limits.io_weight, *IO_WEIGHT_RANGE, zero_is_unlimited=False)
+    for name in IO_RATES:
+        counts_bytes = "bytes" in name
+        low, high = (IO_FLOOR_BYTES_PER_S, UINT63_MAX) if counts_bytes else (1, IO_OPS_MAX)
+        check(name, getattr(limits, name), low, high, zero_is_unlimited=True)
     if limits.disk_scope is not None and limits.disk_bytes is None:
         found.append(FieldViolation(f"{prefix}.disk_scope", "needs disk_bytes"))
+    return found
+
+
+def process_limit_violations(limits: Limits, prefix: str) -> list[FieldViolation]:
+    """As limit_violations, for limits of a running process: of memory, CPU and tasks alone."""
+    found = limit_violations(limits, prefix)
+    if limits.states_disk:
+        found.append(FieldViolation(f"{prefix}.disk_bytes", "cannot be changed for a single process"))
+    if limits.states_io:
+        found.append(FieldViolation(f"{prefix}.io_weight", NO_PROCESS_IO))
+    if limits.states_network:
+        found.append(FieldViolation(f"{prefix}.network_tx_bytes_per_s", NO_PROCESS_NETWORK))
     return found
 
 

@@ -10,7 +10,7 @@ from .errors import FieldViolation, InvalidRequest
 from .files import BindMount, mount_violations
 from .handle import name_problem
 from .image import RegistryAuth, image_problem
-from .limits import Limits, limit_violations
+from .limits import NO_PROCESS_IO, NO_PROCESS_NETWORK, Limits, limit_violations
 
 ARG_MAX_BYTES = 512 << 10
 RETENTION_FLOOR_BYTES = 64 << 10
@@ -107,6 +107,11 @@ class ProcessSpec:
         """Whether it and its children are counted by themselves."""
         return self.sidecar is not None or not self.limits.without_disk().empty()
 
+    @property
+    def is_beside(self) -> bool:
+        """Whether its limits stand beside its container's instead of within them."""
+        return self.sidecar is not None and self.sidecar.own_limits
+
 
 @dataclass(frozen=True, slots=True)
 class ExitStatus:
@@ -186,9 +191,11 @@ def check_process(spec: ProcessSpec, prefix: str = "spec") -> None:
     if spec.limits.cpu_period_us is not None and spec.limits.cpu_quota_us is None:
         bad("limits.cpu_period_us", "needs cpu_quota_us")
     if spec.limits.states_network:
-        found.append(FieldViolation("spec.limits", "a process has the bandwidth of its container"))
+        found.append(FieldViolation("spec.limits.network_tx_bytes_per_s", NO_PROCESS_NETWORK))
     if spec.limits.states_disk and spec.sidecar is None:
         bad("limits.disk_bytes", "only containers and sidecars have disk space of their own")
+    if spec.limits.states_io:
+        bad("limits.io_weight", NO_PROCESS_IO)
     if (sidecar := spec.sidecar) is not None:
         if problem := image_problem(sidecar.image):
             bad("sidecar.image", problem)

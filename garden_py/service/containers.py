@@ -17,10 +17,11 @@ import structlog
 
 from garden_py.model import errors
 from garden_py.model.codec import dump_container_spec
+from garden_py.model.cpu import Entitlement, Standing, stated_shares, with_quota
 from garden_py.model.handle import hostname_for, make_name
 from garden_py.model.image import PullProgress, RegistryAuth, UsedImage
 from garden_py.model.lifecycle import USABLE, State
-from garden_py.model.limits import Limits, limit_violations
+from garden_py.model.limits import Limits, limit_violations, process_limit_violations
 from garden_py.model.netrule import Decision, DefaultAction, Destination, EgressPolicy, EgressRule
 from garden_py.model.network import NetworkMode
 from garden_py.model.spec import (
@@ -61,6 +62,8 @@ class Defaults:
     max_containers: int
     egress: DefaultAction
     privileged_allowed: bool = True
+    cpu_quota_us_per_share: int = 0
+    cpu_percent_per_share: float = 0.0
 
 
 class Containers:
@@ -89,6 +92,7 @@ class Containers:
         self._defaults = defaults
         self._listeners = (metrics.operation_ended, *listeners)
         self._resuming = asyncio.Semaphore(_RESUMED_AT_ONCE)
+        self._entitlement: Entitlement | None = None
         self.expiry = Expiry(grace_time_s, self._expired)
 
     # --- create
@@ -176,6 +180,7 @@ class Containers:
             handle=handle,
             hostname=spec.hostname or hostname_for(handle),
             egress=self._complete(spec.egress) if spec.network_mode is NetworkMode.OWN else None,
+            limits=with_quota(spec.limits, self._defaults.cpu_quota_us_per_share),
         )
 
     def _complete(self, policy: EgressPolicy | None) -> EgressPolicy:
@@ -299,10 +304,37 @@ class Containers:
 
     async def _usage_of(self, handle: str) -> Usage | errors.GardenError:
         try:
-            self._registry.get(handle).require_usable("measured")
-            return await self._backend.usage(handle)
+            return await self.usage_of_container(handle)
         except errors.GardenError as error:
             return error
+
+    async def usage_of_container(self, handle: str) -> Usage:
+        """Usage of one container.
+
+        Raises:
+            ContainerNotFound, ContainerBusy, ContainerBroken.
+        """
+        self._registry.get(handle).require_usable("measured")
+        usage = await self._backend.usage(handle)
+        return replace(usage, cpu_entitlement_ns=self.standing(handle, usage.cpu_usage_ns).entitled_ns)
+
+    @property
+    def entitlement(self) -> Entitlement:
+        """What a CPU share is worth on this host."""
+        if self._entitlement is None:
+            host, per_share = self._backend.capacity(), self._defaults.cpu_percent_per_share
+            self._entitlement = Entitlement.of_host(per_share, cpus=host.cpus, memory_bytes=host.memory_bytes)
+        return self._entitlement
+
+    def standing(self, handle: str, used_ns: int) -> Standing:
+        """How a container that has used so much CPU time stands to what it is entitled to.
+
+        Raises:
+            ContainerNotFound.
+        """
+        container = self._registry.get(handle)
+        shares, age_ns = stated_shares(container.spec.limits), time.time_ns() - container.created_ns
+        return Standing(shares, used_ns, self.entitlement.entitled_ns(shares, age_ns))
 
     async def usage_of_process(self, handle: str, process_id: str) -> Usage:
         """Usage of one process and its children.
@@ -342,20 +374,51 @@ class Containers:
             self._events.publish(EventKind.PROPERTIES_CHANGED, handle)
             return properties
 
-    async def limits(self, handle: str) -> Limits:
-        """The limits in force, from the kernel."""
-        with self._usable(handle, "asked for its limits"):
-            return await self._backend.limits(handle)
+    async def limits(self, handle: str, process_id: str = "") -> Limits:
+        """The limits in force, from the kernel, of a container or of one process in it.
 
-    async def update_limits(self, handle: str, limits: Limits) -> Limits:
-        """Change limits of a running container; those in force afterwards."""
-        if found := limit_violations(limits, "limits"):
+        Raises:
+            ContainerNotFound, ContainerBusy, ContainerBroken, ProcessNotFound, ProcessExited, ProcessNotLimited.
+        """
+        with self._usable(handle, "asked for its limits"):
+            return await self._backend.limits(handle, process_id or None)
+
+    async def update_limits(self, handle: str, limits: Limits, process_id: str = "") -> Limits:
+        """Change limits of a running container, or of one process in it; those in force afterwards.
+
+        Raises:
+            InvalidRequest, LimitRefused, NotSupported, HostFault, and as `limits`: nothing has changed.
+        """
+        found = (
+            process_limit_violations(limits, "limits") if process_id else limit_violations(limits, "limits")
+        )
+        if found:
             raise errors.InvalidRequest(found)
-        return await self._guard.complete("limit", self._update_limits(handle, limits))
+        if process_id:
+            job = self._update_process_limits(handle, process_id, limits)
+        else:
+            job = self._update_limits(handle, limits)
+        return await self._guard.complete("limit", job)
+
+    async def _update_process_limits(self, handle: str, process_id: str, limits: Limits) -> Limits:
+        async with self._changing(handle, "limited") as container:
+            before = await self._backend.limits(handle, process_id)
+            spec = container.processes[process_id].process.spec
+            if spec.is_beside:
+                limits = with_quota(limits, self._defaults.cpu_quota_us_per_share, spec.limits)
+            now = await self._backend.update_limits(handle, limits, process_id)
+            await self._or_undo(
+                container,
+                lambda: self._registry.save_process(container, process_id),
+                lambda: self._backend.update_limits(handle, before, process_id),
+            )
+        self._events.publish(EventKind.LIMITS_CHANGED, handle, process_id=process_id)
+        return now
 
     async def _update_limits(self, handle: str, limits: Limits) -> Limits:
         async with self._changing(handle, "limited") as container:
             before = await self._backend.limits(handle)
+            limits = with_quota(limits, self._defaults.cpu_quota_us_per_share, container.spec.limits)
             now = await self._backend.update_limits(handle, limits)
             wanted = limits.over(container.spec.limits)
             if limits.states_disk:  # a limit that was taken away has no scope either
@@ -366,7 +429,11 @@ class Containers:
                     disk_scope=now.disk_scope,
                 )
             changed = replace(container.spec, limits=wanted)
-            await self._save_or_undo(container, changed, lambda: self._backend.update_limits(handle, before))
+            await self._or_undo(
+                container,
+                lambda: self._registry.save(container, spec=changed),
+                lambda: self._backend.update_limits(handle, before),
+            )
         self._events.publish(EventKind.LIMITS_CHANGED, handle)
         return now
 
@@ -427,7 +494,11 @@ class Containers:
         handle = container.handle
         await self._backend.set_egress(handle, wanted)
         changed = replace(container.spec, egress=wanted)
-        await self._save_or_undo(container, changed, lambda: self._backend.set_egress(handle, former))
+        await self._or_undo(
+            container,
+            lambda: self._registry.save(container, spec=changed),
+            lambda: self._backend.set_egress(handle, former),
+        )
         container.egress_etag = egress_etag(wanted)
         self._events.publish(EventKind.EGRESS_CHANGED, handle, etag=container.egress_etag)
 
@@ -469,8 +540,8 @@ class Containers:
 
         return record
 
-    async def _save_or_undo(
-        self, container: Container, spec: ContainerSpec, undo: Callable[[], Awaitable[object]]
+    async def _or_undo(
+        self, container: Container, save: Callable[[], None], undo: Callable[[], Awaitable[object]]
     ) -> None:
         """Write down a change that is in force already; if that fails, take it back.
 
@@ -478,7 +549,7 @@ class Containers:
             HostFault: it is not written down; a note says if it could not be taken back either.
         """
         try:
-            self._registry.save(container, spec=spec)
+            save()
         except errors.HostFault as fault:
             try:
                 await undo()

@@ -17,6 +17,7 @@ from garden_py.service.ports import Backend
 from garden_py.service.processes import Processes
 from garden_py.service.recovery import Recovery
 from garden_py.service.registry import Registry
+from garden_py.service.throttling import Throttling
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class Core:
     recovery: Recovery
     janitor: Janitor
     diagnosis: Diagnosis
+    throttling: Throttling
     metrics: Metrics
     default_egress: DefaultAction
     version: str
@@ -47,6 +49,7 @@ class Core:
         """Finish jobs under way, then let go of every container without touching it."""
         await self.recovery.close()
         await self.janitor.close()
+        await self.throttling.close()
         self.containers.end_fetches()
         await self.guard.close()
         await self.processes.close()

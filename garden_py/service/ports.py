@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from garden_py.model.connection import Connection
+from garden_py.model.cpu import Entitlement, Standing
 from garden_py.model.image import ImageInfo, ImageRef, PullProgress, RegistryAuth, UsedImage
 from garden_py.model.leak import Leak
 from garden_py.model.lifecycle import State
@@ -143,7 +144,10 @@ class AgentFacts:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """A container's use of resources; fields as in ContainerMetrics of the proto, same units."""
+    """A container's use of resources; fields as in ContainerMetrics of the proto, same units.
+
+    The service fills in cpu_entitlement_ns.
+    """
 
     memory_bytes: int = 0
     memory_working_set_bytes: int = 0
@@ -154,6 +158,7 @@ class Usage:
     cpu_user_ns: int = 0
     cpu_system_ns: int = 0
     cpu_throttled_ns: int = 0
+    cpu_entitlement_ns: int = 0
     pids: int = 0
     pids_limit: int = 0
     oom_kills: int = 0
@@ -504,11 +509,30 @@ class Backend(LeakFinder, Protocol):
             ProcessNotFound: there is no such process, or it has ended.
         """
 
-    async def limits(self, handle: str) -> Limits:
-        """The limits in force, read from the kernel; 0 where there is none."""
+    def cpu_usage_ns(self, handle: str) -> int:
+        """CPU time of a container so far, without sidecars beside its limits."""
 
-    async def update_limits(self, handle: str, limits: Limits) -> Limits:
-        """Change limits; those in force afterwards. InvalidField if the kernel refuses."""
+    async def balance_cpu(self, standings: Mapping[str, Standing], entitlement: Entitlement) -> None:
+        """Give containers over their entitlement only what the others leave; those not named stay as they are.
+
+        Raises:
+            OSError: it cannot be done now.
+        """
+
+    async def limits(self, handle: str, process_id: str | None = None) -> Limits:
+        """The limits in force, read from the kernel, of a container or a process in it; 0 where there is none.
+
+        Raises:
+            ProcessNotFound, ProcessExited.
+            ProcessNotLimited: the process is not counted by itself (ProcessSpec.has_own_group).
+        """
+
+    async def update_limits(self, handle: str, limits: Limits, process_id: str | None = None) -> Limits:
+        """Change limits; those in force afterwards. A process's spec says them from then on.
+
+        Raises:
+            LimitRefused: the kernel refuses; nothing has changed. And those of `limits`.
+        """
 
     async def map_port(
         self, handle: str, mapping: PortMapping, record: Callable[[dict[str, Any]], None]

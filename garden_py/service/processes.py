@@ -12,6 +12,7 @@ import structlog
 
 from garden_py.model import errors
 from garden_py.model.codec import dump_exit, dump_process_spec
+from garden_py.model.cpu import with_quota
 from garden_py.model.handle import make_name
 from garden_py.model.process import ExitStatus, ProcessSpec, check_process
 from garden_py.model.spec import REQUEST_ID_MAX
@@ -27,7 +28,16 @@ _SAVE_AGAIN_S = 1.0
 class Processes:
     """The verbs about processes."""
 
-    def __init__(self, backend: Backend, registry: Registry, events: EventHub, expiry: Expiry) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        registry: Registry,
+        events: EventHub,
+        expiry: Expiry,
+        *,
+        cpu_quota_us_per_share: int = 0,
+    ) -> None:
+        self._cpu_quota_us_per_share = cpu_quota_us_per_share
         self._backend = backend
         self._registry = registry
         self._events = events
@@ -50,6 +60,8 @@ class Processes:
         container = self._registry.get(handle)
         container.require_usable("given a process")
         spec = spec if spec.id else replace(spec, id=make_name())
+        if spec.is_beside:  # all others are within what their container's shares stand for
+            spec = replace(spec, limits=with_quota(spec.limits, self._cpu_quota_us_per_share))
         with self._expiry.use(container):
             if (starting := container.starting.get(spec.id)) is not None:
                 return self._repeated(container, await asyncio.shield(starting), request_id).process

@@ -10,7 +10,7 @@ from typing import Any
 
 import structlog
 
-from garden_py.model.codec import dump_container_spec
+from garden_py.model.codec import dump_container_spec, dump_exit, dump_process_spec
 from garden_py.model.errors import (
     ContainerBroken,
     ContainerBusy,
@@ -20,7 +20,7 @@ from garden_py.model.errors import (
 )
 from garden_py.model.lifecycle import USABLE, State, may_follow
 from garden_py.model.spec import ContainerSpec
-from garden_py.service.ports import Claim, ContainerRow, Records, RunningProcess
+from garden_py.service.ports import Claim, ContainerRow, ProcessRow, Records, RunningProcess
 
 log = structlog.get_logger()
 NOTABLE_MAX = 1000
@@ -198,6 +198,28 @@ class Registry:
         )
         for name, value in changes.items():
             setattr(container, name, value)
+
+    def save_process(self, container: Container, process_id: str) -> None:
+        """Write a process's row anew, with its spec as it is now.
+
+        Raises:
+            HostFault: it cannot be written; nothing has changed.
+        """
+        entry = container.processes.get(process_id)
+        if entry is None or self._containers.get(container.handle) is not container:
+            return  # it is gone, and its row with it
+        process = entry.process
+        self.records.save_process(
+            ProcessRow(
+                handle=container.handle,
+                id=process_id,
+                request_id=entry.request_id,
+                started_ns=process.started_ns,
+                pid=process.pid if process.exit is not None else 0,  # comes with the exit; the agent tells it
+                spec=dump_process_spec(process.spec),
+                exit=None if process.exit is None else dump_exit(process.exit),
+            )
+        )
 
     def move(self, container: Container, state: State, reason: str = "") -> None:
         """Change a container's state; a change that the state table does not know is a bug.

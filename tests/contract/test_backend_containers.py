@@ -14,7 +14,7 @@ import pytest
 from kit.stage import Stage, chunks_of, eventually, exit_of, full_spec, output_of
 
 from garden_py.model import errors
-from garden_py.model.limits import Limits
+from garden_py.model.limits import IO_RATES, Limits
 from garden_py.model.netrule import DefaultAction, EgressPolicy, parse_egress_rule
 from garden_py.model.process import OutputStream
 from garden_py.model.spec import PortMapping, Transport
@@ -152,13 +152,30 @@ async def test_limits_are_read_back(stage: Stage) -> None:
     asked = Limits(memory_bytes=64 << 20, cpu_weight=50, cpu_quota_us=50_000, pids=40)
     handle = await stage.create(limits=asked)
     now = await stage.backend.limits(handle)
-    assert now == replace(
+    assert replace(now, **dict.fromkeys(("io_weight", *IO_RATES))) == replace(
         asked, cpu_period_us=100_000, cpu_shares=now.cpu_shares, disk_bytes=0, disk_inodes=0
     )
     assert now.cpu_shares in (None, 512)  # cgroup v1 keeps nothing but shares
     changed = await stage.backend.update_limits(handle, Limits(memory_bytes=128 << 20, pids=0))
     assert changed == replace(now, memory_bytes=128 << 20, pids=0)
     assert await stage.backend.limits(handle) == changed
+
+
+async def test_limits_of_a_process(stage: Stage) -> None:
+    """They are read and changed beside the container's, and its spec says them; others are refused with a reason."""
+    handle = await stage.create()
+    before = await stage.backend.limits(handle)
+    await stage.start(handle, "sleep", "1000", id="own", limits=Limits(memory_bytes=64 << 20))
+    await stage.start(handle, "sleep", "1000", id="plain")
+    now = await stage.backend.limits(handle, "own")
+    assert (now.memory_bytes, now.pids) == (64 << 20, 0)
+    changed = await stage.backend.update_limits(handle, Limits(pids=7), "own")
+    assert (changed.memory_bytes, changed.pids) == (64 << 20, 7)
+    assert await stage.backend.limits(handle) == before
+    with pytest.raises(errors.ProcessNotLimited):
+        await stage.backend.update_limits(handle, Limits(pids=7), "plain")
+    with pytest.raises(errors.ProcessNotFound):
+        await stage.backend.limits(handle, "nobody")
 
 
 async def test_container_without_limits_has_none(stage: Stage) -> None:

@@ -10,12 +10,13 @@ import asyncio
 import io
 import itertools
 import tarfile
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from garden_py.model import errors
 from garden_py.model.codec import load_exit
+from garden_py.model.cpu import Entitlement, Standing
 from garden_py.model.image import PullProgress, Transport, UsedImage, parse_image
 from garden_py.model.leak import Leak
 from garden_py.model.lifecycle import USABLE
@@ -93,6 +94,8 @@ class FakeBackend:
         can_put_back: names of what can be made again when it is missing.
         remove_gate: removals of leaks wait for it.
         further_clues: what there is to be found out about any container.
+        cpu_used_ns: CPU time of containers; 1 where there is none.
+        throttled: those over their entitlement at the last look.
         calls: what was asked, in order: (verb, handle).
     """
 
@@ -112,6 +115,8 @@ class FakeBackend:
         self.further_clues: list[Clue] = []
         self.calls: list[tuple[str, str]] = []
         self.connected: set[str] = set()
+        self.cpu_used_ns: dict[str, int] = {}
+        self.throttled: set[str] = set()
         self._most = containers
         self._ports = range(61_001, 61_001 + ports)
         self._events: BackendEvents
@@ -275,10 +280,32 @@ class FakeBackend:
             cpu_usage_ns=1,
         )
 
-    async def limits(self, handle: str) -> Limits:
+    def cpu_usage_ns(self, handle: str) -> int:
+        return self.cpu_used_ns.get(handle, 1)
+
+    async def balance_cpu(self, standings: Mapping[str, Standing], entitlement: Entitlement) -> None:
+        self.throttled = {handle for handle, standing in standings.items() if standing.is_over}
+
+    async def limits(self, handle: str, process_id: str | None = None) -> Limits:
+        if process_id is not None:
+            return self._limited(handle, process_id).spec.limits.over(UNLIMITED).without_disk()
         return self._get(handle).limits
 
-    async def update_limits(self, handle: str, limits: Limits) -> Limits:
+    def _limited(self, handle: str, process_id: str) -> FakeProcess:
+        process = self._get(handle).processes.get(process_id)
+        if process is None:
+            raise errors.ProcessNotFound(handle, process_id)
+        if process.exit is not None:
+            raise errors.ProcessExited(process_id)
+        if not process.spec.has_own_group:
+            raise errors.ProcessNotLimited(handle, process_id)
+        return process
+
+    async def update_limits(self, handle: str, limits: Limits, process_id: str | None = None) -> Limits:
+        if process_id is not None:
+            process = self._limited(handle, process_id)
+            process.spec = replace(process.spec, limits=limits.over(process.spec.limits))
+            return await self.limits(handle, process_id)
         container = self._get(handle)
         container.limits = limits.over(container.limits)
         return container.limits

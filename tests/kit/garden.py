@@ -70,7 +70,8 @@ def details_of(error: grpc.RpcError) -> tuple[str, set[str]]:
 def cgroups_of(handle: str) -> list[Path]:
     """A container's cgroup directories, in every hierarchy."""
     root = Path("/sys/fs/cgroup")
-    return [*root.glob(f"*/garden-*/{handle}"), *root.glob(f"garden-*/{handle}")]
+    places = ("*/garden-*", "garden-*", "*/garden-throttled-*/*")
+    return [path for place in places for path in root.glob(f"{place}/{handle}")]
 
 
 def events_of(garden: GardenClient, *handles: str) -> Iterator[Any]:

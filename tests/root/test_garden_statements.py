@@ -78,7 +78,7 @@ def test_ME5_huge_limit_is_clamped(garden: GardenClientBase) -> None:
         garden.text_of(handle, "true")
 
 
-@pytest.mark.garden_only("gRPC has no entitlement yet")
+@pytest.mark.garden_only("gRPC states no shares")
 def test_CP5_entitlement_grows_with_shares_and_age(garden: GardenClientBase, box: str) -> None:
     assert garden.json("GET", f"/containers/{box}/metrics")["CPUEntitlement"] == 0
     with garden.container(limits={"cpu_limits": {"limit_in_shares": 512}}) as handle:

@@ -207,6 +207,13 @@ def test_removing_a_rule_that_is_not_there_changes_nothing(garden: Garden, fake:
     assert (result.code, len(fake.containers["c"].egress.rules)) == (2, 1)
 
 
+def test_limits_of_block_io(garden: Garden, fake: FakeGarden) -> None:
+    """Sizes per second with their units, at create and live."""
+    garden("create", "--handle", "c", "--io-read", "20M", "--io-weight", "50")
+    garden("limits", "c", "--io-write-ops", "9", "--io-read", "0")
+    assert fake.containers["c"].limits == pb.Limits(io_read_bytes_per_s=0, io_weight=50, io_write_ops_per_s=9)
+
+
 def test_limits_are_changed_only_where_given(garden: Garden, fake: FakeGarden) -> None:
     """The rest stays as it is."""
     garden("create", "--handle", "c", "--memory", "64M", "--pids", "5")

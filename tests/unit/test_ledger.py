@@ -46,7 +46,7 @@ def whole_host() -> Sight:
             "garden-3fa1",
             required=frozenset({CPU}),
             parents=frozenset({CPU, FREEZER}),
-            groups={"web": {CPU, FREEZER}, "root": {CPU, FREEZER}},
+            groups={"garden-3fa1/web": {CPU, FREEZER}, "garden-3fa1/root": {CPU, FREEZER}},
         ),
         processes=processes.Sight(),
         network=network.Sight(
@@ -88,7 +88,7 @@ def test_everything_of_a_container_without_a_row_is_an_orphan() -> None:
     seen = whole_host()
     seen = replace(
         seen,
-        cgroups=replace(seen.cgroups, pids={"web": (7, 8)}),
+        cgroups=replace(seen.cgroups, pids={"garden-3fa1/web": (7, 8)}),
         mounts=mounts.Sight(frozenset({WEB.runtime_id})),
         network=replace(seen.network, aliases={"gdn3fa1-7": "web"}),
     )
@@ -125,7 +125,7 @@ def test_everything_that_a_settled_container_lacks_is_missing() -> None:
     empty = replace(
         empty,
         files=files.Sight(socket_names=SOCKETS),
-        cgroups=replace(empty.cgroups, groups={"web": {FREEZER}}),
+        cgroups=replace(empty.cgroups, groups={"garden-3fa1/web": {FREEZER}}),
         processes=processes.Sight(ended=frozenset({"web"})),
         network=network.Sight(HOST, Survey({}, anchor=True, table=True, chains=BASE_CHAINS)),
         leases=leases.Sight(),
@@ -309,3 +309,20 @@ def test_mapping_is_judged_as_a_whole() -> None:
     assert not in_use("portmap tcp 61001 10.9.0.2 9090")
     assert in_use("member gdn-2 10.9.0.2")
     assert not in_use("member gdn-7 10.9.0.7")
+
+
+def test_places_of_throttled_containers() -> None:
+    """A container may be in either place; a twin alone is none, and belongs to nobody without its row."""
+    good, bad = "garden-throttled-3fa1/good", "garden-throttled-3fa1/bad"
+    seen = cgroups.Sight(
+        "garden-3fa1",
+        frozenset({CPU}),
+        frozenset({CPU}),
+        {f"{good}/web": {CPU}, f"{bad}/web": {CPU}, f"{bad}/lost": {CPU}},
+        {f"{bad}/lost": (9,)},
+    )
+    book = Book([WEB], [WEB], Shared.REQUIRED)
+    found = [(leak.kind.value, leak.name) for leak in cgroups.judge(book, seen)]
+    assert found == [("cgroup", f"{bad}/lost"), ("process", "9")]
+    del seen.groups[f"{good}/web"]
+    assert any(leak.direction is Direction.MISSING for leak in cgroups.judge(book, seen))

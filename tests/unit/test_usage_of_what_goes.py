@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -14,6 +14,7 @@ from garden_py.backend.disk.volumes import Volumes
 from garden_py.backend.images.store import ImageStore
 from garden_py.backend.linux import backend as module
 from garden_py.backend.linux.backend import LinuxBackend
+from garden_py.backend.linux.block_io import BlockIo
 from garden_py.backend.linux.container import LinuxContainer
 from garden_py.backend.linux.disk import ContainerDisk
 from garden_py.backend.linux.network import _Namespaces
@@ -45,6 +46,9 @@ def backend(tmp_path: Path) -> LinuxBackend:
     nobody: Any = None
     images: Any = SimpleNamespace(store=ImageStore(tmp_path / "images", nobody))
     backend._containers["box"] = LinuxContainer("box", nobody, cgroup, tmp_path, nobody)
+    backend._site = cast(
+        Any, SimpleNamespace(block_io=BlockIo(cgroup.hierarchies, "none", tmp_path, Config()))
+    )
     backend._disk = NoDisk(Volumes(tmp_path, None, nobody), images, str(tmp_path))
     backend._processes = LinuxProcesses(nobody, nobody, images, nobody, nobody)
     return backend

@@ -500,6 +500,11 @@ class Limits(_message.Message):
     DISK_BYTES_FIELD_NUMBER: _builtins.int
     DISK_INODES_FIELD_NUMBER: _builtins.int
     DISK_SCOPE_FIELD_NUMBER: _builtins.int
+    IO_WEIGHT_FIELD_NUMBER: _builtins.int
+    IO_READ_BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    IO_WRITE_BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    IO_READ_OPS_PER_S_FIELD_NUMBER: _builtins.int
+    IO_WRITE_OPS_PER_S_FIELD_NUMBER: _builtins.int
     NETWORK_RX_BYTES_PER_S_FIELD_NUMBER: _builtins.int
     NETWORK_TX_BYTES_PER_S_FIELD_NUMBER: _builtins.int
     NETWORK_BURST_BYTES_FIELD_NUMBER: _builtins.int
@@ -521,6 +526,16 @@ class Limits(_message.Message):
     """of the writable layer; 0 = unlimited; not on btrfs (UNIMPLEMENTED)"""
     disk_scope: Global___Limits.DiskScope.ValueType
     """what disk_bytes counts"""
+    io_weight: _builtins.int
+    """Transfers to and from the block device that carries the writable layer, of containers only. UNIMPLEMENTED where the host
+    cannot limit them. On cgroup v1 writes count only when they bypass the page cache (O_DIRECT); see docs/operations.md.
+    relative share under contention, 1 to 10000, default 100 (cgroups(7) io.weight)
+    """
+    io_read_bytes_per_s: _builtins.int
+    """0 = unlimited, like the following"""
+    io_write_bytes_per_s: _builtins.int
+    io_read_ops_per_s: _builtins.int
+    io_write_ops_per_s: _builtins.int
     network_rx_bytes_per_s: _builtins.int
     """Bandwidth of the container's link, bytes on the wire, of containers only; 0 = unlimited; floor 1 KiB/s. What is too much
     waits, and then is lost, as on any slow link. Root of a privileged container can lift its own tx limit. Unset in answers
@@ -542,13 +557,18 @@ class Limits(_message.Message):
         disk_bytes: _builtins.int | None = ...,
         disk_inodes: _builtins.int | None = ...,
         disk_scope: Global___Limits.DiskScope.ValueType | None = ...,
+        io_weight: _builtins.int | None = ...,
+        io_read_bytes_per_s: _builtins.int | None = ...,
+        io_write_bytes_per_s: _builtins.int | None = ...,
+        io_read_ops_per_s: _builtins.int | None = ...,
+        io_write_ops_per_s: _builtins.int | None = ...,
         network_rx_bytes_per_s: _builtins.int | None = ...,
         network_tx_bytes_per_s: _builtins.int | None = ...,
         network_burst_bytes: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_cpu_period_us", b"_cpu_period_us", "_cpu_quota_us", b"_cpu_quota_us", "_cpu_weight", b"_cpu_weight", "_disk_bytes", b"_disk_bytes", "_disk_inodes", b"_disk_inodes", "_disk_scope", b"_disk_scope", "_memory_bytes", b"_memory_bytes", "_network_burst_bytes", b"_network_burst_bytes", "_network_rx_bytes_per_s", b"_network_rx_bytes_per_s", "_network_tx_bytes_per_s", b"_network_tx_bytes_per_s", "_pids", b"_pids", "cpu_period_us", b"cpu_period_us", "cpu_quota_us", b"cpu_quota_us", "cpu_weight", b"cpu_weight", "disk_bytes", b"disk_bytes", "disk_inodes", b"disk_inodes", "disk_scope", b"disk_scope", "memory_bytes", b"memory_bytes", "network_burst_bytes", b"network_burst_bytes", "network_rx_bytes_per_s", b"network_rx_bytes_per_s", "network_tx_bytes_per_s", b"network_tx_bytes_per_s", "pids", b"pids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cpu_period_us", b"_cpu_period_us", "_cpu_quota_us", b"_cpu_quota_us", "_cpu_weight", b"_cpu_weight", "_disk_bytes", b"_disk_bytes", "_disk_inodes", b"_disk_inodes", "_disk_scope", b"_disk_scope", "_io_read_bytes_per_s", b"_io_read_bytes_per_s", "_io_read_ops_per_s", b"_io_read_ops_per_s", "_io_weight", b"_io_weight", "_io_write_bytes_per_s", b"_io_write_bytes_per_s", "_io_write_ops_per_s", b"_io_write_ops_per_s", "_memory_bytes", b"_memory_bytes", "_network_burst_bytes", b"_network_burst_bytes", "_network_rx_bytes_per_s", b"_network_rx_bytes_per_s", "_network_tx_bytes_per_s", b"_network_tx_bytes_per_s", "_pids", b"_pids", "cpu_period_us", b"cpu_period_us", "cpu_quota_us", b"cpu_quota_us", "cpu_weight", b"cpu_weight", "disk_bytes", b"disk_bytes", "disk_inodes", b"disk_inodes", "disk_scope", b"disk_scope", "io_read_bytes_per_s", b"io_read_bytes_per_s", "io_read_ops_per_s", b"io_read_ops_per_s", "io_weight", b"io_weight", "io_write_bytes_per_s", b"io_write_bytes_per_s", "io_write_ops_per_s", b"io_write_ops_per_s", "memory_bytes", b"memory_bytes", "network_burst_bytes", b"network_burst_bytes", "network_rx_bytes_per_s", b"network_rx_bytes_per_s", "network_tx_bytes_per_s", b"network_tx_bytes_per_s", "pids", b"pids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cpu_period_us", b"_cpu_period_us", "_cpu_quota_us", b"_cpu_quota_us", "_cpu_weight", b"_cpu_weight", "_disk_bytes", b"_disk_bytes", "_disk_inodes", b"_disk_inodes", "_disk_scope", b"_disk_scope", "_memory_bytes", b"_memory_bytes", "_network_burst_bytes", b"_network_burst_bytes", "_network_rx_bytes_per_s", b"_network_rx_bytes_per_s", "_network_tx_bytes_per_s", b"_network_tx_bytes_per_s", "_pids", b"_pids", "cpu_period_us", b"cpu_period_us", "cpu_quota_us", b"cpu_quota_us", "cpu_weight", b"cpu_weight", "disk_bytes", b"disk_bytes", "disk_inodes", b"disk_inodes", "disk_scope", b"disk_scope", "memory_bytes", b"memory_bytes", "network_burst_bytes", b"network_burst_bytes", "network_rx_bytes_per_s", b"network_rx_bytes_per_s", "network_tx_bytes_per_s", b"network_tx_bytes_per_s", "pids", b"pids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cpu_period_us", b"_cpu_period_us", "_cpu_quota_us", b"_cpu_quota_us", "_cpu_weight", b"_cpu_weight", "_disk_bytes", b"_disk_bytes", "_disk_inodes", b"_disk_inodes", "_disk_scope", b"_disk_scope", "_io_read_bytes_per_s", b"_io_read_bytes_per_s", "_io_read_ops_per_s", b"_io_read_ops_per_s", "_io_weight", b"_io_weight", "_io_write_bytes_per_s", b"_io_write_bytes_per_s", "_io_write_ops_per_s", b"_io_write_ops_per_s", "_memory_bytes", b"_memory_bytes", "_network_burst_bytes", b"_network_burst_bytes", "_network_rx_bytes_per_s", b"_network_rx_bytes_per_s", "_network_tx_bytes_per_s", b"_network_tx_bytes_per_s", "_pids", b"_pids", "cpu_period_us", b"cpu_period_us", "cpu_quota_us", b"cpu_quota_us", "cpu_weight", b"cpu_weight", "disk_bytes", b"disk_bytes", "disk_inodes", b"disk_inodes", "disk_scope", b"disk_scope", "io_read_bytes_per_s", b"io_read_bytes_per_s", "io_read_ops_per_s", b"io_read_ops_per_s", "io_weight", b"io_weight", "io_write_bytes_per_s", b"io_write_bytes_per_s", "io_write_ops_per_s", b"io_write_ops_per_s", "memory_bytes", b"memory_bytes", "network_burst_bytes", b"network_burst_bytes", "network_rx_bytes_per_s", b"network_rx_bytes_per_s", "network_tx_bytes_per_s", b"network_tx_bytes_per_s", "pids", b"pids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cpu_period_us: _TypeAlias = _typing.Literal["cpu_period_us"]  # noqa: Y015
     _WhichOneofArgType__cpu_period_us: _TypeAlias = _typing.Literal["_cpu_period_us", b"_cpu_period_us"]  # noqa: Y015
@@ -562,6 +582,16 @@ class Limits(_message.Message):
     _WhichOneofArgType__disk_inodes: _TypeAlias = _typing.Literal["_disk_inodes", b"_disk_inodes"]  # noqa: Y015
     _WhichOneofReturnType__disk_scope: _TypeAlias = _typing.Literal["disk_scope"]  # noqa: Y015
     _WhichOneofArgType__disk_scope: _TypeAlias = _typing.Literal["_disk_scope", b"_disk_scope"]  # noqa: Y015
+    _WhichOneofReturnType__io_read_bytes_per_s: _TypeAlias = _typing.Literal["io_read_bytes_per_s"]  # noqa: Y015
+    _WhichOneofArgType__io_read_bytes_per_s: _TypeAlias = _typing.Literal["_io_read_bytes_per_s", b"_io_read_bytes_per_s"]  # noqa: Y015
+    _WhichOneofReturnType__io_read_ops_per_s: _TypeAlias = _typing.Literal["io_read_ops_per_s"]  # noqa: Y015
+    _WhichOneofArgType__io_read_ops_per_s: _TypeAlias = _typing.Literal["_io_read_ops_per_s", b"_io_read_ops_per_s"]  # noqa: Y015
+    _WhichOneofReturnType__io_weight: _TypeAlias = _typing.Literal["io_weight"]  # noqa: Y015
+    _WhichOneofArgType__io_weight: _TypeAlias = _typing.Literal["_io_weight", b"_io_weight"]  # noqa: Y015
+    _WhichOneofReturnType__io_write_bytes_per_s: _TypeAlias = _typing.Literal["io_write_bytes_per_s"]  # noqa: Y015
+    _WhichOneofArgType__io_write_bytes_per_s: _TypeAlias = _typing.Literal["_io_write_bytes_per_s", b"_io_write_bytes_per_s"]  # noqa: Y015
+    _WhichOneofReturnType__io_write_ops_per_s: _TypeAlias = _typing.Literal["io_write_ops_per_s"]  # noqa: Y015
+    _WhichOneofArgType__io_write_ops_per_s: _TypeAlias = _typing.Literal["_io_write_ops_per_s", b"_io_write_ops_per_s"]  # noqa: Y015
     _WhichOneofReturnType__memory_bytes: _TypeAlias = _typing.Literal["memory_bytes"]  # noqa: Y015
     _WhichOneofArgType__memory_bytes: _TypeAlias = _typing.Literal["_memory_bytes", b"_memory_bytes"]  # noqa: Y015
     _WhichOneofReturnType__network_burst_bytes: _TypeAlias = _typing.Literal["network_burst_bytes"]  # noqa: Y015
@@ -584,6 +614,16 @@ class Limits(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__disk_inodes) -> _WhichOneofReturnType__disk_inodes | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__disk_scope) -> _WhichOneofReturnType__disk_scope | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__io_read_bytes_per_s) -> _WhichOneofReturnType__io_read_bytes_per_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__io_read_ops_per_s) -> _WhichOneofReturnType__io_read_ops_per_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__io_weight) -> _WhichOneofReturnType__io_weight | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__io_write_bytes_per_s) -> _WhichOneofReturnType__io_write_bytes_per_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__io_write_ops_per_s) -> _WhichOneofReturnType__io_write_ops_per_s | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_bytes) -> _WhichOneofReturnType__memory_bytes | None: ...
     @_typing.overload
@@ -1806,6 +1846,7 @@ class ContainerMetrics(_message.Message):
     DISK_EXCLUSIVE_BYTES_FIELD_NUMBER: _builtins.int
     DISK_TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     DISK_EXCLUSIVE_INODES_FIELD_NUMBER: _builtins.int
+    CPU_ENTITLEMENT_NS_FIELD_NUMBER: _builtins.int
     PROCESS_ID_FIELD_NUMBER: _builtins.int
     handle: _builtins.str
     error: _builtins.str
@@ -1836,6 +1877,8 @@ class ContainerMetrics(_message.Message):
     """that and its image"""
     disk_exclusive_inodes: _builtins.int
     """as disk_exclusive_bytes; 0 on btrfs"""
+    cpu_entitlement_ns: _builtins.int
+    """CPU time that its shares or weight entitled it to so far; 0 if it states neither"""
     process_id: _builtins.str
     """set: these are of that process and its children; network fields are 0"""
     @_builtins.property
@@ -1869,11 +1912,12 @@ class ContainerMetrics(_message.Message):
         disk_exclusive_bytes: _builtins.int = ...,
         disk_total_bytes: _builtins.int = ...,
         disk_exclusive_inodes: _builtins.int = ...,
+        cpu_entitlement_ns: _builtins.int = ...,
         process_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["age", b"age"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "cpu_system_ns", b"cpu_system_ns", "cpu_throttled_ns", b"cpu_throttled_ns", "cpu_usage_ns", b"cpu_usage_ns", "cpu_user_ns", b"cpu_user_ns", "disk_exclusive_bytes", b"disk_exclusive_bytes", "disk_exclusive_inodes", b"disk_exclusive_inodes", "disk_total_bytes", b"disk_total_bytes", "error", b"error", "handle", b"handle", "memory_bytes", b"memory_bytes", "memory_limit_bytes", b"memory_limit_bytes", "memory_peak_bytes", b"memory_peak_bytes", "memory_stat", b"memory_stat", "memory_working_set_bytes", b"memory_working_set_bytes", "network_rx_bytes", b"network_rx_bytes", "network_rx_packets", b"network_rx_packets", "network_tx_bytes", b"network_tx_bytes", "network_tx_packets", b"network_tx_packets", "oom_kills", b"oom_kills", "pids", b"pids", "pids_limit", b"pids_limit", "process_id", b"process_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "cpu_entitlement_ns", b"cpu_entitlement_ns", "cpu_system_ns", b"cpu_system_ns", "cpu_throttled_ns", b"cpu_throttled_ns", "cpu_usage_ns", b"cpu_usage_ns", "cpu_user_ns", b"cpu_user_ns", "disk_exclusive_bytes", b"disk_exclusive_bytes", "disk_exclusive_inodes", b"disk_exclusive_inodes", "disk_total_bytes", b"disk_total_bytes", "error", b"error", "handle", b"handle", "memory_bytes", b"memory_bytes", "memory_limit_bytes", b"memory_limit_bytes", "memory_peak_bytes", b"memory_peak_bytes", "memory_stat", b"memory_stat", "memory_working_set_bytes", b"memory_working_set_bytes", "network_rx_bytes", b"network_rx_bytes", "network_rx_packets", b"network_rx_packets", "network_tx_bytes", b"network_tx_bytes", "network_tx_packets", b"network_tx_packets", "oom_kills", b"oom_kills", "pids", b"pids", "pids_limit", b"pids_limit", "process_id", b"process_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1884,15 +1928,19 @@ class GetLimitsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     HANDLE_FIELD_NUMBER: _builtins.int
+    PROCESS_ID_FIELD_NUMBER: _builtins.int
     handle: _builtins.str
+    process_id: _builtins.str
+    """set: of that process, which is a sidecar or was started with limits of its own"""
     def __init__(
         self,
         *,
         handle: _builtins.str = ...,
+        process_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle", "process_id", b"process_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1904,7 +1952,10 @@ class UpdateLimitsRequest(_message.Message):
 
     HANDLE_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
+    PROCESS_ID_FIELD_NUMBER: _builtins.int
     handle: _builtins.str
+    process_id: _builtins.str
+    """as in GetLimitsRequest; its memory, CPU and pids can be changed"""
     @_builtins.property
     def limits(self) -> Global___Limits: ...
     def __init__(
@@ -1912,10 +1963,11 @@ class UpdateLimitsRequest(_message.Message):
         *,
         handle: _builtins.str = ...,
         limits: Global___Limits | None = ...,
+        process_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle", "limits", b"limits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle", "limits", b"limits", "process_id", b"process_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -289,7 +289,9 @@ class GardenServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetLimits(self, request, context):
-        """The limits as they are in force, read back from the kernel.
+        """The limits as they are in force, read back from the kernel, of a container or of one process in it.
+        Errors: NOT_FOUND; FAILED_PRECONDITION for a process that has exited (PROCESS_EXITED) or has no limits of its own
+        (PROCESS_NOT_LIMITED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -297,7 +299,8 @@ class GardenServicer:
 
     def UpdateLimits(self, request, context):
         """Changes limits of a running container; unset fields stay as they are. Returns the limits now in force.
-        Errors: INVALID_ARGUMENT; FAILED_PRECONDITION when the kernel refuses (e.g. memory in use above the new limit).
+        Errors: INVALID_ARGUMENT; FAILED_PRECONDITION when the kernel refuses (e.g. memory in use above the new limit); those of
+        GetLimits.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -71,6 +71,13 @@ def limits_from(message: pb.Limits) -> Limits:
         ),
         network_burst_bytes=message.network_burst_bytes if message.HasField("network_burst_bytes") else None,
         disk_scope=_scope_from(message.disk_scope) if message.HasField("disk_scope") else None,
+        io_weight=message.io_weight if message.HasField("io_weight") else None,
+        io_read_bytes_per_s=message.io_read_bytes_per_s if message.HasField("io_read_bytes_per_s") else None,
+        io_write_bytes_per_s=message.io_write_bytes_per_s
+        if message.HasField("io_write_bytes_per_s")
+        else None,
+        io_read_ops_per_s=message.io_read_ops_per_s if message.HasField("io_read_ops_per_s") else None,
+        io_write_ops_per_s=message.io_write_ops_per_s if message.HasField("io_write_ops_per_s") else None,
     )
 
 
@@ -94,6 +101,11 @@ def limits_to(limits: Limits) -> pb.Limits:
         network_tx_bytes_per_s=limits.network_tx_bytes_per_s,
         network_burst_bytes=limits.network_burst_bytes,
         disk_scope=None if limits.disk_scope is None else _SCOPES_OUT[limits.disk_scope],
+        io_weight=limits.io_weight,
+        io_read_bytes_per_s=limits.io_read_bytes_per_s,
+        io_write_bytes_per_s=limits.io_write_bytes_per_s,
+        io_read_ops_per_s=limits.io_read_ops_per_s,
+        io_write_ops_per_s=limits.io_write_ops_per_s,
     )
 
 

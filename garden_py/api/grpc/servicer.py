@@ -178,12 +178,13 @@ class GardenServicer(ImageServicer, garden_pb2_grpc.GardenServicer):
 
     async def GetLimits(self, request: pb.GetLimitsRequest, context: Context) -> pb.Limits:
         """See the proto."""
-        return convert.limits_to(await self._core.containers.limits(request.handle))
+        return convert.limits_to(await self._core.containers.limits(request.handle, request.process_id))
 
     async def UpdateLimits(self, request: pb.UpdateLimitsRequest, context: Context) -> pb.Limits:
         """See the proto."""
         wanted = convert.limits_from(request.limits)
-        return convert.limits_to(await self._core.containers.update_limits(request.handle, wanted))
+        limits = await self._core.containers.update_limits(request.handle, wanted, request.process_id)
+        return convert.limits_to(limits)
 
     async def MapPort(self, request: pb.MapPortRequest, context: Context) -> pb.PortMapping:
         """See the proto."""

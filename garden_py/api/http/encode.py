@@ -6,6 +6,7 @@ import json
 import time
 from typing import Any, Final
 
+from garden_py.model.cpu import Entitlement, stated_shares
 from garden_py.model.lifecycle import State
 from garden_py.model.limits import Limits
 from garden_py.service.ports import HostCapacity, NetworkFacts, RunningProcess, Usage
@@ -80,7 +81,7 @@ def _ports(network: NetworkFacts) -> list[dict[str, int]]:
     return [{"HostPort": m.host_port, "ContainerPort": m.container_port} for m in network.mapped_ports]
 
 
-def metrics_json(container: Container, usage: Usage, host: HostCapacity) -> dict[str, Any]:
+def metrics_json(container: Container, usage: Usage, entitlement: Entitlement) -> dict[str, Any]:
     """Metrics of a running container; times in nanoseconds."""
     age_ns = max(1, time.time_ns() - container.created_ns)
     network: dict[str, int] | None = {"RxBytes": usage.network_rx_bytes, "TxBytes": usage.network_tx_bytes}
@@ -91,7 +92,7 @@ def metrics_json(container: Container, usage: Usage, host: HostCapacity) -> dict
         "DiskStat": _disk_json(usage),
         "NetworkStat": network,
         "Age": age_ns,
-        "CPUEntitlement": _entitlement_ns(container.spec.limits, age_ns, host),
+        "CPUEntitlement": entitlement.entitled_ns(stated_shares(container.spec.limits), age_ns),
     }
 
 
@@ -148,15 +149,6 @@ def _usage_toward_limit(stat: dict[str, int]) -> int:
         return max(0, used - stat.get("total_inactive_file", 0))
     used = stat.get("file", 0) + stat.get("anon", 0) + stat.get("swapcached", 0)
     return max(0, used - stat.get("inactive_file", 0))
-
-
-def _entitlement_ns(limits: Limits, age_ns: int, host: HostCapacity) -> int:
-    """CPU time that a container's shares stand for since it was made (statement CP5); 0 without shares.
-
-    One share is worth, in percent of a core, cores x 100 / memory of the host in MiB.
-    """
-    percent_per_share = host.cpus * 100 / max(1, host.memory_bytes >> 20)
-    return round((limits.cpu_shares or 0) * percent_per_share / 100 * age_ns)
 
 
 def capacity_json(host: HostCapacity, most: int) -> dict[str, int]:

@@ -19,7 +19,7 @@ from garden_py.config import Config
 from garden_py.model.errors import GardenError, PropertyNotFound
 from garden_py.model.process import OutputStream
 from garden_py.service.core import Core
-from garden_py.service.ports import HostCapacity, NetworkFacts
+from garden_py.service.ports import NetworkFacts
 from garden_py.service.registry import Container
 
 Route: TypeAlias = Callable[[Match, Request], Awaitable[Answer]]
@@ -100,8 +100,7 @@ class GardenHandlers:
 
     async def bulk_metrics(self, match: Match, request: Request) -> Answer:
         """Route 7."""
-        look = partial(self._metrics, self._core.backend.capacity())
-        return json_reply(await self._bulk(match, "Metrics", encode.EMPTY_METRICS, look))
+        return json_reply(await self._bulk(match, "Metrics", encode.EMPTY_METRICS, self._metrics))
 
     async def _bulk(
         self,
@@ -121,17 +120,17 @@ class GardenHandlers:
         """Route 28."""
         handle = match.captures["handle"]
         with self._core.processes.use(handle):
-            return json_reply(await self._metrics(self._core.backend.capacity(), handle))
+            return json_reply(await self._metrics(handle))
 
-    async def _metrics(self, host: HostCapacity, handle: str) -> dict[str, Any]:
+    async def _metrics(self, handle: str) -> dict[str, Any]:
         container = self._core.registry.find(handle)
         if container is None and (found := self._core.processes.find_sidecar(handle)) is not None:
             owner, process = found
             usage = await self._core.containers.usage_of_process(owner, process.id)
             return encode.sidecar_metrics_json(process, usage)
+        usage = await self._core.containers.usage_of_container(handle)
         container = self._core.registry.get(handle)
-        container.require_usable("measured")
-        return encode.metrics_json(container, await self._core.backend.usage(handle), host)
+        return encode.metrics_json(container, usage, self._core.containers.entitlement)
 
     async def destroy(self, match: Match, request: Request) -> Answer:
         """Route 8."""

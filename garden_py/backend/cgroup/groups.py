@@ -9,13 +9,17 @@ from contextlib import suppress
 from pathlib import Path
 
 from garden_py.backend.cgroup.layout import (
+    BAD,
+    GOOD,
     INIT,
     MAIN,
     V2_CONTROLLERS,
     WORK,
     ContainerCgroup,
     Hierarchies,
+    parent_of,
     remove_tree,
+    throttled_parent_of,
 )
 from garden_py.backend.cgroup.limits import write_limits
 from garden_py.model.limits import Limits
@@ -23,14 +27,19 @@ from garden_py.model.limits import Limits
 _ENABLE_V2 = " ".join(f"+{name}" for name in V2_CONTROLLERS)
 
 
-def ensure_parent(hierarchies: Hierarchies, tag: str) -> None:
-    """Make the cgroup that all containers of one server live in."""
+def ensure_parent(hierarchies: Hierarchies, tag: str, *, throttling: bool = False) -> None:
+    """Make the cgroup that all containers of one server live in; throttling: also those of containers that can be."""
     for mount_point in hierarchies.distinct():
-        parent = mount_point / f"garden-{tag}"
+        parent = mount_point / parent_of(tag)
         parent.mkdir(exist_ok=True)
         if hierarchies.version == 2:
-            (mount_point / "cgroup.subtree_control").write_text(_ENABLE_V2)
-            (parent / "cgroup.subtree_control").write_text(_ENABLE_V2)
+            enable = f"{_ENABLE_V2} +io" if hierarchies.io else _ENABLE_V2  # on containers, not below them
+            (mount_point / "cgroup.subtree_control").write_text(enable)
+            (parent / "cgroup.subtree_control").write_text(enable)
+        elif throttling:
+            (mount_point / throttled_parent_of(tag) / GOOD).mkdir(parents=True, exist_ok=True)
+    if throttling and hierarchies.version == 1:
+        (hierarchies.mount_points["cpu"] / throttled_parent_of(tag) / BAD).mkdir(exist_ok=True)
 
 
 def remove_parent(hierarchies: Hierarchies, tag: str) -> None:
@@ -40,10 +49,10 @@ def remove_parent(hierarchies: Hierarchies, tag: str) -> None:
         OSError: EBUSY while it does.
     """
     for mount_point in all_hierarchies(hierarchies):
-        try:
-            (mount_point / f"garden-{tag}").rmdir()
-        except FileNotFoundError:
-            continue
+        throttled = mount_point / throttled_parent_of(tag)
+        for directory in (throttled / GOOD, throttled / BAD, throttled, mount_point / parent_of(tag)):
+            with suppress(FileNotFoundError):
+                directory.rmdir()
 
 
 def all_hierarchies(hierarchies: Hierarchies) -> list[Path]:
@@ -70,6 +79,7 @@ def furnish(cgroup: ContainerCgroup, agent_pid: int, limits: Limits) -> None:
     if cgroup.hierarchies.version == 2:
         cgroup.directory("memory", WORK, "cgroup.subtree_control").write_text(_ENABLE_V2)
         cgroup.directory("memory", WORK, MAIN).mkdir(exist_ok=True)
+    _make_twin(cgroup, ())
     write_limits(cgroup, limits)
 
 
@@ -77,7 +87,14 @@ def add_process_group(cgroup: ContainerCgroup, leaf: tuple[str, ...], limits: Li
     """Make the group of one process that is counted by itself."""
     for directory in cgroup.all_directories(*leaf):
         directory.mkdir(exist_ok=True)
+    _make_twin(cgroup, leaf)
     write_limits(cgroup, limits, leaf=leaf)
+
+
+def _make_twin(cgroup: ContainerCgroup, below: tuple[str, ...]) -> None:
+    twin = cgroup.twin_directory(below)
+    if twin is not None:
+        twin.mkdir(exist_ok=True)
 
 
 def remove_process_group(cgroup: ContainerCgroup, leaf: tuple[str, ...]) -> bool:
@@ -99,10 +116,17 @@ def remove_leaf(cgroup: ContainerCgroup, leaf: tuple[str, ...]) -> None:
     """
     for directory in cgroup.all_directories(*leaf):
         remove_tree(directory)
+    if (twin := cgroup.twin_directory(leaf)) is not None:
+        remove_tree(twin)
 
 
-def open_procs(cgroup: ContainerCgroup, leaf: tuple[str, ...]) -> list[int]:
+def open_procs(cgroup: ContainerCgroup, leaf: tuple[str, ...], *, throttled: bool = False) -> list[int]:
     """Descriptors through which a single-threaded process joins the leaf, by writing "0" to each. Caller closes.
+
+    Args:
+        cgroup: of the container.
+        leaf: which of its groups.
+        throttled: in the cpu hierarchy its twin, if it has one.
 
     On v1 it is the file `tasks`: a thread that moves itself needs no system-wide lock, while a write to cgroup.procs
     waits for an RCU grace period, 5 to 20 ms on an idle machine (kernel commit 9a3284fad42f, "cgroup: Optimize single
@@ -110,8 +134,12 @@ def open_procs(cgroup: ContainerCgroup, leaf: tuple[str, ...]) -> list[int]:
     """
     file = "tasks" if cgroup.hierarchies.version == 1 else "cgroup.procs"
     opened: list[int] = []
+    directories = cgroup.all_directories(*leaf)
+    if throttled and (twin := cgroup.twin_directory(leaf)) is not None:
+        own = cgroup.directory("cpu", *leaf)
+        directories = [twin if directory == own else directory for directory in directories]
     try:
-        for directory in cgroup.all_directories(*leaf):
+        for directory in directories:
             opened.append(os.open(directory / file, os.O_WRONLY | os.O_CLOEXEC))
     except OSError:
         for fd in opened:
@@ -187,3 +215,5 @@ def remove(cgroup: ContainerCgroup) -> None:
         directory = mount_point / cgroup.path
         if directory.exists():
             remove_tree(directory)
+    if (twin := cgroup.twin_directory(())) is not None:
+        remove_tree(twin)

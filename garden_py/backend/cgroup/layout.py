@@ -10,6 +10,12 @@
     /garden-<tag>/<handle>/agent-<id>   both versions: the agent of a sidecar
     /garden-<tag>/<handle>/p-<id>       and its processes, if it has limits of its own, not within the container's
 
+With --enable-cpu-throttling on v1, a container is in /garden-throttled-<tag>/good/<handle> instead, and in the cpu
+hierarchy alone it has a twin, where its processes are while it is over its entitlement (cgroup/throttle.py):
+
+    /garden-throttled-<tag>/bad/<handle>        those of `work`, with the container's weight and `work`'s quota
+    /garden-throttled-<tag>/bad/<handle>/p-<id> those of `work/p-<id>`
+
 The limits are on `work`, which the agent is not in: running out of memory takes the workload, never PID 1. The CPU
 weight is on the container, where it competes with other containers. Nothing in the container can write any of these
 directories: the server opens `cgroup.procs` and hands descriptors to the agent, and the kernel checks the opener's
@@ -21,12 +27,23 @@ Source: cgroups(7); kernel docs cgroup-v1/ and cgroup-v2.rst ("no internal proce
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 V1_CONTROLLERS = ("cpu", "cpuacct", "memory", "pids")
 V2_CONTROLLERS = ("cpu", "memory", "pids")
 WORK, INIT, MAIN = "work", "init", "main"
+GOOD, BAD = "good", "bad"
+
+
+def parent_of(tag: str) -> str:
+    """The cgroup that the containers of a server are in."""
+    return f"garden-{tag}"
+
+
+def throttled_parent_of(tag: str) -> str:
+    """The cgroup that holds the good and the bad ones of a server's containers that can be throttled, on v1."""
+    return f"garden-throttled-{tag}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +54,14 @@ class Hierarchies:
         version: 1 or 2.
         mount_points: controller name to mount point; on v2 all the same directory.
         unified: the v2 mount of a hybrid host, which carries no controllers we use; else None.
+        io: where block I/O is limited: v1's blkio, or on v2 the same as all; None: nowhere. On v1 no group of ours is
+            made there: all processes of a container stay in the one that the runtime makes.
     """
 
     version: int
     mount_points: dict[str, Path]
     unified: Path | None = None
+    io: Path | None = None
 
     def distinct(self) -> list[Path]:
         """Every mount point once (cpu and cpuacct are often one hierarchy)."""
@@ -62,6 +82,7 @@ def parse_hierarchies(mountinfo: str, version: int) -> Hierarchies:
     """
     found: dict[str, Path] = {}
     unified: Path | None = None
+    blkio: Path | None = None
     for line in mountinfo.splitlines():
         left, _, right = line.partition(" - ")
         fstype, _, options = right.split(" ", 2)
@@ -72,13 +93,15 @@ def parse_hierarchies(mountinfo: str, version: int) -> Hierarchies:
             for option in options.split(","):
                 if option in V1_CONTROLLERS:
                     found.setdefault(option, mount_point)
+                elif option == "blkio":
+                    blkio = blkio or mount_point
     if version == 2:
         if unified is None:
             raise CgroupsMissing("cgroup2 is not mounted")
         return Hierarchies(2, dict.fromkeys(V2_CONTROLLERS, unified))
     if missing := [name for name in V1_CONTROLLERS if name not in found]:
         raise CgroupsMissing(f"cgroup v1 controllers are not mounted: {', '.join(missing)}")
-    return Hierarchies(1, found, unified)
+    return Hierarchies(1, found, unified, blkio)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +110,12 @@ class ContainerCgroup:
 
     Attributes:
         path: relative to each mount point, for example `garden-1a2b/my-container`.
+        twin: where its processes are in the cpu hierarchy while it is throttled; empty: it has no such place.
     """
 
     hierarchies: Hierarchies
     path: str
+    twin: str = ""
 
     @property
     def runtime_path(self) -> str:
@@ -104,6 +129,16 @@ class ContainerCgroup:
     def all_directories(self, *below: str) -> list[Path]:
         """The same directory in every hierarchy."""
         return [mount_point.joinpath(self.path, *below) for mount_point in self.hierarchies.distinct()]
+
+    def twin_directory(self, below: tuple[str, ...]) -> Path | None:
+        """The directory in the twin that stands for one below the container, `()` and `work` being one there.
+
+        Returns:
+            None: the container has no twin, or what is there stays there (agents, and sidecars beside its limits).
+        """
+        if not self.twin or (below and below[0] != WORK):
+            return None
+        return self.hierarchies.mount_points["cpu"].joinpath(self.twin, *below[1:])
 
     def sidecar(self, process_id: str) -> ContainerCgroup:
         """Where the agent of a sidecar is."""
@@ -123,7 +158,12 @@ class ContainerCgroup:
 
 def probe_hierarchies(version: int) -> Hierarchies:
     """The hierarchies of this host; see parse_hierarchies."""
-    return parse_hierarchies(Path("/proc/self/mountinfo").read_text(), version)
+    found = parse_hierarchies(Path("/proc/self/mountinfo").read_text(), version)
+    if version == 2:
+        top = found.mount_points["memory"]
+        if "io" in (top / "cgroup.controllers").read_text().split():
+            return replace(found, io=top)
+    return found
 
 
 def remove_tree(directory: Path) -> None:

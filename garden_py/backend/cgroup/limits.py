@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from garden_py.backend.cgroup.layout import WORK, ContainerCgroup
+from garden_py.backend.cgroup.weight import is_scaled, read_weight, rescale
 from garden_py.model.errors import HostFault, LimitRefused
 from garden_py.model.limits import CPU_PERIOD_DEFAULT_US, Limits, shares_from_weight, weight_from_shares
 
@@ -108,31 +109,55 @@ def write_limits(cgroup: ContainerCgroup, limits: Limits, *, leaf: tuple[str, ..
     if cgroup.hierarchies.version == 2:
         _refuse_below_usage(memory, limits)
     for write in writes:
-        path = cgroup.directory(write.controller, *write.below, write.file)
-        try:
-            path.write_text(write.value)
-        except OSError as error:
-            if write.optional and error.errno in (errno.ENOENT, errno.EACCES):
-                continue
-            if error.errno in (errno.EBUSY, errno.EINVAL, errno.ERANGE):
-                problem = f"the kernel refuses {write.value} for {write.file}: {error.strerror}"
-                raise LimitRefused(f"limits.{write.field}", problem) from error
-            raise HostFault("write limits", f"{path}: {error.strerror}") from error
+        if write.file == "cpu.weight" and not write.below and is_scaled(cgroup):
+            rescale(cgroup, int(write.value))
+            continue
+        _write(cgroup.directory(write.controller, *write.below, write.file), write)
+        twin = cgroup.twin_directory(write.below) if write.controller == "cpu" else None
+        if twin is not None:
+            _write(twin / write.file, write)
 
 
-def change_limits(cgroup: ContainerCgroup, limits: Limits) -> None:
-    """Put a container's limits in force, all of them or none.
+def _write(path: Path, write: LimitWrite) -> None:
+    try:
+        path.write_text(write.value)
+    except OSError as error:
+        if write.optional and error.errno in (errno.ENOENT, errno.EACCES):
+            return
+        if error.errno in (errno.EBUSY, errno.EINVAL, errno.ERANGE):
+            problem = f"the kernel refuses {write.value} for {write.file}: {error.strerror}"
+            raise LimitRefused(f"limits.{write.field}", problem) from error
+        raise HostFault("write limits", f"{path}: {error.strerror}") from error
+
+
+def change_limits(cgroup: ContainerCgroup, limits: Limits, *, leaf: tuple[str, ...] = (WORK,)) -> Limits:
+    """Put limits in force, all of them or none; those in force then.
+
+    Args:
+        cgroup: of the container.
+        limits: what is not stated stays.
+        leaf: which group of it carries them.
 
     Raises:
         LimitRefused, HostFault: as write_limits; those in force before are again.
     """
-    before = read_limits(cgroup)
+    before = read_limits(cgroup, leaf=leaf)
+    limits = limits.over(_period_of(limits, before))
     asked = {name for name, value in asdict(limits).items() if value is not None}
     try:
-        write_limits(cgroup, limits)
+        write_limits(cgroup, limits, leaf=leaf)
     except (LimitRefused, HostFault):
-        write_limits(cgroup, Limits(**{n: value for n, value in asdict(before).items() if n in asked}))
+        earlier = Limits(**{name: value for name, value in asdict(before).items() if name in asked})
+        write_limits(cgroup, earlier, leaf=leaf)
         raise
+    return read_limits(cgroup, leaf=leaf)
+
+
+def _period_of(asked: Limits, now: Limits) -> Limits:
+    """v2 writes quota and period in one file: a change of one keeps the other."""
+    if asked.cpu_quota_us is None and asked.cpu_period_us is None:
+        return Limits()
+    return Limits(cpu_quota_us=now.cpu_quota_us, cpu_period_us=now.cpu_period_us)
 
 
 def _raises_memory_limit(directory: Path, limits: Limits) -> bool:
@@ -163,7 +188,7 @@ def read_limits(cgroup: ContainerCgroup, *, leaf: tuple[str, ...] = (WORK,)) -> 
         quota, period = read("cpu", leaf, "cpu.max").split()
         return Limits(
             memory_bytes=parse_max(read("memory", leaf, "memory.max")),
-            cpu_weight=int(read("cpu", weight_at, "cpu.weight")),
+            cpu_weight=read_weight(cgroup.directory("cpu", *weight_at)),
             cpu_quota_us=parse_max(quota),
             cpu_period_us=int(period),
             pids=pids,

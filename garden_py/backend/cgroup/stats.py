@@ -11,6 +11,7 @@ from garden_py.backend.cgroup.layout import WORK, ContainerCgroup
 from garden_py.backend.cgroup.limits import V1_UNLIMITED_BYTES, parse_max
 from garden_py.service.ports import Usage
 
+_CHARGE_BATCH_BYTES = 64 << 12  # MEMCG_CHARGE_BATCH, 64 pages: so near to a limit a charge may fail
 _NS_PER_TICK = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 
 
@@ -69,25 +70,40 @@ def _optional_number(path: Path) -> int:
 
 
 def _read_v1(cgroup: ContainerCgroup, top: tuple[str, ...], limited: tuple[str, ...]) -> Usage:
-    memory, cpuacct = (cgroup.directory(name, *top) for name in ("memory", "cpuacct"))
+    memory = cgroup.directory("memory", *top)
+    cpu_ns, user_ns, system_ns = _cpu_time_v1(cgroup, top)
     stat = parse_flat_keyed((memory / "memory.stat").read_text())
     usage = _number(memory / "memory.usage_in_bytes")
     limit = _number(cgroup.directory("memory", *limited, "memory.limit_in_bytes"))
-    throttled = parse_flat_keyed(cgroup.directory("cpu", *limited, "cpu.stat").read_text())
-    ticks = parse_flat_keyed((cpuacct / "cpuacct.stat").read_text())
+    halves = [cgroup.directory("cpu", *limited), cgroup.twin_directory(limited)]
+    throttled = [parse_flat_keyed((half / "cpu.stat").read_text()) for half in halves if half is not None]
     return Usage(
         memory_bytes=usage,
         memory_working_set_bytes=max(0, usage - stat.get("total_inactive_file", 0)),
         memory_limit_bytes=0 if limit >= V1_UNLIMITED_BYTES else limit,
         memory_peak_bytes=_number(memory / "memory.max_usage_in_bytes"),
         memory_stat=stat,
-        cpu_usage_ns=_number(cpuacct / "cpuacct.usage"),
-        cpu_user_ns=ticks["user"] * _NS_PER_TICK,
-        cpu_system_ns=ticks["system"] * _NS_PER_TICK,
-        cpu_throttled_ns=throttled.get("throttled_time", 0),
+        cpu_usage_ns=cpu_ns,
+        cpu_user_ns=user_ns,
+        cpu_system_ns=system_ns,
+        cpu_throttled_ns=sum(each.get("throttled_time", 0) for each in throttled),
         pids=_number(cgroup.directory("pids", *top, "pids.current")),
         pids_limit=parse_max(cgroup.directory("pids", *limited, "pids.max").read_text().strip()),
         oom_kills=read_oom_kills(cgroup, limited),
+    )
+
+
+def _cpu_time_v1(cgroup: ContainerCgroup, top: tuple[str, ...]) -> tuple[int, int, int]:
+    """Nanoseconds in all, in user mode, in the kernel; with the twin's if cpu and cpuacct are one hierarchy (CT3)."""
+    halves = [cgroup.directory("cpuacct", *top)]
+    points, twin = cgroup.hierarchies.mount_points, cgroup.twin_directory(top)
+    if twin is not None and points["cpu"] == points["cpuacct"]:
+        halves.append(twin)
+    ticks = [parse_flat_keyed((half / "cpuacct.stat").read_text()) for half in halves]
+    return (
+        sum(_number(half / "cpuacct.usage") for half in halves),
+        sum(each["user"] for each in ticks) * _NS_PER_TICK,
+        sum(each["system"] for each in ticks) * _NS_PER_TICK,
     )
 
 
@@ -127,3 +143,26 @@ def read_oom_kills(cgroup: ContainerCgroup, leaf: tuple[str, ...]) -> int:
             raise
         return 0
     return parse_flat_keyed(text).get("oom_kill", 0)
+
+
+def met_own_limit(directory: Path, version: int) -> bool:
+    """Whether a group has ever been at its own memory limit, and not only at one above it; False if it is gone.
+
+    On v1 this is told from the highest usage, which file pages that could be taken back count into; its counters of
+    failures stay 0 in newer kernels (seen on 6.18).
+
+    Args:
+        directory: of the group in the memory hierarchy.
+        version: 1 or 2.
+
+    Source: cgroup-v2.rst, memory.events ("oom") and memory.events.local; cgroup-v1/memory.rst §3.
+    """
+    try:
+        if version == 2:
+            return parse_flat_keyed((directory / "memory.events.local").read_text()).get("oom", 0) > 0
+        limit = _number(directory / "memory.limit_in_bytes")
+        return _number(directory / "memory.max_usage_in_bytes") + _CHARGE_BATCH_BYTES > limit
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENODEV):
+            raise
+        return False

@@ -11,7 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from garden_py.backend.cgroup import groups
-from garden_py.backend.cgroup.layout import ContainerCgroup, Hierarchies, remove_tree
+from garden_py.backend.cgroup.layout import (
+    BAD,
+    GOOD,
+    ContainerCgroup,
+    Hierarchies,
+    parent_of,
+    remove_tree,
+    throttled_parent_of,
+)
 from garden_py.backend.host.pids import read_wait_channel
 from garden_py.backend.ledger.book import Book, Shared
 from garden_py.model.errors import HostFault
@@ -24,14 +32,14 @@ REMOVE_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Sight:
-    """What was seen.
+    """What was seen. Paths are relative to each hierarchy's mount point; their last part is a handle.
 
     Attributes:
         parent: `garden-<tag>`.
-        parents: hierarchies that have it.
+        parents: hierarchies that have it, or what stands beside it for containers that can be throttled.
         required: hierarchies that a container must be in.
-        groups: below the parent: name to the hierarchies that have it.
-        pids: of those that were not claimed when the look began.
+        groups: of containers: path to the hierarchies that have it.
+        pids: of those that were not claimed when the look began, by path.
     """
 
     parent: str
@@ -43,18 +51,31 @@ class Sight:
 
 def look(hierarchies: Hierarchies, tag: str, handles: set[str]) -> Sight:
     """Read the directories. `handles`: claimed when the look began."""
-    parent = f"garden-{tag}"
+    points = groups.all_hierarchies(hierarchies)
+    tops = (parent_of(tag), throttled_parent_of(tag))
     seen = Sight(
-        parent,
+        parent_of(tag),
         frozenset(hierarchies.distinct()),
-        frozenset(point for point in groups.all_hierarchies(hierarchies) if (point / parent).is_dir()),
+        frozenset(point for point in points if any((point / top).is_dir() for top in tops)),
     )
     for point in seen.parents:
-        for name in _directories(point / parent):
-            seen.groups.setdefault(name, set()).add(point)
-    for name in seen.groups.keys() - handles:
-        seen.pids[name] = tuple(_pids(hierarchies, f"{parent}/{name}"))
+        for place in _places(tag):
+            for name in _directories(point / place):
+                seen.groups.setdefault(f"{place}/{name}", set()).add(point)
+    for path in seen.groups:
+        if _handle_of(path) not in handles:
+            seen.pids[path] = tuple(_pids(hierarchies, path))
     return seen
+
+
+def _places(tag: str) -> tuple[str, ...]:
+    """Where containers are (cgroup/layout.py)."""
+    throttled = throttled_parent_of(tag)
+    return parent_of(tag), f"{throttled}/{GOOD}", f"{throttled}/{BAD}"
+
+
+def _handle_of(path: str) -> str:
+    return path.rpartition("/")[2]
 
 
 def _directories(directory: Path) -> list[str]:
@@ -73,18 +94,24 @@ def _pids(hierarchies: Hierarchies, path: str) -> list[int]:
 def judge(book: Book, seen: Sight) -> list[Leak]:
     """Groups and processes that no row claims, and groups that a row lacks."""
     found: list[Leak] = []
-    for name in seen.groups.keys() - book.handles:
+    present: dict[str, set[Path]] = {}
+    for path, points in seen.groups.items():
+        if not path.endswith(f"/{BAD}/{_handle_of(path)}"):
+            present.setdefault(_handle_of(path), set()).update(points)
+    told: set[int] = set()
+    for path in sorted(path for path in seen.groups if _handle_of(path) not in book.handles):
+        name = _handle_of(path)
         keep = "no container can have this name" if name_problem(name) else ""
-        pids = seen.pids.get(name, ())
+        pids = [pid for pid in seen.pids.get(path, ()) if pid not in told]
+        told.update(pids)
         detail = f"{len(pids)} processes" if pids else ""
-        path = f"{seen.parent}/{name}"
         found.append(Leak(LeakKind.CGROUP, Direction.ORPHAN, path, name, detail, keep))
         found += [
             Leak(LeakKind.PROCESS, Direction.ORPHAN, str(pid), name, f"in cgroup {path}", keep)
             for pid in pids
         ]
     for holding in book.settled:
-        if lacking := seen.required - seen.groups.get(holding.handle, set()):
+        if lacking := seen.required - present.get(holding.handle, set()):
             names = ", ".join(sorted(str(point) for point in lacking))
             path = f"{seen.parent}/{holding.handle}"
             found.append(Leak(LeakKind.CGROUP, Direction.MISSING, path, holding.handle, f"in {names}"))
@@ -106,8 +133,8 @@ def holds_process(tag: str, name: str, pid: int) -> bool:
         lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):
         return False
-    path = f"/garden-{tag}/{name}"
-    return any(f"{line.split(':', 2)[2]}/".startswith(f"{path}/") for line in lines)
+    paths = tuple(f"/{place}/{name}/" for place in _places(tag))
+    return any(f"{line.split(':', 2)[2]}/".startswith(paths) for line in lines)
 
 
 async def remove(cgroup: ContainerCgroup) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from garden_py.backend.disk.store import LoopStore
 from garden_py.backend.images.images import Images, Rootfs
 from garden_py.backend.images.store import ImageStore
 from garden_py.backend.launcher.client import Launcher
-from garden_py.backend.linux import copying
+from garden_py.backend.linux import copying, process_limits
 from garden_py.backend.linux.agent_owner import AgentOwner
 from garden_py.backend.linux.clues import LinuxClues
 from garden_py.backend.linux.construction import Construction
@@ -37,10 +37,12 @@ from garden_py.backend.linux.process import LinuxProcess
 from garden_py.backend.linux.processes import LinuxProcesses, usage_of, without_sidecars
 from garden_py.backend.linux.sidecars import Sidecars, owner_of, sidecar_directories
 from garden_py.backend.linux.site import Site, check_apparmor, disk_of, make_mount_dir, open_site, open_store
+from garden_py.backend.linux.throttling import Throttling
 from garden_py.backend.linux.upgrades import Upgrades
 from garden_py.backend.rootfs.embedded import build_embedded_rootfs
 from garden_py.config import Config
 from garden_py.model.codec import load_container_spec
+from garden_py.model.cpu import Entitlement, Standing
 from garden_py.model.errors import (
     ContainerBroken,
     ContainerNotFound,
@@ -112,6 +114,7 @@ class LinuxBackend:
         self._upgrades: Upgrades
         self._heartbeat: Heartbeat
         self._ledger: Ledger
+        self._throttling: Throttling
 
     # --- start and stop
 
@@ -141,6 +144,7 @@ class LinuxBackend:
         self._processes = LinuxProcesses(self._site, starter, self._images, self._disk, self._events)
         self._sidecars = self._processes.sidecars
         self._clues = LinuxClues(self._site, self._network, self._launcher)
+        self._throttling = Throttling(self._site)
         self._demolition = Demolition(self._site, self._launcher, self._network, self._disk)
         site = self._site
         self._ledger = Ledger(
@@ -149,7 +153,9 @@ class LinuxBackend:
         )
         self._hold_leases(rows)
         await self._network.ensure_host()
-        groups.ensure_parent(self._site.hierarchies, self._config.tag)
+        throttling = self._config.enable_cpu_throttling
+        groups.ensure_parent(self._site.hierarchies, self._config.tag, throttling=throttling)
+        self._site.block_io.open()
         self._discard_orphans({row.handle for row in rows})
         self._hold_images()
         self._upgrades = Upgrades(self._site.bundle)
@@ -225,9 +231,8 @@ class LinuxBackend:
     def _keep_broken(self, row: ContainerRow, reason: str) -> None:
         """A container that can only be destroyed; until then its processes' exits and output can be asked for."""
         facts, site = ContainerFacts.from_json(row.facts), self._site
-        container = LinuxContainer(
-            row.handle, facts, site.cgroup(row.handle), site.depot.directory(row.handle), self._events
-        )
+        cgroup = site.cgroup(row.handle, throttleable=facts.throttleable)
+        container = LinuxContainer(row.handle, facts, cgroup, site.depot.directory(row.handle), self._events)
         container.broken_because = reason
         self._containers[row.handle] = container
 
@@ -239,14 +244,14 @@ class LinuxBackend:
         if pidfd is None:
             return "its PID 1 is gone"
         site = self._site
-        container = LinuxContainer(
-            row.handle, facts, site.cgroup(row.handle), site.depot.directory(row.handle), self._events
-        )
+        cgroup = site.cgroup(row.handle, throttleable=facts.throttleable)
+        container = LinuxContainer(row.handle, facts, cgroup, site.depot.directory(row.handle), self._events)
         spec = load_container_spec(row.spec)
         container.image, container.disk_scope = spec.image, spec.limits.disk_scope
         container.policy, container.bandwidth = spec.egress, spec.limits.network_only()
         container.watch(pidfd)
         try:
+            await self._throttling.adopt(container)
             container.connect(site.depot.socket(row.handle), patience_s=self._config.agent_patience_s)
             await container.greet(timeout_s=_REATTACH_TIMEOUT_S)
             await self._sidecars.adopt(container)
@@ -481,32 +486,46 @@ class LinuxBackend:
             network_tx_packets=traffic.tx_packets,
         )
 
-    async def limits(self, handle: str) -> Limits:
-        """The limits in force."""
+    def cpu_usage_ns(self, handle: str) -> int:
+        """CPU time of a container, without that of sidecars beside its limits."""
         container = self._get(handle)
         with may_be_gone(handle):
-            found = read_limits(container.cgroup)
+            return without_sidecars(container, read_usage(container.cgroup)).cpu_usage_ns
+
+    async def balance_cpu(self, standings: Mapping[str, Standing], entitlement: Entitlement) -> None:
+        """Throttle those over their entitlement; see service.ports."""
+        containers = [self._containers[handle] for handle in standings if handle in self._containers]
+        await self._throttling.balance(containers, standings, entitlement)
+
+    async def limits(self, handle: str, process_id: str | None = None) -> Limits:
+        """The limits in force."""
+        container = self._get(handle)
+        if process_id is not None:
+            return process_limits.read(container, process_id)
+        with may_be_gone(handle):
+            found = read_limits(container.cgroup).over(self._site.block_io.read(container.cgroup))
         return found.over(await self._disk.limits(container)).over(await self._read_bandwidth(container))
 
-    async def update_limits(self, handle: str, limits: Limits) -> Limits:
+    async def update_limits(self, handle: str, limits: Limits, process_id: str | None = None) -> Limits:
         """Change limits; those in force afterwards."""
         container = self._get(handle)
-        before = await self._disk.limits(container) if limits.states_disk else None
-        await self._disk.update(container, limits)
-        bandwidth = container.bandwidth
-        try:
+        if process_id is not None:
+            return process_limits.change(container, process_id, limits)
+        block_io, cgroup = self._site.block_io, container.cgroup
+        async with AsyncExitStack() as undo:  # all of them or none
+            if limits.states_disk:
+                disk_before = await self._disk.limits(container)
+                undo.push_async_callback(self._disk.update, container, disk_before)
+                await self._disk.update(container, limits)
             if limits.states_network:
-                await self._set_bandwidth(container, limits.network_only().over(bandwidth))
+                undo.push_async_callback(self._set_bandwidth, container, container.bandwidth)
+                await self._set_bandwidth(container, limits.network_only().over(container.bandwidth))
             with may_be_gone(handle):
-                now = read_limits(container.cgroup)
-                change_limits(container.cgroup, limits.over(_period_of(limits, now)))
-                now = read_limits(container.cgroup)
-        except BaseException:
-            if before is not None:
-                await self._disk.update(container, before)
-            if container.bandwidth != bandwidth:
-                await self._set_bandwidth(container, bandwidth)
-            raise
+                if limits.states_io:
+                    undo.callback(block_io.change, cgroup, block_io.read(cgroup))
+                block_io.change(cgroup, limits)
+                now = change_limits(cgroup, limits).over(block_io.read(cgroup))
+            undo.pop_all()
         return now.over(await self._disk.limits(container)).over(await self._read_bandwidth(container))
 
     async def _set_bandwidth(self, container: LinuxContainer, wanted: Limits) -> None:
@@ -612,13 +631,6 @@ class LinuxBackend:
     def stream_out(self, handle: str, path: str, user: str) -> AsyncGenerator[bytes, None]:
         """Pack a path of the container."""
         return copying.stream_out(self._get(handle), path, user)
-
-
-def _period_of(asked: Limits, now: Limits) -> Limits:
-    """v2 writes quota and period in one file: a change of one keeps the other."""
-    if asked.cpu_quota_us is None and asked.cpu_period_us is None:
-        return Limits()
-    return Limits(cpu_quota_us=now.cpu_quota_us, cpu_period_us=now.cpu_period_us)
 
 
 def _as_garden_error(verb: str, failure: BaseException) -> BaseException:

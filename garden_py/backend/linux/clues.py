@@ -54,7 +54,8 @@ class LinuxClues:
             facts: as recorded; None: nothing has been made yet.
             container: None: it is being made or destroyed.
         """
-        directory, cgroup = self._site.depot.directory(handle), self._site.cgroup(handle)
+        directory = self._site.depot.directory(handle)
+        cgroup = self._site.cgroup(handle, throttleable=facts is not None and facts.throttleable)
         clues = [
             _file("oci/config.json", partial(_read_config, directory / "config.json")),
             _file("oci/runtime.log", partial(_read_tail, directory / "runtime.log")),

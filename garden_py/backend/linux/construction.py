@@ -59,6 +59,7 @@ class Construction:
         if profile and not spec.privileged and apparmor.is_known_missing(profile):
             raise ProfileNotLoaded(profile)
         self._disk.check(spec.limits)
+        self._site.block_io.check(spec.limits)
         self._site.depot.refuse_foreign(spec.handle)
         check_bind_sources(spec.bind_mounts, "spec.bind_mounts")
         with at_field("spec"):
@@ -70,7 +71,14 @@ class Construction:
             self._network.release(lease)
             raise
         isolation = self._site.isolation(privileged=spec.privileged, slot=slot)
-        return ContainerFacts(secrets.token_hex(8), spec.privileged, lease, slot, isolation=isolation)
+        return ContainerFacts(
+            secrets.token_hex(8),
+            spec.privileged,
+            lease,
+            slot,
+            isolation=isolation,
+            throttleable=self._site.config.enable_cpu_throttling and self._site.hierarchies.version == 1,
+        )
 
     async def build(
         self,
@@ -86,7 +94,8 @@ class Construction:
         """
         site = self._site
         directory = site.depot.claim(spec.handle)
-        container = LinuxContainer(spec.handle, facts, site.cgroup(spec.handle), directory, events)
+        cgroup = site.cgroup(spec.handle, throttleable=facts.throttleable)
+        container = LinuxContainer(spec.handle, facts, cgroup, directory, events)
         if rootfs.used is not None:
             self._images.store.hold(spec.handle, directory, rootfs.used)
         container.image, container.disk_scope = spec.image, spec.limits.disk_scope
@@ -109,6 +118,7 @@ class Construction:
         container.connect(site.depot.socket(spec.handle), patience_s=site.config.agent_patience_s)
         with step(Step.LIMITS):
             groups.furnish(container.cgroup, facts.pid, spec.limits)
+            site.block_io.furnish(container.cgroup, spec.limits)
         container.watch(os.pidfd_open(facts.pid))
         failpoints.reach(Point.CREATE_LIMIT)
         async with asyncio.TaskGroup() as steps:
@@ -149,7 +159,7 @@ class Construction:
             image=rootfs.name,
             isolation=facts.isolation,
             hostname=spec.hostname or hostname_for(spec.handle),
-            cgroup_path=site.cgroup(spec.handle).runtime_path,
+            cgroup_path=site.cgroup(spec.handle, throttleable=facts.throttleable).runtime_path,
             bind_mounts=spec.bind_mounts,
             fail_points=failpoints.hand_over(Point.CREATE_MOUNT, Point.CREATE_RUN),
             host_network=facts.lease.mode is NetworkMode.HOST,

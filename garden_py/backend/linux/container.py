@@ -18,7 +18,7 @@ from garden_py.backend.cgroup import groups
 from garden_py.backend.cgroup.events import OomWatch
 from garden_py.backend.cgroup.layout import WORK, ContainerCgroup
 from garden_py.backend.cgroup.limits import read_limits
-from garden_py.backend.cgroup.stats import read_oom_kills
+from garden_py.backend.cgroup.stats import met_own_limit, read_oom_kills
 from garden_py.backend.host.pids import ProcessIdentity
 from garden_py.backend.linux.agent_owner import AgentOwner
 from garden_py.backend.linux.isolation import Isolation
@@ -51,6 +51,7 @@ class ContainerFacts:
         pid_start: its start time in clock ticks, which tells it from a later process of that number.
         boot: the boot of the machine that pid and pid_start are of.
         isolation: what it was made with; None: by a server that did not take it down.
+        throttleable: its cgroups are where --enable-cpu-throttling puts them on cgroup v1.
     """
 
     runtime_id: str
@@ -61,6 +62,7 @@ class ContainerFacts:
     pid_start: int = 0
     boot: str = field(default_factory=read_boot_id)
     isolation: Isolation | None = None
+    throttleable: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """For the journal."""
@@ -99,6 +101,7 @@ class LinuxContainer(AgentOwner):
         sidecars: agents besides PID 1, by the process that each of them was started for (linux/sidecars.py).
         retiring: removals of sidecars under way, by process.
         jobs: starts and removals of sidecars under way.
+        throttled: it has used more CPU time than it is entitled to, and gets what others leave.
     """
 
     def __init__(
@@ -127,7 +130,8 @@ class LinuxContainer(AgentOwner):
         self._early_exits: dict[str, AgentExit] = {}
         self._watches: dict[str, OomWatch] = {}
         self._pidfd = -1
-        self._default_group: list[int] = []
+        self.throttled = False
+        self._default_groups: dict[bool, list[int]] = {}
         self._shared_oom = self._oom_account(cgroup.leaf(None))
 
     def _oom_account(self, leaf: tuple[str, ...]) -> OomAccount:
@@ -167,9 +171,16 @@ class LinuxContainer(AgentOwner):
             directory,
             self.cgroup.hierarchies.version,
             lambda: self._events.out_of_memory(self.handle, process_id),
+            below_limit=leaf != (WORK,) and leaf[0] == WORK,
         )
         self._watches[process_id] = watch
         apart(asyncio.get_running_loop().add_reader, watch.fileno(), watch.acknowledge)
+
+    def _hear_oom(self, process_id: str) -> None:
+        """The kernel tells of an OOM kill before the victim ends, but the agent may be heard first."""
+        watch = self._watches.get(process_id)
+        if watch is not None:
+            watch.acknowledge()
 
     def unwatch_oom(self, process_id: str) -> None:
         """Stop watching it; absent is fine."""
@@ -220,8 +231,9 @@ class LinuxContainer(AgentOwner):
             asyncio.get_running_loop().remove_reader(self._pidfd)
             os.close(self._pidfd)
             self._pidfd = -1
-        while self._default_group:
-            os.close(self._default_group.pop())
+        for fds in self._default_groups.values():
+            while fds:
+                os.close(fds.pop())
 
     def _close_links(self) -> None:
         for owner in (*self.sidecars.values(), self):
@@ -251,6 +263,7 @@ class LinuxContainer(AgentOwner):
         elif process.exit is None:
             process.ended(told)
             if process.own_group:
+                self._hear_oom(told.process_id)
                 self.unwatch_oom(told.process_id)
             self._events.process_exited(self.handle, process)
 
@@ -290,9 +303,13 @@ class LinuxContainer(AgentOwner):
 
     def _describe_oom(self, leaf: tuple[str, ...]) -> str:
         """The memory limit that was hit: the process's own, or that of all the container's processes."""
-        own = read_limits(self.cgroup, leaf=limit_leaf(leaf))
-        shared = not own.memory_bytes and leaf[0] == WORK
-        return describe_memory_limit(read_limits(self.cgroup) if shared else own)
+        at, version = limit_leaf(leaf), self.cgroup.hierarchies.version
+        own = read_limits(self.cgroup, leaf=at)
+        if at == (WORK,) or leaf[0] != WORK:
+            return describe_memory_limit(own)
+        if own.memory_bytes and met_own_limit(self.cgroup.directory("memory", *at), version):
+            return describe_memory_limit(own, "the process's own ")
+        return describe_memory_limit(read_limits(self.cgroup), "the container's ")
 
     @contextmanager
     def group_fds(self, leaf: tuple[str, ...]) -> Iterator[list[int]]:
@@ -302,9 +319,10 @@ class LinuxContainer(AgentOwner):
             ContainerBroken: somebody has removed the cgroup.
         """
         if leaf == self.cgroup.leaf(None):
-            if not self._default_group:
-                self._default_group = self._open_group(leaf)
-            yield self._default_group
+            fds = self._default_groups.setdefault(self.throttled, [])
+            if not fds:
+                fds += self._open_group(leaf)
+            yield fds
             return
         fds = self._open_group(leaf)
         try:
@@ -315,12 +333,11 @@ class LinuxContainer(AgentOwner):
 
     def _open_group(self, leaf: tuple[str, ...]) -> list[int]:
         with may_be_gone(self.handle):
-            return groups.open_procs(self.cgroup, leaf)
+            return groups.open_procs(self.cgroup, leaf, throttled=self.throttled)
 
     def leaf_of(self, spec: ProcessSpec) -> tuple[str, ...]:
         """The cgroup that a process's tasks go to."""
-        beside = spec.sidecar is not None and spec.sidecar.own_limits
-        return self.cgroup.leaf(spec.id if spec.has_own_group else None, beside=beside)
+        return self.cgroup.leaf(spec.id if spec.has_own_group else None, beside=spec.is_beside)
 
     def drop_process_group(self, leaf: tuple[str, ...]) -> None:
         """Remove a finished process's own cgroup, if its last child has gone too."""
@@ -343,8 +360,13 @@ def limit_leaf(leaf: tuple[str, ...]) -> tuple[str, ...]:
     return leaf if leaf[-1].startswith("p-") else (WORK,)
 
 
-def describe_memory_limit(limits: Limits) -> str:
-    """Which memory limit a process ran into."""
+def describe_memory_limit(limits: Limits, whose: str = "") -> str:
+    """Which memory limit a process ran into.
+
+    Args:
+        limits: that it was under.
+        whose: put before the limit, where it could be somebody else's.
+    """
     if limits.memory_bytes:
-        return f"limit {limits.memory_bytes} bytes"
+        return f"{whose}limit {limits.memory_bytes} bytes"
     return "the host has no memory left"

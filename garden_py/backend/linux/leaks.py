@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from garden_py.backend.cgroup import groups
-from garden_py.backend.cgroup.layout import ContainerCgroup, Hierarchies
+from garden_py.backend.cgroup.layout import ContainerCgroup, Hierarchies, parent_of
 from garden_py.backend.depot import Depot
 from garden_py.backend.disk.store import LoopStore
 from garden_py.backend.disk.volumes import Volumes
@@ -188,11 +188,11 @@ class Ledger:
             raise HostFault("kill", f"process {pid} does not end: {read_wait_channel(pid)}")
 
     async def _remove_cgroup(self, leak: Leak) -> None:
-        hierarchies, parent = self._places.hierarchies, f"garden-{self._places.tag}"
-        if leak.name == parent:
-            groups.remove_parent(hierarchies, self._places.tag)
+        hierarchies, tag = self._places.hierarchies, self._places.tag
+        if leak.name == parent_of(tag):
+            groups.remove_parent(hierarchies, tag)
         else:
-            await cgroups.remove(ContainerCgroup(hierarchies, f"{parent}/{leak.name.partition('/')[2]}"))
+            await cgroups.remove(ContainerCgroup(hierarchies, leak.name))
 
     async def _remove_from_network(self, leak: Leak, book: Book) -> bool:
         host, words = self._places.host, leak.name.split(" ")

@@ -201,7 +201,9 @@ class Sidecars:
             )
             self._starter.prepare(launch)
             with listen(place / _SOCKET) as listener:
-                await self._starter.start(launch, listener)
+                pid = await self._starter.start(launch, listener)
+        if not apart.own_limits:
+            self._site.block_io.admit(container.cgroup, pid)
         return self._connect(container, process_id)
 
     def _connect(self, container: LinuxContainer, process_id: str) -> Sidecar:

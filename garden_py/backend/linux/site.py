@@ -10,11 +10,20 @@ from pathlib import Path
 
 import structlog
 
-from garden_py.backend.cgroup.layout import ContainerCgroup, Hierarchies, probe_hierarchies
+from garden_py.backend.cgroup.layout import (
+    BAD,
+    GOOD,
+    ContainerCgroup,
+    Hierarchies,
+    parent_of,
+    probe_hierarchies,
+    throttled_parent_of,
+)
 from garden_py.backend.depot import Depot
 from garden_py.backend.disk.store import LoopStore
 from garden_py.backend.disk.volumes import Volumes, find_driver
 from garden_py.backend.host import apparmor
+from garden_py.backend.linux.block_io import BlockIo
 from garden_py.backend.linux.isolation import Isolation, choose_isolation
 from garden_py.backend.oci.data import load_runc_config
 from garden_py.backend.oci.facts import HostFacts, probe_host_facts
@@ -85,6 +94,7 @@ class Site:
         agent_dir: runtime bundles of the agent, by version.
         filter_fd: of a sealed memfd with the program that filters unprivileged containers' system calls; -1: this host
             cannot compile it, and the runtime does for each container.
+        block_io: limits on transfers with the device that store_root is on.
     """
 
     config: Config
@@ -98,6 +108,7 @@ class Site:
     mount_dir: Path
     agent_dir: Path
     filter_fd: int
+    block_io: BlockIo
 
     @property
     def runtime_root(self) -> Path:
@@ -109,9 +120,17 @@ class Site:
         base = None if slot == NO_SLOT else self.uids.base(slot)
         return choose_isolation(self.config, privileged=privileged, id_base=base)
 
-    def cgroup(self, handle: str) -> ContainerCgroup:
-        """The cgroups of a container."""
-        return ContainerCgroup(self.hierarchies, f"garden-{self.config.tag}/{handle}")
+    def cgroup(self, handle: str, *, throttleable: bool) -> ContainerCgroup:
+        """The cgroups of a container.
+
+        Args:
+            handle: of the container.
+            throttleable: as its ContainerFacts have it.
+        """
+        if throttleable:
+            parent = throttled_parent_of(self.config.tag)
+            return ContainerCgroup(self.hierarchies, f"{parent}/{GOOD}/{handle}", f"{parent}/{BAD}/{handle}")
+        return ContainerCgroup(self.hierarchies, f"{parent_of(self.config.tag)}/{handle}")
 
 
 def make_mount_dir(config: Config) -> Path:
@@ -148,10 +167,12 @@ def open_site(config: Config, store: LoopStore | None = None) -> Site:
     mount_dir, agent_dir = make_mount_dir(config), config.state_dir / "agent"
     config.state_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
     agent_dir.mkdir(mode=0o755, exist_ok=True)
+    hierarchies = probe_hierarchies(facts.cgroup_version)
     return Site(
         config=config,
         facts=facts,
-        hierarchies=probe_hierarchies(facts.cgroup_version),
+        hierarchies=hierarchies,
+        block_io=BlockIo(hierarchies, parent_of(config.tag), root, config),
         depot=depot,
         volumes=Volumes(root, find_driver(root), depot.throw_away),
         store_root=root,

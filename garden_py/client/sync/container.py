@@ -80,17 +80,22 @@ class Container:
         (entry,) = self._link.unary(calls.metrics([self.handle]))
         return entry
 
-    def limits(self) -> v.Limits:
-        """The limits in force, read back from the kernel."""
-        return self._link.unary(calls.limits(self.handle))
-
-    def update_limits(self, changed: v.Limits) -> v.Limits:
-        """Change the limits that are not None; returns those now in force.
+    def limits(self, process_id: str = "") -> v.Limits:
+        """The limits in force, read back from the kernel: the container's, or a process's own.
 
         Raises:
-            FailedPrecondition: the kernel refuses, e.g. more memory is in use.
+            FailedPrecondition: the process has exited (PROCESS_EXITED), or it has no limits of its own
+                (PROCESS_NOT_LIMITED).
         """
-        return self._link.unary(calls.update_limits(self.handle, changed))
+        return self._link.unary(calls.limits(self.handle, process_id))
+
+    def update_limits(self, changed: v.Limits, process_id: str = "") -> v.Limits:
+        """Change the limits that are not None, the container's or a process's own; returns those now in force.
+
+        Raises:
+            FailedPrecondition: the kernel refuses, e.g. more memory is in use (LIMIT_REFUSED); or as `limits`.
+        """
+        return self._link.unary(calls.update_limits(self.handle, changed, process_id))
 
     def map_port(
         self, container_port: int = 0, *, host_port: int = 0, protocol: v.PortProtocol = v.PortProtocol.TCP

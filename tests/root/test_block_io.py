@@ -1,0 +1,197 @@
+"""Limits on a container's transfers with the disk that its writable layer is on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from kit.garden import cgroups_of, sh, wait_until
+from kit.server import ServerProcess, running_server
+from kit.trace import assert_no_trace, snapshot
+
+from garden_py.backend.host.block_device import device_below, scheduler_of
+from garden_py.client import (
+    Container,
+    ContainerSpec,
+    FailedPrecondition,
+    GardenClient,
+    GardenError,
+    InvalidArgument,
+    Limits,
+    ProcessSpec,
+    Sidecar,
+)
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.skipif(device_below(Path("/var/tmp")) is None, reason="/var/tmp is on no block device"),
+]
+
+MIB = 1 << 20
+V2 = Path("/sys/fs/cgroup/cgroup.controllers").exists()
+SHARED = ("read", "write")
+
+
+@pytest.fixture
+def server(no_trace: None) -> Iterator[ServerProcess]:
+    """A server of the test's own, on a disk."""
+    before = snapshot()
+    with running_server() as server:
+        yield server
+    assert_no_trace(before)
+
+
+@pytest.fixture
+def garden(server: ServerProcess) -> Iterator[GardenClient]:
+    with GardenClient(server.address) as client:
+        yield client
+
+
+def moved_bytes(box: Container, direction: str) -> int:
+    """What the kernel has let a container read or write so far, on all devices."""
+    for directory in cgroups_of(box.handle):
+        if V2:
+            pairs = (pair.split("=") for pair in (directory / "io.stat").read_text().split() if "=" in pair)
+            return sum(int(value) for key, value in pairs if key == f"{direction[0]}bytes")
+        if (stat := directory / "blkio.throttle.io_service_bytes").exists():
+            lines = (line.split() for line in stat.read_text().splitlines())
+            return sum(int(line[2]) for line in lines if line[1:2] == [direction.capitalize()])
+    raise AssertionError("its transfers are not counted")
+
+
+def rate(box: Container, direction: str, seconds: float = 2.0) -> float:
+    """Bytes per second that pass now, over a window that the clock measures afterwards."""
+    wait_until(lambda: moved_bytes(box, direction), "the first transfer")
+    before, started = moved_bytes(box, direction), time.monotonic()
+    wait_until(lambda: time.monotonic() - started > seconds, "the window's end")
+    return (moved_bytes(box, direction) - before) / (time.monotonic() - started)
+
+
+def dd(direction: str) -> str:
+    """A script that transfers past the page cache for ever."""
+    if direction == "write":
+        return "while dd if=/dev/zero of=/x bs=64k count=64 oflag=direct conv=notrunc status=none; do :; done"
+    make = "dd if=/dev/zero of=/x bs=1M count=8 oflag=direct status=none"
+    return f"{make}; while dd if=/x of=/dev/null bs=64k iflag=direct status=none; do :; done"
+
+
+@pytest.mark.parametrize("direction", SHARED)
+def test_rate_is_kept_at_create_and_live(garden: GardenClient, direction: str) -> None:
+    """Within a generous band below and above; raised on the running container it moves more."""
+    field = f"io_{direction}_bytes_per_s"
+    with garden.create(ContainerSpec(limits=Limits(**{field: 2 * MIB}))) as box:
+        assert getattr(box.limits(), field) == 2 * MIB
+        box.start(sh(dd(direction)))
+        slow = rate(box, direction)
+        assert 0.2 * MIB < slow < 3 * MIB
+        assert getattr(box.update_limits(Limits(**{field: 0})), field) == 0
+        wait_until(lambda: rate(box, direction, 0.5) > 6 * MIB, "full speed")
+        now = box.update_limits(Limits(**{field: 1 * MIB}))
+        assert getattr(now, field) == 1 * MIB
+        rate(box, direction, 1.0)  # what was under way
+        assert rate(box, direction) < 2 * MIB
+
+
+def test_operations_are_limited(garden: GardenClient) -> None:
+    """20 writes of 64 KiB a second are little over a MiB."""
+    with garden.create(ContainerSpec(limits=Limits(io_write_ops_per_s=20))) as box:
+        box.start(sh(dd("write")))
+        assert rate(box, "write") < 2.5 * MIB
+        limits = box.limits()
+        assert (limits.io_write_ops_per_s, limits.io_read_ops_per_s) == (20, 0)
+
+
+def test_a_sidecar_within_the_limits_counts(server: ServerProcess, garden: GardenClient) -> None:
+    """Its layer is on the same device."""
+    (image,) = (server.place / "state/rootfs").iterdir()
+    with garden.create(ContainerSpec(limits=Limits(io_write_bytes_per_s=2 * MIB))) as box:
+        box.start(ProcessSpec("sh", ("-c", dd("write")), id="pea", sidecar=Sidecar(str(image))))
+        assert 0.2 * MIB < rate(box, "write") < 3 * MIB
+
+
+def test_survives_a_restart_and_the_command_line_shows_it(
+    server: ServerProcess, garden: GardenClient
+) -> None:
+    """`garden create --io-write`, `garden limits --io-read`, read from the kernel by the next server."""
+
+    def cli(*args: str) -> str:
+        command = [str(Path(sys.executable).with_name("garden")), *args, "--address", server.address]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+
+    cli("create", "--handle", "box", "--io-write", "4M", "--io-read-ops", "500")
+    cli("limits", "box", "--io-read", "8M")
+    server.kill()
+    server.start()
+    found = json.loads(cli("limits", "box", "-o", "json"))
+    assert (found["io_read_bytes_per_s"], found["io_write_bytes_per_s"]) == (8 * MIB, 4 * MIB)
+    assert (found["io_read_ops_per_s"], found["io_write_ops_per_s"]) == (500, 0)
+    assert "reads 8.0M/s and 500/s, writes 4.0M/s" in cli("limits", "box")
+    garden.container("box").destroy()
+
+
+def test_what_is_refused(garden: GardenClient) -> None:
+    """Out of range, of a single process, and a weight where nothing divides by it; nothing is changed."""
+    with garden.create(ContainerSpec(limits=Limits(pids=50))) as box:
+        before = box.limits()
+        for bad, field in (
+            (Limits(io_write_bytes_per_s=1), "io_write_bytes_per_s"),
+            (Limits(io_read_ops_per_s=1 << 32), "io_read_ops_per_s"),
+            (Limits(io_weight=0), "io_weight"),
+        ):
+            with pytest.raises(InvalidArgument) as invalid:
+                box.update_limits(bad)
+            assert invalid.value.fields[0].field == f"limits.{field}"
+        with pytest.raises(InvalidArgument):
+            box.start(ProcessSpec("true", limits=Limits(io_write_bytes_per_s=MIB)))
+        device = device_below(Path("/var/tmp"))
+        assert device is not None
+        if scheduler_of(device) != "bfq" and not V2:
+            with pytest.raises(GardenError) as unsupported:
+                box.update_limits(Limits(io_weight=200, io_write_bytes_per_s=MIB, pids=3))
+            assert unsupported.value.code == "NOT_SUPPORTED"
+            assert "bfq" in str(unsupported.value)
+        box.run(sh("dd if=/dev/zero of=/dev/shm/a bs=1M count=40 2>/dev/null")).output()
+        with pytest.raises(FailedPrecondition):  # of another limit: this one's is taken back
+            box.update_limits(Limits(io_write_bytes_per_s=MIB, memory_bytes=8 * MIB))
+        assert box.limits() == before
+
+
+def test_a_store_in_memory_cannot_be_limited(no_trace: None) -> None:
+    """No block device, no limit: said at once, at create and live; "unlimited" is fine."""
+    place = Path("/dev/shm") / f"gt-io-{os.getpid()}"
+    try:
+        with (
+            running_server("--state-dir", str(place)) as server,
+            GardenClient(server.address) as garden,
+            garden.create(ContainerSpec(limits=Limits(io_read_bytes_per_s=0))) as box,
+        ):
+            assert box.limits().io_read_bytes_per_s is None
+            for act in (
+                lambda: box.update_limits(Limits(io_read_bytes_per_s=MIB)),
+                lambda: garden.create(ContainerSpec(limits=Limits(io_read_bytes_per_s=MIB))),
+            ):
+                with pytest.raises(GardenError) as refused:
+                    act()
+                assert refused.value.code == "NOT_SUPPORTED"
+                assert "no single block device" in str(refused.value)
+    finally:
+        subprocess.run(["rm", "-rf", str(place)], check=True)
+
+
+def test_defaults_of_the_server(no_trace: None) -> None:
+    """OL3: for whoever states nothing; what is stated goes before."""
+    flags = ("--container-io-max-write-bps", "2M", "--container-io-max-read-iops", "300")
+    with running_server(*flags) as server, GardenClient(server.address) as garden:
+        with garden.create() as box:
+            limits = box.limits()
+            assert (limits.io_write_bytes_per_s, limits.io_read_ops_per_s) == (2 * MIB, 300)
+            box.start(sh(dd("write")))
+            assert rate(box, "write") < 3 * MIB
+        with garden.create(ContainerSpec(limits=Limits(io_write_bytes_per_s=0))) as box:
+            assert box.limits().io_write_bytes_per_s == 0
