@@ -44,7 +44,7 @@ def peer(garden: GardenClient) -> Container:
 def measure(box: Container, peer: Container, *, sends: bool) -> float:
     """Bytes per second that pass the container's link in the long run, by the kernel's own counters."""
     address = peer.info().container_ip
-    script = f"nc {address} 7001 </dev/zero" if sends else f"nc {address} 7000 >/dev/null"
+    script = f"exec nc {address} 7001 </dev/zero" if sends else f"exec nc {address} 7000 >/dev/null"
     process = box.run(sh(script))
     counted = "network_tx_bytes" if sends else "network_rx_bytes"
     begun = getattr(box.metrics(), counted)
