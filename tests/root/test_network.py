@@ -317,3 +317,14 @@ def test_table_that_somebody_removed_is_back_after_a_restart(no_trace: None) -> 
         subprocess.run(["nft", "delete", "table", "inet", table], check=True, timeout=20)
         running.start()
         assert ask_from_host("127.0.0.1", mapped.host_port) == "hello"
+
+
+def test_N17_freed_port_is_not_given_out_again_right_after_a_restart(no_trace: None) -> None:
+    """Whoever still talks to the old container's port shall find it closed, not find a stranger."""
+    with running_server() as running, GardenClient(running.address) as client:
+        with client.create() as box:
+            first = box.map_port(80).host_port
+        running.kill()
+        running.start()
+        with client.create() as box:
+            assert box.map_port(80).host_port == first + 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import math
 import os
 import socket
@@ -49,6 +50,7 @@ from garden_py.service.ports import EgressCounts, RuleCount
 log = structlog.get_logger()
 # How long the host's own address is believed: a list of all containers asks once for each.
 _ADDRESS_KEPT_S = 2.0
+_PORTS_FILE = "ports.json"
 _RULES_FILE = "egress-rules"
 _BURST_FLOOR_BYTES = 16 << 10
 ICMP_ECHO_REQUEST = 8  # RFC 792
@@ -145,9 +147,10 @@ class LinuxNetwork:
         self.addresses = AddressPool(config.network_pool)
         self.subnets = Subnets(config.network_pool)
         self._claiming = asyncio.Lock()
+        heads = _read_heads(config.state_dir / _PORTS_FILE)
         self.ports = {
-            Transport.TCP: PortPool(config.port_pool_start, config.port_pool_size),
-            Transport.UDP: PortPool(config.port_pool_start, config.port_pool_size),
+            kind: PortPool(config.port_pool_start, config.port_pool_size, heads.get(kind.value, 0))
+            for kind in Transport
         }
         self.host = HostPlan(config.tag, config.network_pool, self.addresses.gateway)
         self._attached: dict[str, _Attached] = {}
@@ -209,7 +212,18 @@ class LinuxNetwork:
             host_port = wanted.host_port
         else:
             host_port = pool.allocate()
+            self._note_heads()
         return PortMapping(host_port, wanted.container_port or host_port, wanted.transport)
+
+    def _note_heads(self) -> None:
+        """Remember where the pools go on, so that the next server does not give out again what was just freed (N17)."""
+        heads = {kind.value: pool.next_offset for kind, pool in self.ports.items()}
+        try:
+            (self._config.state_dir / _PORTS_FILE).write_text(json.dumps(heads))
+        except (
+            OSError
+        ) as error:  # a full disk: the next server begins elsewhere, and no port is given out twice
+            log.warning("network.port_heads_not_written", error=str(error))
 
     def adopt(self, lease: NetworkLease) -> None:
         """Mark a lease from the journal as taken.
@@ -585,6 +599,14 @@ def _bandwidth(limits: Limits) -> Bandwidth:
 def _burst_of(bytes_per_s: int) -> int:
     """20 ms' worth: enough for the kernel's timers, too little to be noticed in a rate."""
     return max(bytes_per_s // 50, _BURST_FLOOR_BYTES)
+
+
+def _read_heads(path: Path) -> dict[str, int]:
+    """Where an earlier server's port pools had got to; nothing if that is not known."""
+    try:
+        return {str(kind): int(offset) for kind, offset in json.loads(path.read_text()).items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}
 
 
 def _digest(rules: str) -> str:

@@ -172,18 +172,23 @@ class PortPool:
     A client that still talks to the old container's port should find it closed, not find a stranger. Ports
     outside the range may be reserved too: callers choose those themselves.
 
+    Args:
+        start: first port.
+        size: number of ports.
+        next_offset: of the port to give out first, from `start`; kept by whoever wants no reuse after a restart.
+
     Raises:
         InvalidField: the range leaves 1..65535 or is empty (field `port_pool_size`).
     """
 
-    def __init__(self, start: int, size: int) -> None:
+    def __init__(self, start: int, size: int, next_offset: int = 0) -> None:
         if start < 1 or size < 1 or start + size - 1 > MAX_PORT:
             raise InvalidField(
                 "port_pool_size", f"ports {start}..{start + size - 1} are not within 1..{MAX_PORT}"
             )
         self.start = start
         self.size = size
-        self._next_offset = 0
+        self.next_offset = next_offset % size
         self._taken: set[int] = set()
 
     def allocate(self) -> int:
@@ -193,9 +198,9 @@ class PortPool:
             PoolExhausted: none is free.
         """
         for step in range(self.size):
-            offset = (self._next_offset + step) % self.size
+            offset = (self.next_offset + step) % self.size
             if self.start + offset not in self._taken:
-                self._next_offset = (offset + 1) % self.size
+                self.next_offset = (offset + 1) % self.size
                 self._taken.add(self.start + offset)
                 return self.start + offset
         raise PoolExhausted("ports", self.size, "--port-pool-size")
