@@ -73,10 +73,12 @@ class Cell:
 
 
 @contextmanager
-def running_cell(runtime: str) -> Iterator[Cell]:
+def running_cell(runtime: str, *flags: str, network_pool: str = "") -> Iterator[Cell]:
     """A server in a temporary directory with pools of its own, and connections to it."""
     with (
-        running_server("--log-level", "info", "--runtime", runtime) as server,
+        running_server(
+            "--log-level", "info", "--runtime", runtime, *flags, network_pool=network_pool
+        ) as server,
         grpc.insecure_channel(server.address) as channel,
         GardenClient(server.address) as client,
     ):

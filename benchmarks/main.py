@@ -29,6 +29,7 @@ import garden_load
 import images
 import layers
 import lifecycle
+import network
 import noisy
 import processes
 import queries
@@ -55,6 +56,7 @@ MEASUREMENTS: dict[str, Callable[[Setting], Iterator[Row]]] = {
     "unpack": layers.measure_unpack,
     "copies": copies.measure_copies,
     "noisy": noisy.measure_noisy,
+    "network": network.measure_network,
 }
 
 

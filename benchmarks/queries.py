@@ -28,7 +28,7 @@ _HELPER_GONE_S = 1.2
 def measure_queries(setting: Setting) -> Iterator[Row]:
     """With 50 containers in the cell."""
     cell, stub = setting.cell, setting.cell.stub
-    with _containers(cell, CONTAINERS) as handles:
+    with running_containers(cell, CONTAINERS) as handles:
         one, all_of_them = pb.GetContainerRequest(handle=handles[0]), pb.GetMetricsRequest(handles=handles)
         found = alternate(
             {
@@ -59,7 +59,8 @@ def _require(count: int) -> None:
 
 
 @contextmanager
-def _containers(cell: Cell, count: int) -> Iterator[list[str]]:
+def running_containers(cell: Cell, count: int) -> Iterator[list[str]]:
+    """So many, made four at a time and destroyed at the end; their handles."""
     with ThreadPoolExecutor(4) as pool:
         handles = list(pool.map(lambda _: cell.create().handle, range(count)))
         try:
@@ -76,6 +77,9 @@ def measure_egress(setting: Setting) -> Iterator[Row]:
     rules.write_text(_nft_text(_policy()))
     log = str(place / "nft.log")
     with cell.container() as handle, running_stopwatch("unshare", "--net") as stopwatch:
+        # The rules speak of the container's link.
+        link = ["ip", "link", "add", "eth0", "type", "veth", "peer", "name", "far"]
+        stopwatch.ask(op="time", argv=link, log=log)
         request = pb.SetEgressRequest(handle=handle, policy=_policy())
 
         def set_egress() -> float:

@@ -22,6 +22,7 @@ class Setting:
         runc: bare runc with a bundle like the server's.
         crun: bare crun with the same bundle.
         bare: stub of the bare gRPC server.
+        runtime: of the server under test.
         rounds: samples of a latency.
         throughput_rounds: samples of a throughput, which take seconds each.
     """
@@ -30,6 +31,7 @@ class Setting:
     runc: BareRuntime
     crun: BareRuntime
     bare: garden_pb2_grpc.GardenStub
+    runtime: str
     rounds: int
     throughput_rounds: int
 
@@ -54,6 +56,7 @@ def open_setting(*, runtime: str, rounds: int) -> Iterator[Setting]:
             runc=stack.enter_context(bare_runtime("runc", place, bundle)),
             crun=stack.enter_context(bare_runtime("crun", place, bundle)),
             bare=stack.enter_context(running_bare_server(place)),
+            runtime=runtime,
             rounds=rounds,
             throughput_rounds=max(3, min(5, rounds // 4)),
         )

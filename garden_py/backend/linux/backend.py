@@ -285,16 +285,22 @@ class LinuxBackend:
             self._upgrades.consider(sidecar)
 
     async def _renew_rules(self, container: LinuxContainer) -> None:
-        """Hear of its connections again, and put its rules in force as this server has them."""
+        """Hear of its connections again, and put its rules in force as this server has them.
+
+        If that fails, those that it had stay in force, and the log says so.
+        """
         policy, facts = container.policy, container.facts
         if policy is None or facts.lease.address is None:
             return
         if facts.privileged:  # those are on the host, and have been renewed with the table
             return
-        if self._network.has_rules(container.directory, policy):
-            await self._network.watch(container.handle, facts.pid, policy)
-        else:
-            await self._set_egress(container, policy, renews=True)
+        try:
+            if self._network.has_rules(container.directory, policy):
+                await self._network.watch(container.handle, facts.pid, policy)
+            else:
+                await self._set_egress(container, policy, renews=True)
+        except HostFault as error:
+            log.error("network.rules_not_renewed", handle=container.handle, error=str(error))
 
     def agent(self, handle: str) -> AgentFacts:
         """Which agent a container has."""

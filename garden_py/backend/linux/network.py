@@ -366,9 +366,9 @@ class LinuxNetwork:
         }
         with _Namespaces("", pid, privileged=privileged) as fds:
             await self.job("attach", params, fds)
+        self._attached[handle] = _Attached(lease, policy if privileged else None)
         if not privileged:
             await self.watch(handle, pid, policy)
-        self._attached[handle] = _Attached(lease, policy if privileged else None)
 
     async def detach(self, handle: str, lease: NetworkLease, *, privileged: bool) -> None:
         """Disconnect a container and its ports; what is gone already is fine."""
@@ -494,6 +494,8 @@ class LinuxNetwork:
             raise ContainerBroken(handle, "its PID 1 has ended") from error
         except OSError as error:
             raise HostFault("network.watch", str(error)) from error
+        if handle not in self._attached:  # destroyed meanwhile, and the socket would keep its namespace
+            self._connections.unwatch(handle)
 
     def close(self) -> None:
         """Stop reporting; nothing on the host changes."""
