@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Literal
 
+import hypothesis
 import pytest
 from kit.server import ServerProcess, running_server
 from kit.trace import assert_no_trace, snapshot
+
+# How long an example takes is no promise of the code's: both processors may be busy with other tests.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -16,6 +22,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--quota",
         action="store_true",
         help="also run those that need quotas in the kernel: scripts/test --cgroup2",
+    )
+    parser.addoption(
+        "--one-server",
+        action="store_true",
+        help="modules that share a server share one with each other: for few tests where a start takes long",
     )
 
 
@@ -44,7 +55,11 @@ def no_trace() -> Iterator[None]:
     assert_no_trace(before)
 
 
-@pytest.fixture(scope="module")
+def _scope_of_server(fixture_name: str, config: pytest.Config) -> Literal["module", "session"]:
+    return "session" if config.getoption("--one-server") else "module"
+
+
+@pytest.fixture(scope=_scope_of_server)
 def garden_server(no_trace: None) -> Iterator[ServerProcess]:
     """A server that the tests of one module share; each module checks that it leaves no trace."""
     before = snapshot()

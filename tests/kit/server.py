@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import itertools
 import os
 import shutil
@@ -17,6 +19,7 @@ from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
 
+from garden_py.backend.rootfs.runtime_bundle import build_runtime_bundle
 from kit.addresses import first_free
 from kit.patience import FACTOR
 
@@ -93,6 +96,15 @@ class ServerProcess:
         return status
 
 
+@functools.cache
+def built_bundle() -> Path:
+    """What a server makes in `<state-dir>/agent` and does not make again: a quarter of its start."""
+    place = Path(tempfile.mkdtemp(prefix="gt-agent-", dir="/var/tmp"))
+    atexit.register(shutil.rmtree, place)
+    build_runtime_bundle(place)
+    return place
+
+
 @contextlib.contextmanager
 def running_server(
     *extra: str,
@@ -117,6 +129,8 @@ def running_server(
         "--uid-pool-size", "300",
         *extra,
     ]  # fmt: skip
+    (place / "state").mkdir(mode=0o711)
+    shutil.copytree(built_bundle(), place / "state" / "agent")
     server = make(place, flags, f"unix:{place}/run/garden.sock" if address is None else address)
     try:
         server.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import select
 import signal
@@ -428,9 +429,11 @@ def test_a_released_process_keeps_its_last_terminal_output(agent: AgentClient) -
     """The server may persist the exit while the pipe is full and the pty holds the rest."""
     argv = sh("stty -opost; head -c 1200000 /dev/zero | tr '\\0' x")
     with agent.spawn("p", argv, tty={"rows": 0, "columns": 0}) as streams:
-        read = 0
-        while not select.select([agent.socket], [], [], 0.05)[0]:  # read only as much as lets it exit
-            read += len(os.read(streams.fds["stdout"], 1 << 12))
+        stdout, read = streams.fds["stdout"], 0
+        while read < 1_200_000 - fcntl.fcntl(stdout, fcntl.F_GETPIPE_SZ) - (64 << 10):
+            read += len(os.read(stdout, 1 << 12))
+        while not select.select([agent.socket], [], [], 0.05)[0]:  # read only as much more as lets it exit
+            read += len(os.read(stdout, 1 << 12))
         agent.wait_exit("p")
         agent.request("release", id="p")
         streams.close("stdin")

@@ -76,6 +76,7 @@ def server_ip(garden: GardenClient) -> str:
 # --- events
 
 
+@pytest.mark.cgroup2
 @both
 def test_denied_connection_is_an_event_that_names_the_rule(
     garden: GardenClient, server_ip: str, privileged: bool

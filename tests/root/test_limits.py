@@ -30,6 +30,7 @@ def limited(garden: GardenClient, **limits: int) -> Container:
     return garden.create(ContainerSpec(limits=Limits(**limits)))
 
 
+@pytest.mark.cgroup2
 def test_hog_is_killed_and_the_reason_told(garden: GardenClient) -> None:
     """In the exit status, the event, the metrics and the container's notes; PID 1 lives."""
     with limited(garden, memory_bytes=32 * MIB) as box:
@@ -68,6 +69,7 @@ def test_an_oom_kill_explains_one_end(garden: GardenClient) -> None:
         assert not by_stranger.wait(PATIENCE).out_of_memory
 
 
+@pytest.mark.cgroup2
 def test_shared_memory_counts(garden: GardenClient) -> None:
     """ME2: files on /dev/shm are memory."""
     with limited(garden, memory_bytes=64 * MIB) as box:
@@ -90,6 +92,7 @@ def test_no_swap_beside_the_memory_limit(garden: GardenClient) -> None:
         assert box.metrics().memory_peak_bytes < 64 * MIB
 
 
+@pytest.mark.cgroup2
 def test_tasks_are_limited(garden: GardenClient) -> None:
     """OL1: fork fails, the container goes on."""
     with limited(garden, pids=8) as box:
@@ -101,6 +104,7 @@ def test_tasks_are_limited(garden: GardenClient) -> None:
         assert text_of(box, "echo again") == "again\n"
 
 
+@pytest.mark.cgroup2
 def test_quota_shows_in_use_and_throttling(garden: GardenClient) -> None:
     """A fifth of a processor is a fifth, and the metrics say that it was held back."""
     with limited(garden, cpu_quota_us=20_000, cpu_period_us=100_000) as box:
@@ -140,6 +144,7 @@ def without_io(limits: Limits) -> Limits:
     )
 
 
+@pytest.mark.cgroup2
 def test_limits_are_read_from_the_kernel(garden: GardenClient) -> None:
     """What GetLimits says is in force."""
     with limited(garden, memory_bytes=64 * MIB, cpu_weight=50, cpu_quota_us=50_000, pids=30) as box:
@@ -148,6 +153,7 @@ def test_limits_are_read_from_the_kernel(garden: GardenClient) -> None:
         assert without_io(box.limits()) == Limits(0, 100, 0, 100_000, 0, 0, 0)
 
 
+@pytest.mark.cgroup2
 def test_limits_change_on_a_running_container(garden: GardenClient) -> None:
     """Up and down, one at a time; what is not stated stays, zero lifts, and the processes live on."""
     with limited(garden, memory_bytes=64 * MIB, pids=20) as box:
@@ -167,6 +173,7 @@ def test_limits_change_on_a_running_container(garden: GardenClient) -> None:
         assert code_of(box, "dd if=/dev/zero of=/dev/shm/a bs=1M count=30 2>/dev/null && rm /dev/shm/a") == 0
 
 
+@pytest.mark.cgroup2
 def test_limit_below_use_is_refused(garden: GardenClient) -> None:
     """The kernel cannot take the memory back; nothing is killed, nothing is changed, the field is named."""
     with limited(garden, memory_bytes=64 * MIB) as box:

@@ -134,6 +134,14 @@ def test_failed_attachment_is_undone(lab: Lab, step: str) -> None:
     assert container.try_connect(OUTSIDE_IP, 80) == HOST_IP
 
 
+def test_a_kernel_that_refuses_the_table_is_told_as_that(lab: Lab) -> None:
+    """Not as a table that somebody has removed: to put it back is what has just failed."""
+    lab.network.remove_host()
+    with pytest.raises(HostFault) as refused:
+        lab.network.ensure_host(HostPolicy(), "add rule inet nowhere x accept\n")
+    assert refused.value.step == "network.table"
+
+
 @pytest.mark.parametrize("pool", ["192.0.2.0/24", "192.0.0.0/16", "192.0.2.128/29"])
 def test_pool_that_overlaps_a_network_of_the_host_is_refused(lab: Lab, pool: str) -> None:
     """Routing part of the operator's own network into containers would cut the host off."""

@@ -73,6 +73,7 @@ def server_ip(server: Container) -> str:
     return server.info().container_ip
 
 
+@pytest.mark.cgroup2
 @pytest.mark.parametrize("privileged", [False, True])
 def test_rules_open_and_close_a_running_container(
     garden: GardenClient, server_ip: str, privileged: bool
@@ -186,6 +187,7 @@ def test_policy_cannot_be_undone_from_inside(garden: GardenClient, server_ip: st
         assert ask(box, server_ip) == ""
 
 
+@pytest.mark.cgroup2
 def test_mapped_port_is_reachable_from_the_host(garden: GardenClient) -> None:
     """Through loopback and through the bridge's address; of the create and of a running container."""
     spec = ContainerSpec(port_mappings=(PortMapping(0, PORT),))

@@ -371,6 +371,7 @@ def test_signal_from_the_keyboard(shared_box: Container) -> None:
 # --- limits of one process
 
 
+@pytest.mark.cgroup2
 def test_process_has_limits_of_its_own(box: Container) -> None:
     """Memory: the hog dies and says why, its neighbour and the container do not."""
     neighbour = box.run(["sleep", "1000"])
@@ -383,6 +384,7 @@ def test_process_has_limits_of_its_own(box: Container) -> None:
     assert not neighbour.wait(PATIENCE).out_of_memory
 
 
+@pytest.mark.cgroup2
 def test_process_cannot_fork_beyond_its_limit(box: Container) -> None:
     """pids: of the process and its children together."""
     script = "for n in 1 2 3 4 5 6 7 8; do sleep 1000 & done; echo done"
@@ -392,6 +394,7 @@ def test_process_cannot_fork_beyond_its_limit(box: Container) -> None:
     box.stop(kill=True)
 
 
+@pytest.mark.cgroup2
 def test_process_is_throttled_by_its_quota(box: Container) -> None:
     """A tenth of a processor: a busy loop gets no more than that."""
     before = box.metrics().cpu_usage_ns
@@ -402,6 +405,7 @@ def test_process_is_throttled_by_its_quota(box: Container) -> None:
     assert used_ns < 300_000_000
 
 
+@pytest.mark.cgroup2
 def test_cgroup_of_a_finished_process_is_gone(box: Container) -> None:
     """A container in which thousands of limited processes run does not collect groups."""
     box.run(["true"], limits=Limits(pids=10), id="limited").output()

@@ -53,6 +53,9 @@ def server(no_trace: None) -> Iterator[ServerProcess]:
     assert_no_trace(before)
 
 
+@pytest.mark.parametrize(
+    "restart", ["SIGTERM", pytest.param("SIGKILL", marks=pytest.mark.cgroup2)], indirect=True
+)
 def test_container_is_as_it_was(server: ServerProcess, restart: Callable[[ServerProcess], None]) -> None:
     """Properties, limits, ports, egress, addresses: everything a caller was told still holds."""
     spec = ContainerSpec(

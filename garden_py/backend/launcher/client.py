@@ -78,7 +78,8 @@ class Launcher:
             ready = ours.recv(16)
         except TimeoutError as error:
             self._shut_down()
-            raise HostFault("start launcher", "workers of its predecessor have not ended yet") from error
+            cause = "workers of its predecessor have not ended, or the machine is overloaded"
+            raise HostFault("start launcher", f"not ready in {START_TIMEOUT_S:g} s: {cause}") from error
         if not ready:
             raise HostFault("start launcher", f"it exited with status {self._process.wait()}")
 

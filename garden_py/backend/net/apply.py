@@ -95,7 +95,11 @@ class HostNetwork:
         """
         _step("network.anchor", self._ensure_anchor)
         turned_on = _step("network.ip_forward", _ensure_forwarding)
-        self._run_nft("network.table", host_firewall.compile_host_base(self._plan, policy) + elements)
+        text = host_firewall.compile_host_base(self._plan, policy) + elements
+        try:
+            self._nft.run(text)
+        except NftError as error:  # never TABLE_MISSING, which asks for what has just failed
+            raise HostFault("network.table", error.message) from error
         return turned_on
 
     def remove_host(self) -> None:

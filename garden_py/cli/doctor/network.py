@@ -85,10 +85,10 @@ def check_nf_tables() -> Finding:
 
 
 def check_nflog() -> Finding:
-    """Rules with `log` report through an NFLOG group."""
+    """Every refusal is reported through an NFLOG group, and so is what rules with `log` allow."""
     doubt = Doubt(
-        Level.WARN,
-        "egress rules with `log` are refused",
+        Level.FAIL,
+        "no container gets a network",
         "kernel with CONFIG_NFT_LOG and CONFIG_NETFILTER_NETLINK_LOG",
     )
     return judge("nf_tables log", _transaction(_LOG_RULE), "works", doubt)
