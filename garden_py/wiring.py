@@ -173,10 +173,14 @@ def open_events(directory: Path, *, rebooted: bool) -> tuple[EventLog, EventHub]
     kept = EventLog(directory)
     if rebooted:
         kept.clear()
-    events = EventHub(_first_cursor(), kept.append)
     after, earlier = kept.load()
+    last = earlier[-1].cursor if earlier else after
+    # A million for those that were not written down; time goes on faster, unless somebody sets the clock back.
+    events = EventHub(max(_first_cursor(), last + 1_000_000), kept.append)
     if after:
         events.restore(after, earlier)
+    else:
+        kept.begin(events.cursor)
     return kept, events
 
 

@@ -37,7 +37,7 @@ RTN_UNICAST, RTN_UNREACHABLE = 1, 7
 TCA_KIND, TCA_OPTIONS = 1, 2
 TCA_TBF_PARMS, TCA_TBF_RATE64, TCA_TBF_BURST = 1, 4, 6
 TC_H_ROOT, TC_LINKLAYER_ETHERNET = 0xFFFF_FFFF, 1
-QDISC_HANDLE = 1 << 16  # "1:" of tc(8)
+QDISC_HANDLE, _OTHER_HANDLE = 1 << 16, 2 << 16  # "1:" and "2:" of tc(8)
 SCOPE_UNIVERSE, SCOPE_LINK = 0, 253
 IFF_UP = 0x1
 
@@ -241,15 +241,20 @@ class Rtnetlink:
     def set_rate(self, index: int, rate: Rate) -> None:
         """Hold back what an interface sends: a token bucket filter as its root qdisc, in place of any other.
 
+        Always a new one: what waits in the old one is dropped. Were that one changed to a burst smaller than a packet
+        that waits in it, this packet could never leave, and none behind it (tbf_dequeue in net/sched/sch_tbf.c).
+
         Source: tc-tbf(8), linux/pkt_sched.h.
         """
+        former = self._find_tbf(index)
+        handle = _OTHER_HANDLE if former is not None and former[0] == QDISC_HANDLE else QDISC_HANDLE
         # Up to a tenth of a second's worth waits; what is more is lost, which is what makes a sender slow down.
         limit = min(rate.burst_bytes + rate.bytes_per_s // 10 + 16384, 0xFFFF_FFFF)
         spec = struct.pack("=BBHhHI", 0, TC_LINKLAYER_ETHERNET, 0, 0, 0, min(rate.bytes_per_s, 0xFFFF_FFFF))
         options = _attribute(TCA_TBF_PARMS, spec + bytes(12) + struct.pack("=III", limit, 0, 0))
         options += _attribute(TCA_TBF_BURST, struct.pack("=I", rate.burst_bytes))
         options += _attribute(TCA_TBF_RATE64, struct.pack("=Q", rate.bytes_per_s))
-        body = _qdisc_header(index, QDISC_HANDLE) + _text(TCA_KIND, "tbf") + _nested(TCA_OPTIONS, options)
+        body = _qdisc_header(index, handle) + _text(TCA_KIND, "tbf") + _nested(TCA_OPTIONS, options)
         self._ask(RTM_NEWQDISC, NLM_F_CREATE | NLM_F_REPLACE, body, f"qdisc replace {index} tbf")
 
     def clear_rate(self, index: int) -> None:
@@ -262,12 +267,17 @@ class Rtnetlink:
 
     def rate(self, index: int) -> Rate | None:
         """What set_rate has set; None: nothing holds the interface back."""
+        found = self._find_tbf(index)
+        return None if found is None else _parse_rate(found[1])
+
+    def _find_tbf(self, index: int) -> tuple[int, bytes] | None:
+        """Handle and options of an interface's root qdisc, if it is such a filter."""
         answers = self._request(RTM_GETQDISC, NLM_F_DUMP, _qdisc_header(0, 0), "qdisc show")
         for answer in answers:
-            _family, found, _handle, parent = struct.unpack_from("=BxxxiII", answer)
+            _family, found, handle, parent = struct.unpack_from("=BxxxiII", answer)
             attributes = dict(_parse_attributes(answer[20:]))
             if found == index and parent == TC_H_ROOT and _decode(attributes[TCA_KIND]) == "tbf":
-                return _parse_rate(attributes[TCA_OPTIONS])
+                return handle, attributes[TCA_OPTIONS]
         return None
 
     # --- the socket ---

@@ -64,6 +64,14 @@ class EventLog:
         os.ftruncate(self._fd, size)
         self._written = written
 
+    def begin(self, after: int) -> None:
+        """Write down that nothing has happened before a cursor, and that all that follows will be there."""
+        try:
+            self._begin(after)
+        except OSError as error:
+            log.warning("events.not_written", error=str(error))
+            self._give_up()
+
     def append(self, event: Event) -> None:
         """Write an event down. If that fails, no later server continues from here, and the log says so."""
         try:

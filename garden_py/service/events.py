@@ -130,12 +130,13 @@ class EventHub:
         """
         while True:
             self.check_cursor(after)
+            seen = after
             for event in heapq.merge(
                 _after(self._kept, after), _after(self._connections, after), key=lambda event: event.cursor
             ):
                 yield event
                 after = event.cursor
-            if after == self.cursor:
+            if after == seen:  # not by the hub's cursor: after a restart that is beyond the last event
                 future = asyncio.get_running_loop().create_future()
                 self._waiters.add(future)
                 try:

@@ -77,6 +77,18 @@ def frame(data, bypass=False):
         s.bind(("eth0", 0))
         s.send(bytes.fromhex(data))
 
+def forge(source, source_port, destination, port):
+    udp = struct.pack(">HHHH", source_port, port, 8, 0)
+    addresses = socket.inet_aton(source) + socket.inet_aton(destination)
+    head = struct.pack(">BBHHHBBH", 0x45, 0, 28, 0, 0, 64, socket.IPPROTO_UDP, 0) + addresses
+    with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW) as s:
+        s.sendto(head + udp, (destination, 0))
+
+def send_from(port, address, to_port):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        s.bind(("0.0.0.0", port))
+        s.sendto(b"", (address, to_port))
+
 def run(*argv):
     import subprocess
     subprocess.run(argv, check=True, capture_output=True)

@@ -13,6 +13,7 @@ from kit.agent_client import AgentClient, AgentError
 from kit.agent_container import MOUNTED_AT, make_busybox_rootfs, running_container
 from kit.agent_process import directory_for_all_users
 from kit.bundles import append, build_changed, replace_in
+from kit.garden import wait_until
 
 from garden_py.backend.rootfs.runtime_bundle import RuntimeBundle, build_runtime_bundle
 
@@ -228,7 +229,10 @@ def test_a_start_under_way_is_answered_by_the_new_agent(
     request = agent.send("spawn", [write], **{**SPAWN, "id": "slower", "argv": sh("echo started")})
     upgraded = agent.send("upgrade", **upgrade_fields(other))
     assert agent.receive(upgraded)[0]["build"] == other.version
-    assert {r["id"]: r["starting"] for r in agent.hello()["processes"]} == {"slow": False, "slower": True}
+    starts = {"slow": False, "slower": True}
+    wait_until(
+        lambda: {r["id"]: r["starting"] for r in agent.hello()["processes"]} == starts, "the start of slow"
+    )
     os.set_blocking(read, False)
     try:
         while os.read(read, 1 << 16):

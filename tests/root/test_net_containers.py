@@ -259,3 +259,14 @@ def test_hand_made_frames_are_judged_like_any_others(lab: Lab, privileged: bool)
     container.order("frame", macs + "0800" + datagram.hex())
     wait_until(lambda: udp_strays(lab.outside) > before, "the datagram that is allowed")
     assert udp_strays(lab.outside) == before + 1
+
+
+def test_no_connection_is_made_up_on_loopback(lab: Lab) -> None:
+    """A packet to itself in the name of a host outside must not make its own datagrams to that host replies."""
+    container = lab.container(2, CLOSED)
+    before = udp_strays(lab.outside)
+    for destination in (container.address, "127.0.0.1"):
+        container.order("forge", OUTSIDE_IP, 53, destination, 5555)
+        with pytest.raises(Refused, match="EPERM"):
+            container.order("send_from", 5555, OUTSIDE_IP, 53)
+    assert udp_strays(lab.outside) == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 from pathlib import Path
@@ -23,6 +24,8 @@ def server(directory: Path, first_cursor: int) -> tuple[EventLog, EventHub]:
     after, events = log.load()
     if after:
         hub.restore(after, events)
+    else:
+        log.begin(first_cursor)
     return log, hub
 
 
@@ -54,6 +57,31 @@ async def test_next_server_goes_on_where_the_last_has_ended(tmp_path: Path) -> N
     assert await seen(hub, 6001) == [told[-1]]
     with pytest.raises(OffsetOutOfRange):
         hub.check_cursor(999)
+
+
+async def test_watcher_that_has_seen_all_waits_for_the_next_servers_first_event(tmp_path: Path) -> None:
+    """Its cursor is below that server's own, with nothing between."""
+    log, hub = server(tmp_path, 1000)
+    hub.publish(EventKind.CONTAINER_CREATED, "box")
+    log.close()
+    _, hub = server(tmp_path, 2000)
+    watching = aiter(hub.watch(1001))
+    coming = asyncio.ensure_future(anext(watching))
+    await asyncio.sleep(0.01)
+    assert not coming.done()
+    hub.publish(EventKind.CONTAINER_DESTROYED, "box")
+    assert (await asyncio.wait_for(coming, 5)).kind is EventKind.CONTAINER_DESTROYED
+    await watching.aclose()  # type: ignore[attr-defined]
+
+
+async def test_a_server_without_an_event_is_continued_from_too(tmp_path: Path) -> None:
+    """Whoever began to watch then has missed nothing."""
+    log, hub = server(tmp_path, 1000)
+    cursor = hub.cursor
+    log.close()
+    _, hub = server(tmp_path, 2000)
+    hub.publish(EventKind.CONTAINER_CREATED, "box")
+    assert [event.handle for event in await seen(hub, cursor)] == ["box"]
 
 
 async def test_events_of_connections_are_of_one_life(tmp_path: Path) -> None:

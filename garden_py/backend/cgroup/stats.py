@@ -9,6 +9,7 @@ from pathlib import Path
 
 from garden_py.backend.cgroup.layout import WORK, ContainerCgroup
 from garden_py.backend.cgroup.limits import V1_UNLIMITED_BYTES, parse_max
+from garden_py.backend.host.small_files import read_small
 from garden_py.service.ports import Usage
 
 _CHARGE_BATCH_BYTES = 64 << 12  # MEMCG_CHARGE_BATCH, 64 pages: so near to a limit a charge may fail
@@ -58,7 +59,7 @@ def without(total: Usage, part: Usage) -> Usage:
 
 
 def _number(path: Path) -> int:
-    return int(path.read_text())
+    return int(read_small(path))
 
 
 def _optional_number(path: Path) -> int:
@@ -72,11 +73,11 @@ def _optional_number(path: Path) -> int:
 def _read_v1(cgroup: ContainerCgroup, top: tuple[str, ...], limited: tuple[str, ...]) -> Usage:
     memory = cgroup.directory("memory", *top)
     cpu_ns, user_ns, system_ns = _cpu_time_v1(cgroup, top)
-    stat = parse_flat_keyed((memory / "memory.stat").read_text())
+    stat = parse_flat_keyed(read_small(memory / "memory.stat"))
     usage = _number(memory / "memory.usage_in_bytes")
     limit = _number(cgroup.directory("memory", *limited, "memory.limit_in_bytes"))
     halves = [cgroup.directory("cpu", *limited), cgroup.twin_directory(limited)]
-    throttled = [parse_flat_keyed((half / "cpu.stat").read_text()) for half in halves if half is not None]
+    throttled = [parse_flat_keyed(read_small(half / "cpu.stat")) for half in halves if half is not None]
     return Usage(
         memory_bytes=usage,
         memory_working_set_bytes=max(0, usage - stat.get("total_inactive_file", 0)),
@@ -88,7 +89,7 @@ def _read_v1(cgroup: ContainerCgroup, top: tuple[str, ...], limited: tuple[str, 
         cpu_system_ns=system_ns,
         cpu_throttled_ns=sum(each.get("throttled_time", 0) for each in throttled),
         pids=_number(cgroup.directory("pids", *top, "pids.current")),
-        pids_limit=parse_max(cgroup.directory("pids", *limited, "pids.max").read_text().strip()),
+        pids_limit=parse_max(read_small(cgroup.directory("pids", *limited, "pids.max")).strip()),
         oom_kills=read_oom_kills(cgroup, limited),
     )
 
@@ -99,7 +100,7 @@ def _cpu_time_v1(cgroup: ContainerCgroup, top: tuple[str, ...]) -> tuple[int, in
     points, twin = cgroup.hierarchies.mount_points, cgroup.twin_directory(top)
     if twin is not None and points["cpu"] == points["cpuacct"]:
         halves.append(twin)
-    ticks = [parse_flat_keyed((half / "cpuacct.stat").read_text()) for half in halves]
+    ticks = [parse_flat_keyed(read_small(half / "cpuacct.stat")) for half in halves]
     return (
         sum(_number(half / "cpuacct.usage") for half in halves),
         sum(each["user"] for each in ticks) * _NS_PER_TICK,
@@ -109,21 +110,21 @@ def _cpu_time_v1(cgroup: ContainerCgroup, top: tuple[str, ...]) -> tuple[int, in
 
 def _read_v2(cgroup: ContainerCgroup, top: tuple[str, ...], limited: tuple[str, ...]) -> Usage:
     counted, work = cgroup.directory("memory", *top), cgroup.directory("memory", *limited)
-    stat = parse_flat_keyed((counted / "memory.stat").read_text())
+    stat = parse_flat_keyed(read_small(counted / "memory.stat"))
     usage = _number(counted / "memory.current")
-    cpu = parse_flat_keyed((counted / "cpu.stat").read_text())
+    cpu = parse_flat_keyed(read_small(counted / "cpu.stat"))
     return Usage(
         memory_bytes=usage,
         memory_working_set_bytes=max(0, usage - stat.get("inactive_file", 0)),
-        memory_limit_bytes=parse_max((work / "memory.max").read_text().strip()),
+        memory_limit_bytes=parse_max(read_small(work / "memory.max").strip()),
         memory_peak_bytes=_optional_number(counted / "memory.peak"),
         memory_stat=stat,
         cpu_usage_ns=cpu["usage_usec"] * 1000,
         cpu_user_ns=cpu["user_usec"] * 1000,
         cpu_system_ns=cpu["system_usec"] * 1000,
-        cpu_throttled_ns=parse_flat_keyed((work / "cpu.stat").read_text()).get("throttled_usec", 0) * 1000,
+        cpu_throttled_ns=parse_flat_keyed(read_small(work / "cpu.stat")).get("throttled_usec", 0) * 1000,
         pids=_number(counted / "pids.current"),
-        pids_limit=parse_max((work / "pids.max").read_text().strip()),
+        pids_limit=parse_max(read_small(work / "pids.max").strip()),
         oom_kills=read_oom_kills(cgroup, limited),
     )
 
@@ -137,7 +138,7 @@ def read_oom_kills(cgroup: ContainerCgroup, leaf: tuple[str, ...]) -> int:
     """
     file = "memory.events" if cgroup.hierarchies.version == 2 else "memory.oom_control"
     try:
-        text = cgroup.directory("memory", *leaf, file).read_text()
+        text = read_small(cgroup.directory("memory", *leaf, file))
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ENODEV):  # ENODEV: removed between open and read
             raise
@@ -159,7 +160,7 @@ def met_own_limit(directory: Path, version: int) -> bool:
     """
     try:
         if version == 2:
-            return parse_flat_keyed((directory / "memory.events.local").read_text()).get("oom", 0) > 0
+            return parse_flat_keyed(read_small(directory / "memory.events.local")).get("oom", 0) > 0
         limit = _number(directory / "memory.limit_in_bytes")
         return _number(directory / "memory.max_usage_in_bytes") + _CHARGE_BATCH_BYTES > limit
     except OSError as error:

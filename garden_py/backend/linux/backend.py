@@ -299,7 +299,7 @@ class LinuxBackend:
                 await self._network.watch(container.handle, facts.pid, policy)
             else:
                 await self._set_egress(container, policy, renews=True)
-        except HostFault as error:
+        except (HostFault, OSError) as error:
             log.error("network.rules_not_renewed", handle=container.handle, error=str(error))
 
     def agent(self, handle: str) -> AgentFacts:
@@ -577,6 +577,7 @@ class LinuxBackend:
         self, container: LinuxContainer, policy: EgressPolicy, *, renews: bool = False
     ) -> None:
         facts = container.facts
+        self._network.forget_rules(container.directory)
         await self._network.set_egress(
             container.handle,
             facts.pid,

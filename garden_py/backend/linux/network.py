@@ -18,6 +18,7 @@ from typing import Any
 import structlog
 
 from garden_py.agent.rtnetlink import Rtnetlink
+from garden_py.backend.host.small_files import read_small
 from garden_py.backend.host.threads import in_thread
 from garden_py.backend.launcher.client import Launcher
 from garden_py.backend.linux.connections import ConnectionLog
@@ -26,7 +27,7 @@ from garden_py.backend.net import host_firewall as hf
 from garden_py.backend.net.apply import TABLE_MISSING
 from garden_py.backend.net.host_firewall import Reach
 from garden_py.backend.net.messages import Attachment, Bandwidth
-from garden_py.backend.net.plan import HostPlan, LinkPlan, address_of_link, plan_link
+from garden_py.backend.net.plan import HostPlan, LinkPlan, address_of_link, host_link_name, plan_link
 from garden_py.backend.net.pools import AddressPool, PortPool, Subnets
 from garden_py.config import Config
 from garden_py.model.connection import Connection
@@ -147,6 +148,8 @@ class LinuxNetwork:
         self.addresses = AddressPool(config.network_pool)
         self.subnets = Subnets(config.network_pool)
         self._claiming = asyncio.Lock()
+        self._leaving: set[IPv4Address] = set()
+        self._ruled: frozenset[IPv4Network] = frozenset()
         heads = _read_heads(config.state_dir / _PORTS_FILE)
         self.ports = {
             kind: PortPool(config.port_pool_start, config.port_pool_size, heads.get(kind.value, 0))
@@ -253,6 +256,7 @@ class LinuxNetwork:
         """Give a lease back; the kernel has forgotten it."""
         if lease.address is not None and lease.subnet is not None:
             self.subnets.release(lease.subnet, lease.address)
+            self._leaving.discard(lease.address)
         elif lease.address is not None:
             self.addresses.release(lease.address)
         for mapping in lease.mappings:
@@ -283,7 +287,15 @@ class LinuxNetwork:
 
     async def ensure_host(self) -> None:
         """Make or repair what all containers share, and what each has in the table, when the server starts."""
-        await self._job("ensure_host", self._shared())
+        try:
+            await self._job("ensure_host", self._shared())
+        except HostFault as fault:
+            if not self._attached:  # a server that does not start leaves nothing
+                try:
+                    await self._job("remove_host", {})
+                except HostFault as error:
+                    fault.add_note(f"undoing it failed too: {error}")
+            raise
         await self._connections.watch_host(host_firewall.log_target(self.host).group)
 
     async def restore_host(self) -> None:
@@ -292,7 +304,9 @@ class LinuxNetwork:
             await self._restore()
 
     async def _restore(self) -> None:
+        ruled = frozenset(self.subnets.networks)
         await self._job("restore_host", self._shared())
+        self._ruled = ruled
         self._restored += 1
 
     def _shared(self) -> dict[str, Any]:
@@ -390,13 +404,14 @@ class LinuxNetwork:
     async def _claim(self, subnet: IPv4Network) -> None:
         async with self._claiming:
             await self.job("claim_subnet", {"subnet": str(subnet)})
-            if self._config.container_access == Reach.SUBNET.value:
+            if self._config.container_access == Reach.SUBNET.value and subnet not in self._ruled:
                 await self.restore_host()
 
     async def _disclaim(self, subnet: IPv4Network, address: IPv4Address) -> None:
         """Give up a subnet with the last container in it; one that has just come claims it again."""
         async with self._claiming:
-            if not self.subnets.others(subnet, address):
+            self._leaving.add(address)  # its lease is given back later, and two may leave at once
+            if not self.subnets.others(subnet, self._leaving):
                 await self.job("release_subnet", {"subnet": str(subnet)})
 
     async def map_port(self, handle: str, lease: NetworkLease, mapping: PortMapping) -> None:
@@ -421,8 +436,13 @@ class LinuxNetwork:
             rules = host_firewall.compile_host_side_policy(
                 self.host, self._link(lease, handle), policy, denied=self._denied
             )
+            restored = self._restored
             await self.job("set_egress", {"host_side": True, "rules": rules})
             self._attached[handle] = _Attached(lease, policy)
+            async with self._restoring:  # a repair that had begun has put the former policy back
+                repaired = restored != self._restored
+            if repaired:
+                await self.job("set_egress", {"host_side": True, "rules": rules})
             return
         with _Namespaces(handle, pid, privileged=False) as fds:
             rules = self.container_rules(policy)
@@ -469,14 +489,25 @@ class LinuxNetwork:
         return firewall.compile_container_ruleset(policy, denied=self._denied)
 
     def note_rules(self, directory: Path, policy: EgressPolicy) -> None:
-        """Remember in a container's directory which rules are in force in its namespace."""
-        (directory / _RULES_FILE).write_text(_digest(self.container_rules(policy)))
+        """Remember in a container's directory which rules are in force in its namespace.
+
+        Not remembered, they are set anew by the next server, which loses no more than the counters.
+        """
+        try:
+            (directory / _RULES_FILE).write_text(_digest(self.container_rules(policy)))
+        except OSError as error:
+            log.warning("network.rules_not_noted", directory=str(directory), error=str(error))
+            self.forget_rules(directory)
+
+    def forget_rules(self, directory: Path) -> None:
+        """Before they change: a server that dies in between must not take the old ones for those in force."""
+        (directory / _RULES_FILE).unlink(missing_ok=True)
 
     def has_rules(self, directory: Path, policy: EgressPolicy) -> bool:
         """Whether these are: not if another release of this program, or other settings of the server, made them."""
         try:
             return (directory / _RULES_FILE).read_text() == _digest(self.container_rules(policy))
-        except FileNotFoundError:
+        except OSError:  # missing, most likely
             return False
 
     # --- connections
@@ -546,10 +577,10 @@ class LinuxNetwork:
         """Traffic as the container sees it: what its host end receives is what it sends."""
         if lease.address is None:
             return LinkTraffic(0, 0, 0, 0)
-        statistics = Path("/sys/class/net", self._link(lease, handle).host_link, "statistics")
+        statistics = f"/sys/class/net/{host_link_name(self.host, lease.address)}/statistics"
 
         def read(name: str) -> int:
-            return int((statistics / name).read_text())
+            return int(read_small(f"{statistics}/{name}"))
 
         return LinkTraffic(read("tx_bytes"), read("rx_bytes"), read("tx_packets"), read("rx_packets"))
 

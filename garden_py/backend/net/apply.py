@@ -77,10 +77,9 @@ class HostNetwork:
             InvalidField: the pool overlaps a network that the host uses otherwise (field `network_pool`).
             HostFault: the kernel refused a step.
         """
-        links = {link.index: link for link in self._netlink.links()}
-        self._refuse_overlap(self._plan.pool, "network_pool", links)
+        self._refuse_overlap(self._plan.pool, "network_pool")
         turned_on = self.restore_host(policy, elements)
-        uplink = self._find_uplink(links)
+        uplink = self._find_uplink({link.index: link for link in self._netlink.links()})
         return HostReport(
             ip_forward_turned_on=turned_on,
             uplink=uplink.name if uplink else "",
@@ -213,7 +212,7 @@ class HostNetwork:
             InvalidField: it overlaps a network of the host (field `subnet`).
             HostFault: the kernel refused a step.
         """
-        self._refuse_overlap(subnet, "subnet", {link.index: link for link in self._netlink.links()})
+        self._refuse_overlap(subnet, "subnet")
         _step("network.subnet", partial(self._netlink.set_unreachable, subnet))
 
     def release_subnet(self, subnet: IPv4Network) -> None:
@@ -350,18 +349,22 @@ class HostNetwork:
 
     # --- inside ---
 
-    def _refuse_overlap(self, pool: IPv4Network, field: str, links: dict[int, Link]) -> None:
+    def _refuse_overlap(self, pool: IPv4Network, field: str) -> None:
         """Raise InvalidField if another network of the host shares addresses with the pool, or a subnet."""
+        addresses, routes = self._netlink.addresses(), self._netlink.routes()
+        # Last: what has come meanwhile is known then. What has gone is nobody's network any more.
+        links = {link.index: link for link in self._netlink.links()}
         own = {i for i, link in links.items() if self._is_own(link.name)}
-        for address in self._netlink.addresses():
+        for address in addresses:
             network = IPv4Network((address.address, address.prefix_length), strict=False)
-            if address.link_index not in own and network.overlaps(pool):
+            if address.link_index in links.keys() - own and network.overlaps(pool):
                 what = f"address {address.address}/{address.prefix_length}"
                 raise _overlap(field, pool, what, address.link_index, links)
-        for route in self._netlink.routes():
+        for route in routes:
             is_default = route.destination.prefixlen == 0
             is_pool_route = route.type == RTN_UNREACHABLE and route.destination == pool
-            if is_default or is_pool_route or route.link_index in own:
+            is_gone = bool(route.link_index) and route.link_index not in links
+            if is_default or is_pool_route or is_gone or route.link_index in own:
                 continue
             if route.destination.overlaps(pool):
                 raise _overlap(field, pool, f"route {route.destination}", route.link_index, links)

@@ -8,6 +8,9 @@ Each rule becomes one nft statement with its own counter and the comment `rule N
 are not folded into shared sets: that would lose the counters which answer "why was this denied", and only the
 first packet of a connection walks the list.
 
+Loopback is not tracked: with a forged source address a container could make itself a connection there that some other
+host seems to have begun, and answer it past all rules.
+
 Whatever is refused goes through one chain, which tells of it before it answers: as a message to an NFLOG group, with
 the cause in the packet's mark, at a bounded rate. Kernel log targets do not work in child namespaces.
 
@@ -42,7 +45,7 @@ CONTAINER_TABLE = "garden"
 LOG_GROUP = 0x6764
 """NFLOG group in containers' namespaces ("gd"); each namespace has groups of its own (nfnetlink_log.c)."""
 
-LOG_RATE = "limit rate 10/second burst 20 packets"
+LOG_RATE = "rate 10/second burst 20 packets"
 """How many connections of one container are told of; the counters count all."""
 
 CAUSE_MARKS = {
@@ -101,18 +104,18 @@ class LogTarget:
 
     Attributes:
         group: of NFLOG, 0..65535.
-        rate: an nft statement that matches as often as a message may be sent.
+        rate: an nft statement that matches as often as a message may be sent, all rules of a container together.
     """
 
     group: int
-    rate: str = LOG_RATE
+    rate: str
 
     def statement(self, prefix: str) -> str:
         """Tell of a packet, if the rate allows; the rule goes on either way only in a rule of its own."""
         return f'{self.rate} log prefix "{prefix}" group {self.group} snaplen {LOG_SNAP_BYTES}'
 
 
-CONTAINER_LOG = LogTarget(LOG_GROUP)
+CONTAINER_LOG = LogTarget(LOG_GROUP, 'limit name "told"')
 
 
 def refuse(cause: int | Cause) -> str:
@@ -146,6 +149,15 @@ def compile_container_ruleset(policy: EgressPolicy, *, denied: Sequence[AddressR
         f"add table inet {CONTAINER_TABLE}",  # so that the delete finds one
         f"delete table inet {CONTAINER_TABLE}",
         f"table inet {CONTAINER_TABLE} {{",
+        f"\tlimit told {{\n\t\t{LOG_RATE}\n\t}}",
+        *chain(
+            "untracked_in",
+            "type filter hook prerouting priority raw; policy accept;",
+            ['iifname "lo" notrack'],
+        ),
+        *chain(
+            "untracked_out", "type filter hook output priority raw; policy accept;", ['oifname "lo" notrack']
+        ),
         *chain("refuse", "", refuse_chain(CONTAINER_LOG)),
         *chain("output", "type filter hook output priority filter; policy drop;", body),
         *chain("forward", "type filter hook forward priority filter; policy drop;", []),

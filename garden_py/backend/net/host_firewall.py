@@ -151,7 +151,7 @@ def compile_host_base(host: HostPlan, policy: HostPolicy) -> str:
 
 def log_target(host: HostPlan) -> LogTarget:
     """Where the host's table tells of what it refuses: a group per server, a rate per container."""
-    return LogTarget(int(host.tag, 16), f"update @told {{ iifname {LOG_RATE} }}")
+    return LogTarget(int(host.tag, 16), f"update @told {{ iifname limit {LOG_RATE} }}")
 
 
 def compile_host_removal(host: HostPlan) -> str:

@@ -147,9 +147,9 @@ class Subnets:
         if not members:
             self._members.pop(network, None)
 
-    def others(self, network: IPv4Network, address: IPv4Address) -> int:
-        """How many other addresses of a subnet are taken."""
-        return len(self._members.get(network, set()) - {address})
+    def others(self, network: IPv4Network, known: set[IPv4Address]) -> int:
+        """How many addresses of a subnet are taken besides those known."""
+        return len(self._members.get(network, set()) - known)
 
     @property
     def networks(self) -> tuple[IPv4Network, ...]:

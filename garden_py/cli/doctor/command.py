@@ -133,6 +133,7 @@ def run_checks(plan: Plan) -> list[Finding]:
         network.check_libnftables,
         network.check_nf_tables,
         network.check_nflog,
+        network.check_link_egress,
         network.check_bridge_family,
         network.check_links,
         lambda: network.check_address_pool(plan.pool),

@@ -41,6 +41,14 @@ table inet garden_doctor {
     }
 }
 """
+_LINK_TABLE: Final = """
+table netdev garden_doctor {
+    chain egress {
+        type filter hook egress device "lo" priority filter; policy drop;
+        meta rtclassid 103 accept
+    }
+}
+"""
 _BRIDGE_TABLE: Final = """
 table bridge garden_doctor {
     chain forward {
@@ -92,6 +100,16 @@ def check_nflog() -> Finding:
         "kernel with CONFIG_NFT_LOG and CONFIG_NETFILTER_NETLINK_LOG",
     )
     return judge("nf_tables log", _transaction(_LOG_RULE), "works", doubt)
+
+
+def check_link_egress() -> Finding:
+    """Where a policy refuses anything, frames that a container makes by hand are dropped at its link."""
+    doubt = Doubt(
+        Level.FAIL,
+        "no container with an egress policy that refuses anything can be made",
+        "kernel with CONFIG_NETFILTER_EGRESS (5.16), CONFIG_NF_TABLES_NETDEV and CONFIG_IP_ROUTE_CLASSID",
+    )
+    return judge("nf_tables egress", _transaction(_LINK_TABLE), "works", doubt)
 
 
 def check_bridge_family() -> Finding:
