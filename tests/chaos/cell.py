@@ -98,9 +98,16 @@ class Cell:
         return await asyncio.to_thread(ending) or 0
 
     def children(self, *, of: int | None = None) -> list[int]:
-        """Child processes; a process's threads have children of their own (proc(5))."""
+        """Child processes, of the server unless another is named; a process's threads have children of their own (proc(5)).
+
+        None while the server is down: another attack may just have ended it.
+        """
+        server = self._server.process
+        parent = of if of is not None or server is None else server.pid
         found: list[int] = []
-        for file in Path(f"/proc/{of or self.pid}/task").glob("*/children"):
+        if parent is None:
+            return found
+        for file in Path(f"/proc/{parent}/task").glob("*/children"):
             with suppress(OSError):
                 found += map(int, file.read_text().split())
         return found
