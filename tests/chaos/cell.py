@@ -98,7 +98,7 @@ class Cell:
         return await asyncio.to_thread(ending) or 0
 
     def children(self, *, of: int | None = None) -> list[int]:
-        """Child processes, of the server unless another is named; a process's threads have children of their own (proc(5)).
+        """Child processes, of the server unless another is named; its threads have children of their own (proc(5)).
 
         None while the server is down: another attack may just have ended it.
         """
