@@ -54,6 +54,9 @@ async def test_launcher_killed_while_a_worker_is_busy_is_replaced_when_that_is_d
     launcher: Launcher,
 ) -> None:
     """The new one waits for the old one's workers, so none of those may go back to the idle ones and live on."""
+    assert (
+        await launcher.run(*NOTHING_TO_DO) == {}
+    )  # or the worker is stopped before it lets go of its parent's socket
     old = main_of(launcher)
     (worker,) = children(old)
     os.kill(worker, signal.SIGSTOP)
