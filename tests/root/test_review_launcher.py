@@ -64,8 +64,10 @@ async def test_launcher_killed_while_a_worker_is_busy_is_replaced_when_that_is_d
     await asyncio.sleep(0)
     os.kill(old, signal.SIGKILL)
     following = asyncio.ensure_future(launcher.run(*NOTHING_TO_DO))
-    await until_starting(launcher, old)
-    os.kill(worker, signal.SIGCONT)
+    try:
+        await until_starting(launcher, old)
+    finally:
+        os.kill(worker, signal.SIGCONT)  # it ends by itself then
     async with asyncio.timeout(15):
         assert await busy == {}
         assert await following == {}
