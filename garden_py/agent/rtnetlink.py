@@ -130,7 +130,7 @@ class Rtnetlink:
     def add_bridge(self, name: str, mac: bytes) -> None:
         """Make a bridge without ports; EEXIST if the name is taken."""
         info = _nested(IFLA_LINKINFO, _text(IFLA_INFO_KIND, "bridge"))
-        body = _link_header() + _text(IFLA_IFNAME, name) + _attribute(IFLA_ADDRESS, mac) + info
+        body = _link_header() + _text(IFLA_IFNAME, name) + pack_attribute(IFLA_ADDRESS, mac) + info
         self._ask(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, body, f"link add {name} type bridge")
 
     def add_veth(self, near: VethEnd, far: VethEnd, *, mtu: int) -> None:
@@ -172,7 +172,7 @@ class Rtnetlink:
     def set_address(self, index: int, address: IPv4Address, prefix_length: int) -> None:
         """Give an interface an address; that it has it already is fine."""
         body = struct.pack("=BBBBi", socket.AF_INET, prefix_length, 0, SCOPE_UNIVERSE, index)
-        body += _attribute(IFA_LOCAL, address.packed) + _attribute(IFA_ADDRESS, address.packed)
+        body += pack_attribute(IFA_LOCAL, address.packed) + pack_attribute(IFA_ADDRESS, address.packed)
         self._ask(RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, body, f"addr add {address} dev {index}")
 
     def addresses(self) -> list[Address]:
@@ -181,7 +181,7 @@ class Rtnetlink:
         found = []
         for answer in self._request(RTM_GETADDR, NLM_F_DUMP, body, "addr show"):
             _family, prefix_length, _flags, _scope, index = struct.unpack_from("=BBBBi", answer)
-            attributes = dict(_parse_attributes(answer[8:]))
+            attributes = dict(parse_attributes(answer[8:]))
             packed = attributes.get(IFA_LOCAL) or attributes[IFA_ADDRESS]
             found.append(Address(index, IPv4Address(packed), prefix_length))
         return found
@@ -203,13 +203,13 @@ class Rtnetlink:
             realm: that packets on this route carry inside the kernel (ip-route(8)); 0: none.
         """
         scope = SCOPE_LINK if gateway is None else SCOPE_UNIVERSE
-        body = _route_header(destination, scope, RTN_UNICAST) + _attribute(
+        body = _route_header(destination, scope, RTN_UNICAST) + pack_attribute(
             RTA_OIF, struct.pack("=i", link_index)
         )
         if gateway is not None:
-            body += _attribute(RTA_GATEWAY, gateway.packed)
+            body += pack_attribute(RTA_GATEWAY, gateway.packed)
         if realm:
-            body += _attribute(RTA_FLOW, struct.pack("=I", realm))
+            body += pack_attribute(RTA_FLOW, struct.pack("=I", realm))
         self._ask(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, body, f"route replace {destination}")
 
     def set_unreachable(self, destination: IPv4Network) -> None:
@@ -233,7 +233,7 @@ class Rtnetlink:
     def set_neighbour(self, index: int, address: IPv4Address, mac: bytes) -> None:
         """Fix the MAC of an address for good: no ARP is asked, and no ARP answer changes it."""
         body = struct.pack("=BxxxiHBB", socket.AF_INET, index, NUD_PERMANENT, 0, RTN_UNICAST)
-        body += _attribute(NDA_DST, address.packed) + _attribute(NDA_LLADDR, mac)
+        body += pack_attribute(NDA_DST, address.packed) + pack_attribute(NDA_LLADDR, mac)
         self._ask(RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE, body, f"neigh replace {address} dev {index}")
 
     # --- rates ---
@@ -251,9 +251,9 @@ class Rtnetlink:
         # Up to a tenth of a second's worth waits; what is more is lost, which is what makes a sender slow down.
         limit = min(rate.burst_bytes + rate.bytes_per_s // 10 + 16384, 0xFFFF_FFFF)
         spec = struct.pack("=BBHhHI", 0, TC_LINKLAYER_ETHERNET, 0, 0, 0, min(rate.bytes_per_s, 0xFFFF_FFFF))
-        options = _attribute(TCA_TBF_PARMS, spec + bytes(12) + struct.pack("=III", limit, 0, 0))
-        options += _attribute(TCA_TBF_BURST, struct.pack("=I", rate.burst_bytes))
-        options += _attribute(TCA_TBF_RATE64, struct.pack("=Q", rate.bytes_per_s))
+        options = pack_attribute(TCA_TBF_PARMS, spec + bytes(12) + struct.pack("=III", limit, 0, 0))
+        options += pack_attribute(TCA_TBF_BURST, struct.pack("=I", rate.burst_bytes))
+        options += pack_attribute(TCA_TBF_RATE64, struct.pack("=Q", rate.bytes_per_s))
         body = _qdisc_header(index, handle) + _text(TCA_KIND, "tbf") + _nested(TCA_OPTIONS, options)
         self._ask(RTM_NEWQDISC, NLM_F_CREATE | NLM_F_REPLACE, body, f"qdisc replace {index} tbf")
 
@@ -275,7 +275,7 @@ class Rtnetlink:
         answers = self._request(RTM_GETQDISC, NLM_F_DUMP, _qdisc_header(0, 0), "qdisc show")
         for answer in answers:
             _family, found, handle, parent = struct.unpack_from("=BxxxiII", answer)
-            attributes = dict(_parse_attributes(answer[20:]))
+            attributes = dict(parse_attributes(answer[20:]))
             if found == index and parent == TC_H_ROOT and _decode(attributes[TCA_KIND]) == "tbf":
                 return handle, attributes[TCA_OPTIONS]
         return None
@@ -305,12 +305,16 @@ class Rtnetlink:
                     return answers
 
     def _receive(self) -> Iterator[tuple[int, int, int, bytes]]:
-        data = self._socket.recv(_RECEIVE_BYTES)
-        offset = 0
-        while offset + 16 <= len(data):
-            length, kind, flags, sequence, _port = struct.unpack_from("=IHHII", data, offset)
-            yield kind, flags, sequence, data[offset + 16 : offset + length]
-            offset += max(_align(length), 16)
+        return split_messages(self._socket.recv(_RECEIVE_BYTES))
+
+
+def split_messages(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
+    """(type, flags, sequence, payload) of each netlink message in what one recv(2) returned; netlink(7)."""
+    offset = 0
+    while offset + 16 <= len(data):
+        length, kind, flags, sequence, _port = struct.unpack_from("=IHHII", data, offset)
+        yield kind, flags, sequence, data[offset + 16 : offset + length]
+        offset += max(_align(length), 16)
 
 
 def _raise_refusal(payload: bytes, flags: int, label: str) -> None:
@@ -320,14 +324,14 @@ def _raise_refusal(payload: bytes, flags: int, label: str) -> None:
     hint = ""
     if flags & NLM_F_ACK_TLVS and flags & NLM_F_CAPPED:
         # NLMSGERR_ATTR_MSG (1): the kernel's own words, behind errno and the header of our request.
-        hint = dict(_parse_attributes(payload[20:])).get(1, b"").rstrip(b"\0").decode(errors="replace")
+        hint = dict(parse_attributes(payload[20:])).get(1, b"").rstrip(b"\0").decode(errors="replace")
     raise RtnetlinkError(-code, label, hint)
 
 
 def _parse_link(answer: bytes) -> Link:
     _family, _kind, index, flags, _change = struct.unpack_from("=BxHiII", answer)
-    attributes = dict(_parse_attributes(answer[16:]))
-    info = dict(_parse_attributes(attributes.get(IFLA_LINKINFO, b"")))
+    attributes = dict(parse_attributes(answer[16:]))
+    info = dict(parse_attributes(attributes.get(IFLA_LINKINFO, b"")))
     return Link(
         index=index,
         name=_decode(attributes[IFLA_IFNAME]),
@@ -340,7 +344,7 @@ def _parse_link(answer: bytes) -> Link:
 
 def _parse_route(answer: bytes) -> Route | None:
     _f, length, _src, _tos, table, _proto, _scope, kind, _flags = struct.unpack_from("=BBBBBBBBI", answer)
-    attributes = dict(_parse_attributes(answer[12:]))
+    attributes = dict(parse_attributes(answer[12:]))
     if RTA_TABLE in attributes:
         (table,) = struct.unpack("=I", attributes[RTA_TABLE])
     if table != RT_TABLE_MAIN:
@@ -351,7 +355,7 @@ def _parse_route(answer: bytes) -> Route | None:
 
 
 def _parse_rate(options: bytes) -> Rate:
-    attributes = dict(_parse_attributes(options))
+    attributes = dict(parse_attributes(options))
     parameters = attributes[TCA_TBF_PARMS]
     (slow,) = struct.unpack_from("=I", parameters, 8)
     fast = attributes.get(TCA_TBF_RATE64)
@@ -361,7 +365,8 @@ def _parse_rate(options: bytes) -> Rate:
     return Rate(bytes_per_s, round(ticks * 64 * bytes_per_s / 1e9))
 
 
-def _parse_attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
+def parse_attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """(type, payload) of each attribute; rtnetlink(7). What has no length ends it."""
     offset = 0
     while offset + 4 <= len(data):
         length, kind = struct.unpack_from("=HH", data, offset)
@@ -372,10 +377,10 @@ def _parse_attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def _veth_end(end: VethEnd, mtu: int) -> bytes:
-    body = _text(IFLA_IFNAME, end.name) + _attribute(IFLA_ADDRESS, end.mac)
-    body += _attribute(IFLA_MTU, struct.pack("=I", mtu))
+    body = _text(IFLA_IFNAME, end.name) + pack_attribute(IFLA_ADDRESS, end.mac)
+    body += pack_attribute(IFLA_MTU, struct.pack("=I", mtu))
     if end.netns_fd is not None:
-        body += _attribute(IFLA_NET_NS_FD, struct.pack("=I", end.netns_fd))
+        body += pack_attribute(IFLA_NET_NS_FD, struct.pack("=I", end.netns_fd))
     return body
 
 
@@ -393,20 +398,23 @@ def _route_header(destination: IPv4Network, scope: int, kind: int) -> bytes:
         socket.AF_INET, destination.prefixlen, 0, 0, RT_TABLE_MAIN, RTPROT_STATIC, scope, kind, 0,
     )  # fmt: skip
     return (
-        header + _attribute(RTA_DST, destination.network_address.packed) if destination.prefixlen else header
+        header + pack_attribute(RTA_DST, destination.network_address.packed)
+        if destination.prefixlen
+        else header
     )
 
 
-def _attribute(kind: int, data: bytes) -> bytes:
+def pack_attribute(kind: int, data: bytes) -> bytes:
+    """One attribute, padded to the next."""
     return (struct.pack("=HH", 4 + len(data), kind) + data).ljust(_align(4 + len(data)), b"\0")
 
 
 def _nested(kind: int, data: bytes) -> bytes:
-    return _attribute(kind, data)
+    return pack_attribute(kind, data)
 
 
 def _text(kind: int, value: str, *, terminated: bool = True) -> bytes:
-    return _attribute(kind, value.encode() + (b"\0" if terminated else b""))
+    return pack_attribute(kind, value.encode() + (b"\0" if terminated else b""))
 
 
 def _decode(data: bytes) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 
 from .errors import FieldViolation
@@ -79,26 +79,12 @@ class Limits:
 
     def over(self, older: Limits) -> Limits:
         """These limits, with older's value wherever this has no statement."""
-        is_weighed = self.cpu_weight is not None or self.cpu_shares is not None
-        return Limits(
-            memory_bytes=older.memory_bytes if self.memory_bytes is None else self.memory_bytes,
-            cpu_weight=self.cpu_weight if is_weighed else older.cpu_weight,
-            cpu_shares=self.cpu_shares if is_weighed else older.cpu_shares,
-            cpu_quota_us=older.cpu_quota_us if self.cpu_quota_us is None else self.cpu_quota_us,
-            cpu_period_us=older.cpu_period_us if self.cpu_period_us is None else self.cpu_period_us,
-            pids=older.pids if self.pids is None else self.pids,
-            disk_bytes=older.disk_bytes if self.disk_bytes is None else self.disk_bytes,
-            disk_inodes=older.disk_inodes if self.disk_inodes is None else self.disk_inodes,
-            disk_scope=older.disk_scope if self.disk_scope is None else self.disk_scope,
-            network_rx_bytes_per_s=_newer(self.network_rx_bytes_per_s, older.network_rx_bytes_per_s),
-            network_tx_bytes_per_s=_newer(self.network_tx_bytes_per_s, older.network_tx_bytes_per_s),
-            network_burst_bytes=_newer(self.network_burst_bytes, older.network_burst_bytes),
-            io_weight=_newer(self.io_weight, older.io_weight),
-            io_read_bytes_per_s=_newer(self.io_read_bytes_per_s, older.io_read_bytes_per_s),
-            io_write_bytes_per_s=_newer(self.io_write_bytes_per_s, older.io_write_bytes_per_s),
-            io_read_ops_per_s=_newer(self.io_read_ops_per_s, older.io_read_ops_per_s),
-            io_write_ops_per_s=_newer(self.io_write_ops_per_s, older.io_write_ops_per_s),
-        )
+        stated = {
+            each.name: value for each in fields(self) if (value := getattr(self, each.name)) is not None
+        }
+        if "cpu_weight" in stated or "cpu_shares" in stated:  # two ways to say one thing
+            older = replace(older, cpu_weight=None, cpu_shares=None)
+        return replace(older, **stated)
 
     @property
     def states_disk(self) -> bool:
@@ -135,10 +121,6 @@ class Limits:
     def empty(self) -> bool:
         """Whether no field states anything."""
         return self == Limits()
-
-
-def _newer(value: int | None, older: int | None) -> int | None:
-    return older if value is None else value
 
 
 def limit_violations(limits: Limits, prefix: str) -> list[FieldViolation]:

@@ -75,19 +75,19 @@ class Connections:
         container = self._registry.find(handle)
         if container is None:
             return
-        decision = connection.decision
+        decision, flow = connection.decision, connection.flow
         policy = container.spec.egress
         rule = ""
         if decision.rule is not None and policy is not None and decision.rule < len(policy.rules):
             rule = format_egress_rule(policy.rules[decision.rule])
         allowed = decision.action is RuleAction.ALLOW
         details = {
-            "protocol": connection.protocol,
-            "source": connection.source,
-            "source_port": _number(connection.source_port),
-            "destination": connection.destination,
-            "destination_port": _number(connection.destination_port),
-            "icmp": connection.icmp,
+            "protocol": flow.protocol,
+            "source": flow.source,
+            "source_port": _number(flow.source_port),
+            "destination": flow.destination,
+            "destination_port": _number(flow.destination_port),
+            "icmp": flow.icmp,
             "decided_by": decision.cause.value,
             "rule_number": "" if decision.rule is None else str(decision.rule + 1),
             "rule": rule,
@@ -101,15 +101,15 @@ class Connections:
 
 
 def _place_of(connection: Connection) -> Place:
-    decision = connection.decision
+    decision, flow = connection.decision, connection.flow
     return (
         decision.action,
         decision.cause,
         decision.rule,
-        connection.protocol,
-        connection.destination,
-        connection.destination_port,
-        connection.icmp,
+        flow.protocol,
+        flow.destination,
+        flow.destination_port,
+        flow.icmp,
     )
 
 

@@ -7,13 +7,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from kit.garden import cgroups_of, sh, wait_until
 from kit.server import ServerProcess, running_server
-from kit.trace import assert_no_trace, snapshot
+from own_server import own_garden, own_server
 
 from garden_py.backend.host.block_device import device_below, scheduler_of
 from garden_py.client import (
@@ -33,24 +32,11 @@ pytestmark = [
     pytest.mark.skipif(device_below(Path("/var/tmp")) is None, reason="/var/tmp is on no block device"),
 ]
 
+__all__ = ["own_garden", "own_server"]  # the fixtures `server` and `garden`
+
 MIB = 1 << 20
 V2 = Path("/sys/fs/cgroup/cgroup.controllers").exists()
 SHARED = ("read", "write")
-
-
-@pytest.fixture
-def server(no_trace: None) -> Iterator[ServerProcess]:
-    """A server of the test's own, on a disk."""
-    before = snapshot()
-    with running_server() as server:
-        yield server
-    assert_no_trace(before)
-
-
-@pytest.fixture
-def garden(server: ServerProcess) -> Iterator[GardenClient]:
-    with GardenClient(server.address) as client:
-        yield client
 
 
 def moved_bytes(box: Container, direction: str) -> int:

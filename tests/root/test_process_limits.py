@@ -6,13 +6,12 @@ import itertools
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from kit.garden import PATIENCE, cgroups_of, events_of, sh
-from kit.server import ServerProcess, running_server
-from kit.trace import assert_no_trace, snapshot
+from kit.server import ServerProcess
+from own_server import own_garden, own_server
 
 from garden_py.client import (
     Container,
@@ -29,22 +28,9 @@ from garden_py.client import (
 
 pytestmark = pytest.mark.root
 
+__all__ = ["own_garden", "own_server"]  # the fixtures `server` and `garden`
+
 MIB = 1 << 20
-
-
-@pytest.fixture
-def server(no_trace: None) -> Iterator[ServerProcess]:
-    """A server of the test's own."""
-    before = snapshot()
-    with running_server() as server:
-        yield server
-    assert_no_trace(before)
-
-
-@pytest.fixture
-def garden(server: ServerProcess) -> Iterator[GardenClient]:
-    with GardenClient(server.address) as client:
-        yield client
 
 
 def in_kernel(box: Container, process: str, *files: str) -> str:

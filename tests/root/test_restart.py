@@ -8,12 +8,12 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 from kit.garden import cgroups_of, sh, text_of, wait_until
 from kit.server import ServerProcess, running_server
-from kit.trace import assert_no_trace, snapshot
+from own_server import own_server
 
 from garden_py.client import (
     ContainerSpec,
@@ -26,6 +26,8 @@ from garden_py.client import (
 )
 
 pytestmark = pytest.mark.root
+
+__all__ = ["own_server"]  # the fixtures `server`
 
 ENDINGS: dict[str, Callable[[ServerProcess], object]] = {
     "SIGTERM": ServerProcess.stop,
@@ -42,15 +44,6 @@ def restart(request: pytest.FixtureRequest) -> Callable[[ServerProcess], None]:
         server.start()
 
     return end_and_start
-
-
-@pytest.fixture
-def server(no_trace: None) -> Iterator[ServerProcess]:
-    """A server of the test's own."""
-    before = snapshot()
-    with running_server() as server:
-        yield server
-    assert_no_trace(before)
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,13 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from kit.garden import cgroups_of, text_of, wait_until
 from kit.server import ServerProcess, running_server
-from kit.trace import assert_no_trace, snapshot
+from own_server import own_garden, own_server
 
 from garden_py.backend.linux.sidecars import runtime_id_of
 from garden_py.client import (
@@ -30,20 +30,7 @@ from garden_py.client import (
 
 pytestmark = pytest.mark.root
 
-
-@pytest.fixture
-def server(no_trace: None) -> Iterator[ServerProcess]:
-    """A server of the test's own."""
-    before = snapshot()
-    with running_server() as server:
-        yield server
-    assert_no_trace(before)
-
-
-@pytest.fixture
-def garden(server: ServerProcess) -> Iterator[GardenClient]:
-    with GardenClient(server.address) as client:
-        yield client
+__all__ = ["own_garden", "own_server"]  # the fixtures `server` and `garden`
 
 
 @pytest.fixture

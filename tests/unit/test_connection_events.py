@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from garden_py.model.connection import Connection
+from garden_py.model.connection import Connection, Flow
 from garden_py.model.netrule import (
     Cause,
     Decision,
@@ -26,7 +26,7 @@ REFUSED = Decision(RuleAction.DENY, Cause.DEFAULT)
 
 
 def connection(port: int = 80, decision: Decision = REFUSED) -> Connection:
-    return Connection(decision, "tcp", "10.0.0.1", "10.0.0.2", 40_000, port)
+    return Connection(decision, Flow("tcp", "10.0.0.1", "10.0.0.2", 40_000, port))
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from garden_py.backend.linux.connections import can_tell, read_decision
 from garden_py.backend.net.firewall import CAUSE_MARKS
-from garden_py.backend.net.nflog import Flow, LoggedPacket, parse_flow, parse_messages
+from garden_py.backend.net.nflog import LoggedPacket, parse_flow, parse_messages
+from garden_py.model.connection import Flow
 from garden_py.model.netrule import (
     AddressRange,
     Cause,

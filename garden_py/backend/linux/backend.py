@@ -577,16 +577,15 @@ class LinuxBackend:
         self, container: LinuxContainer, policy: EgressPolicy, *, renews: bool = False
     ) -> None:
         facts = container.facts
-        self._network.forget_rules(container.directory)
         await self._network.set_egress(
             container.handle,
             facts.pid,
             facts.lease,
             policy,
+            container.directory,
             privileged=facts.privileged,
             renews=renews,
         )
-        self._network.note_rules(container.directory, policy)
 
     async def explain_egress(self, handle: str, policy: EgressPolicy, destination: Destination) -> Decision:
         """What would become of a new connection."""

@@ -102,13 +102,7 @@ class ConnectionLog:
     def _tell(self, handle: str, packet: LoggedPacket) -> None:
         flow, decision = parse_flow(packet.payload), read_decision(packet)
         if handle and flow is not None and decision is not None:
-            self._report(
-                handle,
-                Connection(
-                    decision, flow.protocol, flow.source, flow.destination,
-                    flow.source_port, flow.destination_port, flow.icmp,
-                ),
-            )  # fmt: skip
+            self._report(handle, Connection(decision, flow))
 
 
 def can_tell(policy: EgressPolicy, denied: Sequence[AddressRange]) -> bool:

@@ -136,9 +136,14 @@ class Construction:
         policy = spec.egress or EgressPolicy(default_action=DefaultAction(self._site.config.default_egress))
         with step(Step.NETWORK), at_field("spec"):
             await self._network.attach(
-                spec.handle, facts.pid, facts.lease, policy, spec.limits, privileged=spec.privileged
+                spec.handle,
+                facts.pid,
+                facts.lease,
+                policy,
+                spec.limits,
+                container.directory,
+                privileged=spec.privileged,
             )
-        self._network.note_rules(container.directory, policy)
         failpoints.reach(Point.CREATE_CONNECT)
 
     def _shares_ids(self, spec: ContainerSpec) -> bool:

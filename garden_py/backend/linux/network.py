@@ -351,6 +351,7 @@ class LinuxNetwork:
         lease: NetworkLease,
         policy: EgressPolicy,
         limits: Limits,
+        directory: Path,
         *,
         privileged: bool,
     ) -> None:
@@ -380,6 +381,8 @@ class LinuxNetwork:
         }
         with _Namespaces("", pid, privileged=privileged) as fds:
             await self.job("attach", params, fds)
+        if not privileged:
+            _note_rules(directory, container_rules)
         self._attached[handle] = _Attached(lease, policy if privileged else None)
         if not privileged:
             await self.watch(handle, pid, policy)
@@ -427,6 +430,7 @@ class LinuxNetwork:
         pid: int,
         lease: NetworkLease,
         policy: EgressPolicy,
+        directory: Path,
         *,
         privileged: bool,
         renews: bool = False,
@@ -448,7 +452,10 @@ class LinuxNetwork:
             rules = self.container_rules(policy)
             await self.watch(handle, pid, policy)
             link = {"link": self._link(lease, handle).to_json()} if renews else {}
+            # A server that dies in between must not take the former ones for those in force.
+            (directory / _RULES_FILE).unlink(missing_ok=True)
             await self.job("set_egress", {"host_side": False, "rules": rules, **link}, fds)
+            _note_rules(directory, rules)
 
     async def set_bandwidth(
         self, handle: str, pid: int, lease: NetworkLease, limits: Limits, *, privileged: bool
@@ -487,21 +494,6 @@ class LinuxNetwork:
     def container_rules(self, policy: EgressPolicy) -> str:
         """An unprivileged container's own table."""
         return firewall.compile_container_ruleset(policy, denied=self._denied)
-
-    def note_rules(self, directory: Path, policy: EgressPolicy) -> None:
-        """Remember in a container's directory which rules are in force in its namespace.
-
-        Not remembered, they are set anew by the next server, which loses no more than the counters.
-        """
-        try:
-            (directory / _RULES_FILE).write_text(_digest(self.container_rules(policy)))
-        except OSError as error:
-            log.warning("network.rules_not_noted", directory=str(directory), error=str(error))
-            self.forget_rules(directory)
-
-    def forget_rules(self, directory: Path) -> None:
-        """Before they change: a server that dies in between must not take the old ones for those in force."""
-        (directory / _RULES_FILE).unlink(missing_ok=True)
 
     def has_rules(self, directory: Path, policy: EgressPolicy) -> bool:
         """Whether these are: not if another release of this program, or other settings of the server, made them."""
@@ -640,6 +632,18 @@ def _read_heads(path: Path) -> dict[str, int]:
         return {str(kind): int(offset) for kind, offset in json.loads(path.read_text()).items()}
     except (OSError, ValueError, AttributeError, TypeError):
         return {}
+
+
+def _note_rules(directory: Path, rules: str) -> None:
+    """Remember in a container's directory which rules are in force in its namespace.
+
+    Not remembered, they are set anew by the next server, which loses no more than the counters.
+    """
+    try:
+        (directory / _RULES_FILE).write_text(_digest(rules))
+    except OSError as error:
+        log.warning("network.rules_not_noted", directory=str(directory), error=str(error))
+        (directory / _RULES_FILE).unlink(missing_ok=True)
 
 
 def _digest(rules: str) -> str:

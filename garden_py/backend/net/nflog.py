@@ -11,12 +11,19 @@ import ctypes
 import os
 import socket
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from threading import Thread
 
-from garden_py.agent.rtnetlink import NLM_F_ACK, NLM_F_REQUEST, NLMSG_ERROR
+from garden_py.agent.rtnetlink import (
+    NLM_F_ACK,
+    NLM_F_REQUEST,
+    NLMSG_ERROR,
+    pack_attribute,
+    parse_attributes,
+    split_messages,
+)
+from garden_py.model.connection import Flow
 
 _NETLINK_NETFILTER = 12  # linux/netlink.h
 _SUBSYS_ULOG = 4  # NFNL_SUBSYS_ULOG
@@ -46,25 +53,6 @@ class LoggedPacket:
     mark: int
     in_index: int
     payload: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Flow:
-    """What the headers of a packet say.
-
-    Attributes:
-        protocol: tcp, udp, icmp or a number.
-        source, destination: addresses.
-        source_port, destination_port: 0 where there is none.
-        icmp: TYPE/CODE, or empty.
-    """
-
-    protocol: str
-    source: str
-    destination: str
-    source_port: int = 0
-    destination_port: int = 0
-    icmp: str = ""
 
 
 def open_group(group: int, netns_fd: int | None = None) -> socket.socket:
@@ -111,9 +99,9 @@ def _open_here(group: int) -> socket.socket:
         opened.bind((0, 0))
         opened.settimeout(_ANSWER_S)
         mode = struct.pack(">IBB", _COPY_BYTES, _COPY_PACKET, 0)
-        _configure(opened, group, _attribute(_CFG_CMD, bytes([_CMD_BIND])))
-        _configure(opened, group, _attribute(_CFG_MODE, mode))
-        _configure(opened, group, _attribute(_CFG_TIMEOUT, struct.pack(">I", _FLUSH_CENTISECONDS)))
+        _configure(opened, group, pack_attribute(_CFG_CMD, bytes([_CMD_BIND])))
+        _configure(opened, group, pack_attribute(_CFG_MODE, mode))
+        _configure(opened, group, pack_attribute(_CFG_TIMEOUT, struct.pack(">I", _FLUSH_CENTISECONDS)))
         opened.setblocking(False)
     except BaseException:
         opened.close()
@@ -126,7 +114,7 @@ def _configure(opened: socket.socket, group: int, attribute: bytes) -> None:
     kind = _SUBSYS_ULOG << 8 | _MSG_CONFIG
     opened.send(struct.pack("=IHHII", 16 + len(body), kind, NLM_F_REQUEST | NLM_F_ACK, 1, 0) + body)
     while True:
-        for message_kind, payload in _messages(opened.recv(65536)):
+        for message_kind, _flags, _sequence, payload in split_messages(opened.recv(65536)):
             if message_kind == NLMSG_ERROR:
                 (code,) = struct.unpack_from("=i", payload)
                 if code:
@@ -137,10 +125,10 @@ def _configure(opened: socket.socket, group: int, attribute: bytes) -> None:
 def parse_messages(data: bytes) -> list[LoggedPacket]:
     """The packets in what one recv(2) returned; anything else in it is left out."""
     packets = []
-    for kind, payload in _messages(data):
+    for kind, _flags, _sequence, payload in split_messages(data):
         if kind != _SUBSYS_ULOG << 8 | _MSG_PACKET:
             continue
-        found = dict(_attributes(payload[4:]))
+        found = dict(parse_attributes(payload[4:]))
         packets.append(
             LoggedPacket(
                 prefix=found.get(_PREFIX, b"").rstrip(b"\0").decode(errors="replace"),
@@ -173,27 +161,3 @@ def parse_flow(packet: bytes) -> Flow | None:
     if is_first and name in ("icmp", "icmpv6") and len(behind) >= 2:
         return Flow(name, source, destination, icmp=f"{behind[0]}/{behind[1]}")
     return Flow(name, source, destination)
-
-
-def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
-    offset = 0
-    while offset + 16 <= len(data):
-        length, kind = struct.unpack_from("=IH", data, offset)
-        if length < 16:
-            return
-        yield kind, data[offset + 16 : offset + length]
-        offset += length + 3 & ~3
-
-
-def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
-    offset = 0
-    while offset + 4 <= len(data):
-        length, kind = struct.unpack_from("=HH", data, offset)
-        if length < 4:
-            return
-        yield kind & 0x3FFF, data[offset + 4 : offset + length]
-        offset += length + 3 & ~3
-
-
-def _attribute(kind: int, data: bytes) -> bytes:
-    return (struct.pack("=HH", 4 + len(data), kind) + data).ljust(4 + len(data) + 3 & ~3, b"\0")
