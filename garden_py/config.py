@@ -41,6 +41,10 @@ ByteCount = Annotated[int, BeforeValidator(_parse_bytes)]
 """A number of bytes, or text such as 512M or 20G (model/size.py)."""
 
 
+# Unspecified and loopback with what is mapped to IPv4, link-local, multicast: RFC 4291 §2.4, RFC 6052.
+_NO_POOLS_V6 = tuple(map(ipaddress.IPv6Network, ("::/32", "64:ff9b::/96", "fe80::/10", "ff00::/8")))
+
+
 class RegistrySettings(BaseModel):
     """How one registry is reached: a table `[registry."HOST:PORT"]` of the configuration file."""
 
@@ -318,6 +322,13 @@ class Config(BaseModel):
     network_pool: Annotated[
         ipaddress.IPv4Network, Field(description="Addresses of containers; its first one is the host's.")
     ] = ipaddress.IPv4Network("10.254.0.0/22")
+    network_pool_v6: Annotated[
+        ipaddress.IPv6Network | None,
+        Field(
+            description="IPv6 addresses of containers, /96 or larger, e.g. fd12:3456:789a::/64: each has its IPv4 "
+            "address in the last 32 bits; without a pool they have no IPv6. Only those of fc00::/7 are masqueraded."
+        ),
+    ] = None
     port_pool_start: Annotated[int, Field(ge=1024, le=65_535, description="First host port of the pool.")] = (
         61_001
     )
@@ -338,7 +349,7 @@ class Config(BaseModel):
         ),
     ] = "all"
     deny_network: Annotated[
-        tuple[ipaddress.IPv4Network, ...],
+        tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...],
         Field(
             description="Network that containers may not connect to unless a rule of theirs allows it, e.g. "
             "169.254.0.0/16; repeatable."
@@ -443,6 +454,17 @@ class Config(BaseModel):
             raise ValueError("must be a network of /8 to /29")
         return pool
 
+    @field_validator("network_pool_v6")
+    @classmethod
+    def _room_for_ipv4(cls, pool: ipaddress.IPv6Network | None) -> ipaddress.IPv6Network | None:
+        if pool is None:
+            return None
+        if pool.prefixlen > 96:
+            raise ValueError("must be a network of /96 or larger: the last 32 bits are the IPv4 address")
+        if any(pool.overlaps(other) for other in _NO_POOLS_V6):
+            raise ValueError("must be a network of unicast addresses, e.g. of fd00::/8")
+        return pool
+
     @field_validator("socket_mode", "garden_http_mode")
     @classmethod
     def _octal(cls, mode: str) -> str:
@@ -459,6 +481,12 @@ class Config(BaseModel):
                 raise ValueError(f"{entry!r} is not 'ADDRESS NAME…'")
             ipaddress.ip_address(words[0])
         return entries
+
+    @model_validator(mode="after")
+    def _ipv6_fits(self) -> Config:
+        if self.network_pool_v6 is not None and 0 < self.mtu < 1280:
+            raise ValueError("mtu must be 1280 or more with network_pool_v6 (RFC 8200)")
+        return self
 
     @model_validator(mode="after")
     def _pools_fit(self) -> Config:

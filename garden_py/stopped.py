@@ -92,12 +92,15 @@ def check_stopped(state_dir: Path, *, remove: bool) -> list[LeakReport]:
 
 
 def _config_of(state_dir: Path, settings: dict[str, Any]) -> Config:
-    names = ("network_pool", "run_dir", "runtime")
-    return load_config({"state_dir": state_dir, **{name: settings[name] for name in names}}, environ={})
+    names = ("network_pool", "network_pool_v6", "run_dir", "runtime")
+    found = {name: settings[name] for name in names if name in settings}
+    return load_config({"state_dir": state_dir, **found}, environ={})
 
 
 async def _check(config: Config, rows: list[ContainerRow], *, remove: bool) -> list[LeakReport]:
-    host = HostPlan(config.tag, config.network_pool, AddressPool(config.network_pool).gateway)
+    host = HostPlan(
+        config.tag, config.network_pool, AddressPool(config.network_pool).gateway, config.network_pool_v6
+    )
     store = LoopStore(config.state_dir)
     root = store.root if store.root.is_mount() else config.state_dir
     depot = Depot(config.state_dir, config.run_dir, store.root if store.root.is_mount() else None)

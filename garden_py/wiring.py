@@ -303,7 +303,10 @@ def remember_settings(journal: Journal, config: Config, inherited: socket.socket
     """Write down what somebody who has only the state directory must know to find the rest; see stopped.py."""
     names = ("backend", "network_pool", "run_dir", "runtime")
     address = config.listen_address if inherited is None else f"unix:{inherited.getsockname()}"
-    settings = json.dumps({"address": address, **{name: str(getattr(config, name)) for name in names}})
+    found = {name: str(getattr(config, name)) for name in names}
+    if config.network_pool_v6 is not None:
+        found["network_pool_v6"] = str(config.network_pool_v6)
+    settings = json.dumps({"address": address, **found})
     try:
         if journal.read_meta(SETTINGS) != settings:
             journal.write_meta(SETTINGS, settings)

@@ -3,7 +3,7 @@
     host helper (single-threaded)              child
         fork ────────────────────────────────►  closes every other descriptor
         length, request ─────────────────────►  setns(network namespace), setns(user namespace)
-                                                IPv6 off, lo up, eth0: address, up, neighbour, routes
+                                                IPv6 off but where asked for, lo up, eth0: address, up, …
                                                 nft transaction, counters
                         ◄─────────────────────  length, {"ok": ...} or {"step", "errno", "message"}
         length, request ─────────────────────►  (again, if it comes within a second)
@@ -33,7 +33,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Any, NoReturn
 
 from garden_py.agent.nft import Nft, NftError, load_library, read_counters
@@ -49,6 +49,7 @@ ROUTED_REALM = 103
 REST_S = 1.0
 """How long a child waits for another request; so long it may keep the namespace of a dead container alive."""
 MAX_RESTING = 32
+LOCAL_ROUTE_S = 10.0
 
 
 class NetrulesError(Exception):
@@ -115,8 +116,8 @@ def inject(
         userns_fd: the container's user namespace; None for a privileged container, which has none.
         netns_fd: its network namespace.
         request: any of these keys, done in this order:
-            "interface": {"name", "address", "gateway", "gateway_mac"}: IPv6 off, lo up, the link up with its
-            address, and the routes; safe to repeat.
+            "interface": {"name", "address", "gateway", "gateway_mac", "address_v6", "gateway_v6"}: lo up, the
+            link up with its addresses, and the routes; without the last two no IPv6; safe to repeat.
             "loopback": True: IPv6 off, lo up, and nothing else.
             "rate": {"name", "bytes_per_s", "burst_bytes"}: what the link may send; 0 bytes per second: all it can.
             "read_rate": NAME: tell that.
@@ -327,7 +328,10 @@ def _setns(tools: Tools, fd: int, kind: int) -> None:
 
 def _configure_interface(interface: dict[str, Any]) -> None:
     try:
-        _disable_ipv6()
+        if interface.get("address_v6"):
+            _enable_ipv6(interface["name"])
+        else:
+            _disable_ipv6()
     except OSError as error:
         raise NetrulesError("sysctl", error.errno or 0, str(error)) from error
     try:
@@ -383,6 +387,21 @@ def _disable_ipv6() -> None:
         _write(f"/proc/sys/net/ipv6/conf/{link}/disable_ipv6", value)
 
 
+def _enable_ipv6(link: str) -> None:
+    """IPv6 on one link, with the addresses that it is given and no others, and on lo; nobody's advice is taken."""
+    _write("/proc/sys/net/ipv6/conf/default/disable_ipv6", b"1")
+    _write("/proc/sys/net/ipv6/conf/lo/disable_ipv6", b"0")
+    # addr_gen_mode 1: no link-local address, which nobody could be reached by (ip-sysctl.rst).
+    settings = (
+        ("addr_gen_mode", b"1"),
+        ("accept_ra", b"0"),
+        ("accept_redirects", b"0"),
+        ("disable_ipv6", b"0"),
+    )
+    for name, value in settings:
+        _write(f"/proc/sys/net/ipv6/conf/{link}/{name}", value)
+
+
 def _bring_up(netlink: Rtnetlink, interface: dict[str, Any]) -> None:
     netlink.set_link_up(1)  # lo is always the first link of a namespace
     link = _find_link(netlink, interface["name"])
@@ -390,10 +409,27 @@ def _bring_up(netlink: Rtnetlink, interface: dict[str, Any]) -> None:
     netlink.set_address(link.index, address, 32)
     netlink.set_link_up(link.index)
     # Nobody but the host is at the other end; a fixed neighbour saves the ARP round and cannot be forged.
-    netlink.set_neighbour(link.index, gateway, bytes.fromhex(interface["gateway_mac"].replace(":", "")))
+    mac = bytes.fromhex(interface["gateway_mac"].replace(":", ""))
+    netlink.set_neighbour(link.index, gateway, mac)
     netlink.set_route(IPv4Network(gateway), link_index=link.index, realm=ROUTED_REALM)
     everywhere = IPv4Network("0.0.0.0/0")
     netlink.set_route(everywhere, link_index=link.index, gateway=gateway, realm=ROUTED_REALM)
+    if interface.get("address_v6"):
+        gateway_v6 = IPv6Address(interface["gateway_v6"])
+        netlink.set_address(link.index, IPv6Address(interface["address_v6"]), 128)
+        netlink.set_neighbour(link.index, gateway_v6, mac)
+        netlink.set_route(IPv6Network(gateway_v6), link_index=link.index)
+        netlink.set_route(IPv6Network("::/0"), link_index=link.index, gateway=gateway_v6)
+        _await_local(netlink, IPv6Address(interface["address_v6"]))
+
+
+def _await_local(netlink: Rtnetlink, address: IPv6Address) -> None:
+    """Wait until answers to an address arrive: its route is made by a worker of the kernel (addrconf_dad_start)."""
+    deadline = time.monotonic() + LOCAL_ROUTE_S
+    while not netlink.is_local(address):
+        if time.monotonic() > deadline:
+            raise RtnetlinkError(errno.ETIMEDOUT, f"local route {address}")
+        time.sleep(0.0005)
 
 
 def _write(path: str, value: bytes) -> None:

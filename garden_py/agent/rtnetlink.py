@@ -13,7 +13,7 @@ import socket
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from types import TracebackType
 
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP = 0x1, 0x4, 0x300
@@ -21,7 +21,7 @@ NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE = 0x100, 0x200, 0x400
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 NLM_F_ACK_TLVS, NLM_F_CAPPED = 0x200, 0x100
 RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK, RTM_SETLINK = 16, 17, 18, 19
-RTM_NEWADDR, RTM_GETADDR = 20, 22
+RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
 RTM_NEWNEIGH = 28
 RTM_NEWQDISC, RTM_DELQDISC, RTM_GETQDISC = 36, 37, 38
@@ -29,17 +29,21 @@ RTM_NEWQDISC, RTM_DELQDISC, RTM_GETQDISC = 36, 37, 38
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINKINFO, IFLA_IFALIAS, IFLA_NET_NS_FD = 1, 3, 4, 18, 20, 28
 IFLA_INFO_KIND, IFLA_INFO_DATA, VETH_INFO_PEER = 1, 2, 1
 IFA_ADDRESS, IFA_LOCAL = 1, 2
+IFA_F_NODAD = 0x02
 RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_FLOW, RTA_TABLE = 1, 4, 5, 6, 11, 15
 NDA_DST, NDA_LLADDR = 1, 2
 NUD_PERMANENT = 0x80
 RT_TABLE_MAIN, RTPROT_STATIC = 254, 4
-RTN_UNICAST, RTN_UNREACHABLE = 1, 7
+RTN_UNICAST, RTN_LOCAL, RTN_UNREACHABLE = 1, 2, 7
 TCA_KIND, TCA_OPTIONS = 1, 2
 TCA_TBF_PARMS, TCA_TBF_RATE64, TCA_TBF_BURST = 1, 4, 6
 TC_H_ROOT, TC_LINKLAYER_ETHERNET = 0xFFFF_FFFF, 1
 QDISC_HANDLE, _OTHER_HANDLE = 1 << 16, 2 << 16  # "1:" and "2:" of tc(8)
 SCOPE_UNIVERSE, SCOPE_LINK = 0, 253
 IFF_UP = 0x1
+
+IPAddress = IPv4Address | IPv6Address
+IPNetwork = IPv4Network | IPv6Network
 
 _SOL_NETLINK, _NETLINK_CAP_ACK, _NETLINK_EXT_ACK = 270, 10, 11
 _RECEIVE_BYTES = 1 << 16
@@ -68,18 +72,18 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """An IPv4 address with its prefix length on an interface."""
+    """An address with its prefix length on an interface."""
 
     link_index: int
-    address: IPv4Address
+    address: IPAddress
     prefix_length: int
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """An IPv4 route of the main table. `link_index` is 0 for unreachable ones; `type` is an RTN_ number."""
+    """A route of the main table. `type` is an RTN_ number; `link_index` of an unreachable one is 0, of IPv6 lo's."""
 
-    destination: IPv4Network
+    destination: IPNetwork
     link_index: int
     type: int
     metric: int
@@ -169,29 +173,37 @@ class Rtnetlink:
 
     # --- addresses, routes, neighbours ---
 
-    def set_address(self, index: int, address: IPv4Address, prefix_length: int) -> None:
-        """Give an interface an address; that it has it already is fine."""
-        body = struct.pack("=BBBBi", socket.AF_INET, prefix_length, 0, SCOPE_UNIVERSE, index)
-        body += pack_attribute(IFA_LOCAL, address.packed) + pack_attribute(IFA_ADDRESS, address.packed)
+    def set_address(self, index: int, address: IPAddress, prefix_length: int) -> None:
+        """Give an interface an address; that it has it already is fine.
+
+        An IPv6 address can be used at once: nobody is asked whether he has it, too (RFC 4862 §5.4).
+        """
+        flags = IFA_F_NODAD if address.version == 6 else 0
+        body = _address_body(index, address, prefix_length, flags)
         self._ask(RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, body, f"addr add {address} dev {index}")
 
-    def addresses(self) -> list[Address]:
-        """Every IPv4 address of the namespace."""
-        body = struct.pack("=BBBBi", socket.AF_INET, 0, 0, 0, 0)
+    def delete_address(self, index: int, address: IPAddress, prefix_length: int) -> None:
+        """Undo set_address; EADDRNOTAVAIL if the interface has no such address."""
+        body = _address_body(index, address, prefix_length, 0)
+        self._ask(RTM_DELADDR, 0, body, f"addr del {address} dev {index}")
+
+    def addresses(self, family: int = socket.AF_INET) -> list[Address]:
+        """Every IPv4 address of the namespace, or with AF_INET6 every IPv6 address."""
+        body = struct.pack("=BBBBi", family, 0, 0, 0, 0)
         found = []
         for answer in self._request(RTM_GETADDR, NLM_F_DUMP, body, "addr show"):
             _family, prefix_length, _flags, _scope, index = struct.unpack_from("=BBBBi", answer)
             attributes = dict(parse_attributes(answer[8:]))
             packed = attributes.get(IFA_LOCAL) or attributes[IFA_ADDRESS]
-            found.append(Address(index, IPv4Address(packed), prefix_length))
+            found.append(Address(index, ip_address(packed), prefix_length))
         return found
 
     def set_route(
         self,
-        destination: IPv4Network,
+        destination: IPNetwork,
         *,
         link_index: int,
-        gateway: IPv4Address | None = None,
+        gateway: IPAddress | None = None,
         realm: int = 0,
     ) -> None:
         """Route `destination` to a link, directly or through a gateway; replaces a route to the same.
@@ -200,7 +212,7 @@ class Rtnetlink:
             destination: of the packets.
             link_index: where they go.
             gateway: whose MAC they are sent to; None: their own destination's.
-            realm: that packets on this route carry inside the kernel (ip-route(8)); 0: none.
+            realm: that packets on this route carry inside the kernel (ip-route(8)); 0: none. IPv6 has no realms.
         """
         scope = SCOPE_LINK if gateway is None else SCOPE_UNIVERSE
         body = _route_header(destination, scope, RTN_UNICAST) + pack_attribute(
@@ -212,27 +224,39 @@ class Rtnetlink:
             body += pack_attribute(RTA_FLOW, struct.pack("=I", realm))
         self._ask(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, body, f"route replace {destination}")
 
-    def set_unreachable(self, destination: IPv4Network) -> None:
+    def set_unreachable(self, destination: IPNetwork) -> None:
         """Answer "host unreachable" for what no more specific route knows, instead of sending it upstream."""
         body = _route_header(destination, SCOPE_UNIVERSE, RTN_UNREACHABLE)
         self._ask(
             RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, body, f"route replace unreachable {destination}"
         )
 
-    def delete_unreachable(self, destination: IPv4Network) -> None:
+    def delete_unreachable(self, destination: IPNetwork) -> None:
         """Undo set_unreachable; ESRCH if there is none."""
         body = _route_header(destination, SCOPE_UNIVERSE, RTN_UNREACHABLE)
         self._ask(RTM_DELROUTE, 0, body, f"route del unreachable {destination}")
 
-    def routes(self) -> list[Route]:
-        """The IPv4 routes of the main table."""
-        body = struct.pack("=BBBBBBBBI", socket.AF_INET, 0, 0, 0, 0, 0, 0, 0, 0)
+    def routes(self, family: int = socket.AF_INET) -> list[Route]:
+        """The IPv4 routes of the main table, or with AF_INET6 the IPv6 routes."""
+        body = struct.pack("=BBBBBBBBI", family, 0, 0, 0, 0, 0, 0, 0, 0)
         answers = self._request(RTM_GETROUTE, NLM_F_DUMP, body, "route show")
         return [route for answer in answers if (route := _parse_route(answer)) is not None]
 
-    def set_neighbour(self, index: int, address: IPv4Address, mac: bytes) -> None:
-        """Fix the MAC of an address for good: no ARP is asked, and no ARP answer changes it."""
-        body = struct.pack("=BxxxiHBB", socket.AF_INET, index, NUD_PERMANENT, 0, RTN_UNICAST)
+    def is_local(self, address: IPAddress) -> bool:
+        """Whether packets to an address would be delivered here."""
+        header = struct.pack("=BBBBBBBBI", _family(address), address.max_prefixlen, 0, 0, 0, 0, 0, 0, 0)
+        body = header + pack_attribute(RTA_DST, address.packed)
+        try:
+            answers = self._request(RTM_GETROUTE, 0, body, f"route get {address}")
+        except RtnetlinkError as error:
+            if error.errno in (101, 113):  # ENETUNREACH, EHOSTUNREACH
+                return False
+            raise
+        return bool(answers[0][7] == RTN_LOCAL)
+
+    def set_neighbour(self, index: int, address: IPAddress, mac: bytes) -> None:
+        """Fix the MAC of an address for good: nobody is asked for it, and no answer (ARP, ND) changes it."""
+        body = struct.pack("=BxxxiHBB", _family(address), index, NUD_PERMANENT, 0, RTN_UNICAST)
         body += pack_attribute(NDA_DST, address.packed) + pack_attribute(NDA_LLADDR, mac)
         self._ask(RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE, body, f"neigh replace {address} dev {index}")
 
@@ -343,7 +367,7 @@ def _parse_link(answer: bytes) -> Link:
 
 
 def _parse_route(answer: bytes) -> Route | None:
-    _f, length, _src, _tos, table, _proto, _scope, kind, _flags = struct.unpack_from("=BBBBBBBBI", answer)
+    family, length, _src, _tos, table, _proto, _scope, kind, _flags = struct.unpack_from("=BBBBBBBBI", answer)
     attributes = dict(parse_attributes(answer[12:]))
     if RTA_TABLE in attributes:
         (table,) = struct.unpack("=I", attributes[RTA_TABLE])
@@ -351,7 +375,13 @@ def _parse_route(answer: bytes) -> Route | None:
         return None
     (index,) = struct.unpack("=i", attributes.get(RTA_OIF, bytes(4)))
     (metric,) = struct.unpack("=I", attributes.get(RTA_PRIORITY, bytes(4)))
-    return Route(IPv4Network((attributes.get(RTA_DST, bytes(4)), length)), index, kind, metric)
+    packed = attributes.get(RTA_DST)
+    destination: IPNetwork
+    if family == socket.AF_INET6:
+        destination = IPv6Network((packed or bytes(16), length))
+    else:
+        destination = IPv4Network((packed or bytes(4), length))
+    return Route(destination, index, kind, metric)
 
 
 def _parse_rate(options: bytes) -> Rate:
@@ -392,10 +422,19 @@ def _qdisc_header(index: int, handle: int) -> bytes:
     return struct.pack("=BxxxiIII", socket.AF_UNSPEC, index, handle, TC_H_ROOT, 0)
 
 
-def _route_header(destination: IPv4Network, scope: int, kind: int) -> bytes:
+def _family(address: IPAddress | IPNetwork) -> int:
+    return socket.AF_INET6 if address.version == 6 else socket.AF_INET
+
+
+def _address_body(index: int, address: IPAddress, prefix_length: int, flags: int) -> bytes:
+    header = struct.pack("=BBBBi", _family(address), prefix_length, flags, SCOPE_UNIVERSE, index)
+    return header + pack_attribute(IFA_LOCAL, address.packed) + pack_attribute(IFA_ADDRESS, address.packed)
+
+
+def _route_header(destination: IPNetwork, scope: int, kind: int) -> bytes:
     header = struct.pack(
         "=BBBBBBBBI",
-        socket.AF_INET, destination.prefixlen, 0, 0, RT_TABLE_MAIN, RTPROT_STATIC, scope, kind, 0,
+        _family(destination), destination.prefixlen, 0, 0, RT_TABLE_MAIN, RTPROT_STATIC, scope, kind, 0,
     )  # fmt: skip
     return (
         header + pack_attribute(RTA_DST, destination.network_address.packed)

@@ -253,6 +253,7 @@ def info_fields(container: ContainerInfo) -> dict[str, str]:
         "hostname": spec.hostname,
         "network": spec.subnet or spec.network_mode.name.lower(),
         "container ip": container.container_ip,
+        "container ipv6": container.container_ipv6,
         "host ip": container.host_ip,
         "external ip": container.external_ip,
         "ports": ", ".join(parse.format_port(each) for each in container.mapped_ports),

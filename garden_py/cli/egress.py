@@ -238,8 +238,9 @@ _CAUSES: Final = {
     "HOST": "it is an address of the host (--allow-host-access)",
     "CONTAINERS": "it is an address of another container",
     "UNREACHABLE": "no container has this address",
-    "IPV6": "containers have no IPv6",
+    "IPV6": "the container has no IPv6 (--network-pool-v6)",
     "LOOPBACK": "it is the container itself",
+    "MARTIAN": "this address means nothing beyond one link",
 }
 
 

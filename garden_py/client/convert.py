@@ -220,6 +220,7 @@ def container_from_pb(message: pb.Container) -> v.ContainerInfo:
         created_at=moment(message.created_at, message.HasField("created_at")),
         spec=_container_spec_from_pb(message.spec),
         container_ip=message.container_ip,
+        container_ipv6=message.container_ipv6,
         host_ip=message.host_ip,
         external_ip=message.external_ip,
         mapped_ports=tuple(port_mapping_from_pb(mapping) for mapping in message.mapped_ports),

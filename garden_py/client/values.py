@@ -102,6 +102,7 @@ class EgressCause(IntEnum):
     UNREACHABLE = 6
     IPV6 = 7
     LOOPBACK = 8
+    MARTIAN = 9
 
 
 class EventKind(IntEnum):
@@ -350,6 +351,7 @@ class ContainerInfo:
     pid: int
     agent: AgentInfo | None = None
     image: UsedImage | None = None
+    container_ipv6: str = ""
 
 
 @dataclass(frozen=True, slots=True)

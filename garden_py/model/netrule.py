@@ -144,7 +144,7 @@ class PortRange:
 
 @dataclass(frozen=True, slots=True)
 class IcmpMatch:
-    """ICMP messages of one type, and of one code unless code is None (RFC 792).
+    """ICMP messages of one type, and of one code unless code is None (RFC 792; to IPv6 destinations RFC 4443).
 
     Raises:
         InvalidField: type or code not within 0..255.
@@ -296,7 +296,9 @@ class Destination:
         last = match[3]
         if kind is Protocol.ICMP:
             with at_field("icmp"):
-                found = IcmpMatch.parse(last or "8/0")
+                found = IcmpMatch.parse(
+                    last or ("8/0" if address.version == 4 else "128/0")
+                )  # RFC 792, RFC 4443
             return cls(kind, address, icmp=IcmpMatch(found.type, found.code or 0))
         if last is not None and not re.fullmatch(r"[0-9]{1,5}", last):
             raise InvalidField("port", f"{last!r} is no port")

@@ -123,6 +123,7 @@ class NetworkFacts:
     host_ip: str = ""
     external_ip: str = ""
     mapped_ports: tuple[PortMapping, ...] = ()
+    container_ipv6: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ each text is shown by tests/root/test_net_host.py.
 from __future__ import annotations
 
 import os
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
 
 import pytest
@@ -35,6 +35,17 @@ HOST = HostPlan("3fa1", IPv4Network("10.254.0.0/22"), IPv4Address("10.254.0.1"))
 LINK = plan_link(HOST, IPv4Address("10.254.0.7"), handle="web", mtu_bytes=1500)
 MAPPING = PortMapping(PortProtocol.TCP, 61001, IPv4Address("10.254.0.7"), 8080)
 DNS = IPv4Address("10.254.0.1")
+HOST_V6 = HostPlan("3fa1", HOST.pool, HOST.gateway, IPv6Network("fd67:6472::/64"))
+HOST_GLOBAL_V6 = HostPlan("3fa1", HOST.pool, HOST.gateway, IPv6Network("2001:db8:1::/64"))
+LINK_V6 = plan_link(
+    HOST_V6,
+    IPv4Address("10.254.0.7"),
+    handle="web",
+    mtu_bytes=1500,
+    address_v6=IPv6Address("fd67:6472::afe:7"),
+)
+MAPPING_V6 = PortMapping(PortProtocol.TCP, 61001, MAPPING.address, 8080, IPv6Address("fd67:6472::afe:7"))
+DNS_V6 = IPv6Address("fd67:6472::53")
 SUBNETS = (IPv4Network("10.80.0.0/24"), IPv4Network("10.81.0.0/30"))
 
 
@@ -69,6 +80,19 @@ TEXTS = {
     "container_cut": compile_container_ruleset(
         policy(DefaultAction.ALLOW, "tcp:10.1.0.0/16 log", generation=3)
     ),
+    "container_ipv6": compile_container_ruleset(EVERY_SHAPE, denied=DENIED, has_ipv6=True),
+    "container_ipv6_open": compile_container_ruleset(policy(DefaultAction.ALLOW), has_ipv6=True),
+    "host_ipv6": compile_host_base(HOST_V6, HostPolicy(Access.DENY, Reach.NONE, dns_servers=(DNS, DNS_V6))),
+    "host_ipv6_global": compile_host_base(HOST_GLOBAL_V6, HostPolicy(reach=Reach.SUBNET, subnets=SUBNETS)),
+    "element_ipv6_attach": compile_attach(HOST_V6, LINK_V6),
+    "element_ipv6_attach_privileged": compile_attach(
+        HOST_V6, LINK_V6, host_side_policy=EVERY_SHAPE, denied=DENIED
+    ),
+    "element_ipv6_detach_privileged": compile_detach(
+        HOST_V6, LINK_V6, mappings=[MAPPING_V6], has_host_side_policy=True
+    ),
+    "element_ipv6_map_port": compile_map_port(HOST_V6, MAPPING_V6),
+    "element_ipv6_unmap_port": compile_unmap_port(HOST_V6, MAPPING_V6),
     "host_default": compile_host_base(HOST, HostPolicy()),
     "host_closed": compile_host_base(HOST, HostPolicy(Access.DENY, Reach.NONE, dns_servers=(DNS,))),
     "host_open": compile_host_base(HOST, HostPolicy(Access.ALLOW, Reach.ALL)),

@@ -1,4 +1,4 @@
-"""What a test could leave on the host: mounts, loops, cgroups, links, nft tables, network namespaces, processes."""
+"""What a test could leave on the host: mounts, loops, cgroups, links, routes, nft tables, netns, processes."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def snapshot() -> dict[str, set[str]]:
         "mounts": _mounts(),
         "cgroups": {str(p) for p in _cgroups()},
         "links": _lines(["ip", "-o", "link", "show"], column=1),
+        "routes": _unreachable(),
         "nft": set(_lines(["nft", "list", "tables"])),
         "netns": set(os.listdir("/run/netns")) if Path("/run/netns").exists() else set(),
         "processes": _processes(),
@@ -41,6 +42,15 @@ def _lines(argv: list[str], column: int | None = None) -> set[str]:
     output = subprocess.run(argv, check=True, capture_output=True, text=True, timeout=20 * FACTOR).stdout
     lines = [line for line in output.splitlines() if line.strip()]
     return set(lines) if column is None else {line.split()[column] for line in lines}
+
+
+def _unreachable() -> set[str]:
+    """Routes of pools and subnets."""
+    return {
+        line
+        for family in ("-4", "-6")
+        for line in _lines(["ip", family, "route", "show", "type", "unreachable"])
+    }
 
 
 def _loops() -> set[str]:

@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from garden_py.model.netrule import EgressPolicy
 TAG = "7e57"
 HOST_IP = "192.0.2.1"  # TEST-NET-1, RFC 5737
 OUTSIDE_IP = "192.0.2.2"
+HOST_IP_V6 = "2001:db8:fe::1"  # RFC 3849
+OUTSIDE_IP_V6 = "2001:db8:fe::2"
 CLONE_NEWNET = 0x40000000
 
 _PROBE = r"""
@@ -47,7 +49,8 @@ def echo(peer, address):
         peer.sendall(data)
 
 def listen(address, port):
-    listener = socket.create_server((address, port))
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listener = socket.create_server((address, port), family=family)
     threading.Thread(target=serve, args=(listener,), daemon=True).start()
 
 def connect(address, port, source=""):
@@ -83,6 +86,10 @@ def forge(source, source_port, destination, port):
     head = struct.pack(">BBHHHBBH", 0x45, 0, 28, 0, 0, 64, socket.IPPROTO_UDP, 0) + addresses
     with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW) as s:
         s.sendto(head + udp, (destination, 0))
+
+def raw_v6(packet, destination):
+    with socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_RAW) as s:
+        s.sendto(bytes.fromhex(packet), (destination, 0))
 
 def send_from(port, address, to_port):
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
@@ -167,12 +174,17 @@ class Container(Probe):
 
 
 class Lab:
-    """The host: a namespace with an uplink to an outside machine, and a HostNetwork at work in it."""
+    """The host: a namespace with an uplink to an outside machine, and a HostNetwork at work in it.
 
-    def __init__(self, undo: ExitStack) -> None:
+    Args:
+        undo: for what is to be closed.
+        pool_v6: of containers; None: they have no IPv6.
+    """
+
+    def __init__(self, undo: ExitStack, pool_v6: IPv6Network | None = None) -> None:
         self._undo = undo
         pool = IPv4Network("10.254.0.0/22")
-        self.plan = HostPlan(TAG, pool, pool[1])
+        self.plan = HostPlan(TAG, pool, pool[1], pool_v6)
         self.outside = Probe()
         undo.callback(self.outside.close)
         self._add_uplink()
@@ -181,14 +193,22 @@ class Lab:
         # A new namespace copies the setting of the host (ip-sysctl.rst, devconf_inherit_init_net), where another
         # server may have turned it on.
         Path("/proc/sys/net/ipv4/ip_forward").write_text("0")
+        Path("/proc/sys/net/ipv6/conf/all/forwarding").write_text("0")
+        if pool_v6 is not None:
+            self._add_uplink_v6(pool_v6)
         self.report = self.network.ensure_host(HostPolicy())
 
     def container(self, number: int, policy: EgressPolicy, *, privileged: bool = False) -> Container:
         """A namespace with address NUMBER of the pool and this policy."""
         probe = Container(privileged=privileged)
         self._undo.callback(probe.close)
+        address = self.plan.pool[number]
         probe.link = plan_link(
-            self.plan, self.plan.pool[number], handle=f"container-{number}", mtu_bytes=self.report.mtu_bytes
+            self.plan,
+            address,
+            handle=f"container-{number}",
+            mtu_bytes=self.report.mtu_bytes,
+            address_v6=self.plan.address_v6(address),
         )
         probe.address = probe.link.address
         self.network.attach_container(self.attachment(probe, policy), probe.netns_fd, probe.userns_fd)
@@ -200,32 +220,39 @@ class Lab:
         return Attachment(
             link=probe.link,
             host_rules=host_firewall.compile_attach(self.plan, probe.link, host_side_policy=host_side),
-            container_rules="" if is_privileged else firewall.compile_container_ruleset(policy),
+            container_rules="" if is_privileged else self._container_rules(probe, policy),
         )
+
+    def _container_rules(self, probe: Container, policy: EgressPolicy) -> str:
+        return firewall.compile_container_ruleset(policy, has_ipv6=bool(probe.link.address_v6))
 
     def replace(self, probe: Container, policy: EgressPolicy) -> None:
         if probe.userns_fd is None:
             rules = host_firewall.compile_host_side_policy(self.plan, probe.link, policy)
             self.network.replace_host_side_egress(rules)
         else:
-            rules = firewall.compile_container_ruleset(policy)
+            rules = self._container_rules(probe, policy)
             self.network.replace_egress(rules, probe.netns_fd, probe.userns_fd)
 
     def detach(self, probe: Container, mappings: tuple[PortMapping, ...] = ()) -> None:
         rules = host_firewall.compile_detach(
             self.plan, probe.link, mappings=mappings, has_host_side_policy=probe.userns_fd is None
         )
-        self.network.detach_container(probe.link.host_link, rules)
+        self.network.detach_container(probe.link, rules, had_ports=bool(mappings))
 
     def map_tcp(self, host_port: int, probe: Container, container_port: int) -> PortMapping:
-        mapping = PortMapping(PortProtocol.TCP, host_port, IPv4Address(probe.address), container_port)
+        address = IPv4Address(probe.address)
+        mapping = PortMapping(
+            PortProtocol.TCP, host_port, address, container_port, self.plan.address_v6(address)
+        )
         self.network.map_port(mapping)
         return mapping
 
     @contextmanager
     def serve(self, address: str, port: int) -> Iterator[None]:
         """A service of the host itself that tells each client the address it came from."""
-        with socket.create_server((address, port)) as listener:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        with socket.create_server((address, port), family=family) as listener:
             thread = threading.Thread(target=_greet, args=(listener,))
             thread.start()
             try:
@@ -237,10 +264,26 @@ class Lab:
     def dropped(self, comment: str) -> int:
         """Packets that chain antispoof has dropped under this comment."""
         listed = nft("-j", "list", "chain", "inet", self.plan.table, "antispoof")
-        for entry in json.loads(listed)["nftables"]:
-            if entry.get("rule", {}).get("comment") == comment:
-                return int(next(e["counter"]["packets"] for e in entry["rule"]["expr"] if "counter" in e))
-        raise AssertionError(comment)
+        rules = [entry["rule"] for entry in json.loads(listed)["nftables"] if "rule" in entry]
+        counted = [
+            int(expression["counter"]["packets"])
+            for rule in rules
+            if rule.get("comment") == comment
+            for expression in rule["expr"]
+            if "counter" in expression
+        ]
+        assert counted, comment
+        return sum(counted)
+
+    def _add_uplink_v6(self, pool_v6: IPv6Network) -> None:
+        with Rtnetlink() as netlink:
+            link = netlink.find_link("uplink")
+            assert link is not None
+            netlink.set_address(link.index, IPv6Address(HOST_IP_V6), 64)
+            netlink.set_route(IPv6Network("::/0"), link_index=link.index, gateway=IPv6Address(OUTSIDE_IP_V6))
+        self.outside.order("run", "ip", "address", "add", f"{OUTSIDE_IP_V6}/64", "dev", "eth0", "nodad")
+        self.outside.order("run", "ip", "route", "add", str(pool_v6), "via", HOST_IP_V6)
+        self.outside.order("listen", OUTSIDE_IP_V6, 80)
 
     def _add_uplink(self) -> None:
         with Rtnetlink() as netlink:
@@ -291,7 +334,7 @@ def private_netns() -> Iterator[None]:
 
 
 @contextmanager
-def open_lab() -> Iterator[Lab]:
+def open_lab(pool_v6: IPv6Network | None = None) -> Iterator[Lab]:
     """A lab for one test; everything it made is gone afterwards."""
     with private_netns(), ExitStack() as undo:
-        yield Lab(undo)
+        yield Lab(undo, pool_v6)

@@ -15,7 +15,7 @@ from kit.garden import wait_until
 from net_lab import HOST_IP, OUTSIDE_IP, Lab, Probe, Refused, open_lab
 
 from garden_py.agent.rtnetlink import Rtnetlink
-from garden_py.backend.net.host_firewall import Access, HostPolicy, PortProtocol, Reach
+from garden_py.backend.net.host_firewall import Access, HostPolicy, PortMapping, PortProtocol, Reach
 from garden_py.model.errors import HostFault, PortInUse
 from garden_py.model.netrule import DefaultAction, EgressPolicy, parse_egress_rule
 
@@ -270,3 +270,39 @@ def test_no_connection_is_made_up_on_loopback(lab: Lab) -> None:
         with pytest.raises(Refused, match="EPERM"):
             container.order("send_from", 5555, OUTSIDE_IP, 53)
     assert udp_strays(lab.outside) == before
+
+
+@pytest.mark.parametrize("privileged", [False, True])
+def test_next_owner_of_an_address_has_no_part_in_connections_of_the_former(
+    lab: Lab, privileged: bool
+) -> None:
+    """What the kernel still takes for established must not let a closed container out."""
+    former = lab.container(2, OPEN)
+    former.order("send_from", 5555, OUTSIDE_IP, 53)  # refused there, by ICMP, which ends nothing
+    lab.outside.order("send_from", 53, HOST_IP, 5555)  # an answer: the connection is established from now on
+    lab.detach(former)
+    closed = lab.container(2, CLOSED, privileged=privileged)
+    before = udp_strays(lab.outside)
+    with nullcontext() if privileged else pytest.raises(Refused, match="EPERM"):
+        closed.order("send_from", 5555, OUTSIDE_IP, 53)
+    open_again = lab.container(3, OPEN)
+    open_again.order("send_from", 5555, OUTSIDE_IP, 53)  # comes after it, if it comes at all
+    wait_until(lambda: udp_strays(lab.outside) > before, "the datagram that is allowed")
+    assert udp_strays(lab.outside) == before + 1
+
+
+def test_datagrams_to_a_former_mapping_reach_nobody(lab: Lab) -> None:
+    """A client that goes on sending keeps its connection alive, and would be heard by the next owner."""
+    former = lab.container(2, OPEN)
+    mapping = PortMapping(PortProtocol.UDP, 61001, IPv4Address(former.address), 9000)
+    lab.network.map_port(mapping)
+    before = udp_strays(former)
+    lab.outside.order("send_from", 7000, HOST_IP, 61001)
+    wait_until(lambda: udp_strays(former) > before, "the datagram to the mapped port")
+    lab.detach(former, (mapping,))
+    owner, other = lab.container(2, OPEN), lab.container(3, OPEN)
+    again = PortMapping(PortProtocol.UDP, 61001, IPv4Address(other.address), 9000)
+    lab.network.map_port(again)
+    lab.outside.order("send_from", 7000, HOST_IP, 61001)
+    wait_until(lambda: udp_strays(other) > 0, "the datagram to the port's next owner")
+    assert udp_strays(owner) == 0

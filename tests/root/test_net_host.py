@@ -77,7 +77,9 @@ def test_detaching_twice_leaves_nothing(lab: Lab) -> None:
         assert lab.network.survey() == EMPTY
     table = json.loads(nft("-j", "list", "table", "inet", lab.plan.table))["nftables"]
     sets = {o[k]["name"]: o[k].get("elem", []) for o in table for k in ("set", "map") if k in o}
-    assert sets == {"members": [], "portmap": [], "told": [], "egress": []}
+    assert sets == {
+        "members": [], "members6": [], "portmap": [], "portmap6": [], "told": [], "egress": [], "egress6": [],
+    }  # fmt: skip
     assert not [o for o in table if o.get("chain", {}).get("name", "").startswith("egress_")]
     assert not [r for r in routes() if TAG in r]
 

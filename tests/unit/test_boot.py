@@ -12,7 +12,7 @@ import pytest
 from garden_py.backend import boot
 from garden_py.backend.boot import read_boot_id, remember_boot, was_rebooted
 from garden_py.backend.linux.container import ContainerFacts
-from garden_py.backend.linux.network import NetworkLease
+from garden_py.backend.linux.lease import NetworkLease
 
 
 def test_another_boot_is_noticed_once(tmp_path: Path) -> None:

@@ -9,8 +9,11 @@ from garden_py.backend.rootfs.names import build_hosts, build_resolv_conf
 
 def test_hosts_has_localhost_and_the_container() -> None:
     """N30: in this order; without an address there is only localhost."""
-    assert build_hosts("10.0.0.2", "box") == "127.0.0.1 localhost\n10.0.0.2 box\n"
-    assert build_hosts("", "box") == "127.0.0.1 localhost\n"
+    assert build_hosts("10.0.0.2", "", "box") == "127.0.0.1 localhost\n10.0.0.2 box\n"
+    assert build_hosts("", "", "box") == "127.0.0.1 localhost\n"
+    assert build_hosts("10.0.0.2", "fd00::a00:2", "box").splitlines() == [
+        "127.0.0.1 localhost", "::1 localhost", "10.0.0.2 box", "fd00::a00:2 box",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -22,6 +25,8 @@ def test_hosts_has_localhost_and_the_container() -> None:
         ("search a b\nnameserver 127.0.0.1\nnameserver 192.0.2.9\n", (), "search a b\nnameserver 192.0.2.9\n"),
         ("search a\nnameserver 192.0.2.1\n", ("192.0.2.7", "192.0.2.8"),
          "nameserver 192.0.2.7\nnameserver 192.0.2.8\n"),
+        ("nameserver ::1\n", (), "nameserver 10.0.0.1\n"),
+        ("nameserver ::1\nnameserver fd00::53\n", (), "nameserver fd00::53\n"),
         ("", (), ""),
         ("\n  \n", (), ""),
     ],
@@ -33,7 +38,7 @@ def test_resolv_conf(host: str, servers: tuple[str, ...], expected: str) -> None
 
 def test_additional_entries_and_servers_come_last() -> None:
     """Statements N30 and N31: after the container's own name; after the host's or the setting's servers."""
-    hosts = build_hosts("10.0.0.2", "box", ("10.1.1.1 other", "10.1.1.2 third"))
+    hosts = build_hosts("10.0.0.2", "", "box", ("10.1.1.1 other", "10.1.1.2 third"))
     assert hosts.splitlines()[1:] == ["10.0.0.2 box", "10.1.1.1 other", "10.1.1.2 third"]
     more = ("9.9.9.9",)
     assert build_resolv_conf("nameserver 8.8.8.8\nsearch x\n", (), "10.0.0.1", more) == (

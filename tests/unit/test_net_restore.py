@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from garden_py.backend.linux.network import LinuxNetwork, NetworkLease
+from garden_py.backend.linux.lease import NetworkLease
+from garden_py.backend.linux.network import LinuxNetwork
 from garden_py.backend.net.apply import TABLE_MISSING
 from garden_py.config import load_config
 from garden_py.model.errors import HostFault

@@ -17,7 +17,7 @@ from garden_py import wire
 from garden_py.backend.cgroup.layout import ContainerCgroup, Hierarchies
 from garden_py.backend.linux.backend import LinuxBackend
 from garden_py.backend.linux.container import ContainerFacts, LinuxContainer
-from garden_py.backend.linux.network import NetworkLease
+from garden_py.backend.linux.lease import NetworkLease
 from garden_py.backend.linux.processes import LinuxProcesses
 from garden_py.backend.linux.sidecars import Sidecar
 from garden_py.backend.linux.site import Site

@@ -780,7 +780,7 @@ class EgressRule(_message.Message):
     bytes: _builtins.int
     @_builtins.property
     def networks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """"10.0.0.0/8", "10.0.0.1", "10.0.0.1-10.0.0.9"; none: any destination"""
+        """"10.0.0.0/8", "10.0.0.1", "10.0.0.1-10.0.0.9", "2001:db8::/32"; none: any destination"""
 
     @_builtins.property
     def ports(self) -> _containers.RepeatedCompositeFieldContainer[Global___PortRange]:
@@ -788,7 +788,7 @@ class EgressRule(_message.Message):
 
     @_builtins.property
     def icmp(self) -> Global___IcmpMatch:
-        """icmp only; unset: any type"""
+        """icmp only; unset: any type. To IPv6 destinations types are those of ICMPv6"""
 
     def __init__(
         self,
@@ -897,6 +897,7 @@ class Container(_message.Message):
     PID_FIELD_NUMBER: _builtins.int
     AGENT_FIELD_NUMBER: _builtins.int
     IMAGE_FIELD_NUMBER: _builtins.int
+    CONTAINER_IPV6_FIELD_NUMBER: _builtins.int
     handle: _builtins.str
     state: Global___ContainerState.ValueType
     state_reason: _builtins.str
@@ -907,6 +908,8 @@ class Container(_message.Message):
     """where mapped ports are reachable from outside"""
     pid: _builtins.int
     """PID 1 of the container, as the host numbers it"""
+    container_ipv6: _builtins.str
+    """empty without IPv6 (--network-pool-v6)"""
     @_builtins.property
     def created_at(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -949,10 +952,11 @@ class Container(_message.Message):
         pid: _builtins.int = ...,
         agent: Global___Agent | None = ...,
         image: Global___UsedImage | None = ...,
+        container_ipv6: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "created_at", b"created_at", "image", b"image", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "container_ip", b"container_ip", "created_at", b"created_at", "events", b"events", "external_ip", b"external_ip", "handle", b"handle", "host_ip", b"host_ip", "image", b"image", "mapped_ports", b"mapped_ports", "pid", b"pid", "process_ids", b"process_ids", "properties", b"properties", "spec", b"spec", "state", b"state", "state_reason", b"state_reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "container_ip", b"container_ip", "container_ipv6", b"container_ipv6", "created_at", b"created_at", "events", b"events", "external_ip", b"external_ip", "handle", b"handle", "host_ip", b"host_ip", "image", b"image", "mapped_ports", b"mapped_ports", "pid", b"pid", "process_ids", b"process_ids", "properties", b"properties", "spec", b"spec", "state", b"state", "state_reason", b"state_reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2121,9 +2125,11 @@ class ExplainEgressResponse(_message.Message):
         UNREACHABLE: ExplainEgressResponse._Cause.ValueType  # 6
         """an address of the server's pool that no container has"""
         IPV6: ExplainEgressResponse._Cause.ValueType  # 7
-        """containers have no IPv6"""
+        """the container has no IPv6"""
         LOOPBACK: ExplainEgressResponse._Cause.ValueType  # 8
         """the container's own address"""
+        MARTIAN: ExplainEgressResponse._Cause.ValueType  # 9
+        """a link-local or multicast address of IPv6, which means nothing beyond one link"""
 
     class Cause(_Cause, metaclass=_CauseEnumTypeWrapper): ...
     CAUSE_UNSPECIFIED: ExplainEgressResponse.Cause.ValueType  # 0
@@ -2140,9 +2146,11 @@ class ExplainEgressResponse(_message.Message):
     UNREACHABLE: ExplainEgressResponse.Cause.ValueType  # 6
     """an address of the server's pool that no container has"""
     IPV6: ExplainEgressResponse.Cause.ValueType  # 7
-    """containers have no IPv6"""
+    """the container has no IPv6"""
     LOOPBACK: ExplainEgressResponse.Cause.ValueType  # 8
     """the container's own address"""
+    MARTIAN: ExplainEgressResponse.Cause.ValueType  # 9
+    """a link-local or multicast address of IPv6, which means nothing beyond one link"""
 
     ACTION_FIELD_NUMBER: _builtins.int
     CAUSE_FIELD_NUMBER: _builtins.int

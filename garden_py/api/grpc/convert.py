@@ -346,6 +346,7 @@ def container_to(
         created_at=timestamp(container.created_ns),
         spec=_container_spec_to(container.spec),
         container_ip=network.container_ip,
+        container_ipv6=network.container_ipv6,
         host_ip=network.host_ip,
         external_ip=network.external_ip,
         mapped_ports=[mapping_to(mapping) for mapping in network.mapped_ports],

@@ -32,7 +32,8 @@ def properties_of(container: Container, network: NetworkFacts) -> dict[str, str]
     if container.spec.grace_time_s:
         own["garden.grace-time"] = str(round(container.spec.grace_time_s * 1e9))
     for name, value in (
-        ("host-ip", network.host_ip), ("container-ip", network.container_ip), ("external-ip", network.external_ip),
+        ("host-ip", network.host_ip), ("container-ip", network.container_ip),
+        ("container-ipv6", network.container_ipv6), ("external-ip", network.external_ip),
     ):  # fmt: skip
         if value:
             own[f"garden.network.{name}"] = value
@@ -60,7 +61,7 @@ def info_json(container: Container, network: NetworkFacts, directory: str) -> di
         "Events": list(container.notable),
         "HostIP": network.host_ip,
         "ContainerIP": network.container_ip,
-        "ContainerIPv6": "",
+        "ContainerIPv6": network.container_ipv6,
         "ExternalIP": network.external_ip,
         "ContainerPath": directory,
         "ProcessIDs": [

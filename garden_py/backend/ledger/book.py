@@ -26,6 +26,7 @@ class Holding:
         uid_slot: -1: none.
         privileged: it has an egress chain on the host, if it has an address.
         in_subnet: its address is in a subnet of its caller's choice, not in the pool.
+        address_v6: that goes with its address; empty: it has no IPv6.
     """
 
     handle: str
@@ -36,6 +37,7 @@ class Holding:
     privileged: bool = False
     init: ProcessIdentity | None = None
     in_subnet: bool = False
+    address_v6: str = ""
 
 
 class Shared(Enum):
@@ -62,7 +64,6 @@ class Book:
     runtime_ids: set[str] = field(init=False)
     addresses: set[str] = field(init=False)
     pool_addresses: set[str] = field(init=False)
-    judged_addresses: set[str] = field(init=False)
     mappings: set[tuple[str, Mapping]] = field(init=False)
     ports: set[tuple[str, int]] = field(init=False)
     uid_slots: set[int] = field(init=False)
@@ -72,9 +73,13 @@ class Book:
         self.settled = list(self.settled)
         self.handles = {holding.handle for holding in held}
         self.runtime_ids = {holding.runtime_id for holding in held if holding.runtime_id}
-        self.addresses = {holding.address for holding in held if holding.address}
+        self.addresses = {each for holding in held for each in (holding.address, holding.address_v6) if each}
         self.pool_addresses = {each.address for each in held if each.address and not each.in_subnet}
-        self.judged_addresses = {holding.address for holding in held if holding.privileged}
-        self.mappings = {(holding.address, mapping) for holding in held for mapping in holding.mappings}
+        self.mappings = {
+            (address, mapping)
+            for holding in held
+            for mapping in holding.mappings
+            for address in (holding.address, holding.address_v6)
+        }
         self.ports = {(mapping.protocol, mapping.host_port) for _, mapping in self.mappings}
         self.uid_slots = {holding.uid_slot for holding in held if holding.uid_slot >= 0}

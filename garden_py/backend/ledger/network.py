@@ -70,7 +70,12 @@ def _orphans(book: Book, seen: Sight, *, keep: str) -> list[Leak]:
             why = f"it is a {kind or 'device'}, and the server makes veth pairs"
         handle = seen.aliases.get(name, "")
         found.append(Leak(LeakKind.LINK, Direction.ORPHAN, name, handle, keep_because=why))
-    claimed = set(_elements_of(book.holdings, seen.host))
+    # A server may have had another IPv6 pool when a container was made: what stands for its address there is claimed.
+    claimed = {
+        element
+        for holding in book.holdings
+        for element in _elements_of(holding, seen.host, (holding.address, holding.address_v6))
+    }
     for element in seen.survey.elements:
         if element not in claimed:
             known = element.partition(" ")[0] in ("member", "portmap", "egress")
@@ -88,17 +93,22 @@ def _orphans(book: Book, seen: Sight, *, keep: str) -> list[Leak]:
     return found
 
 
-def _elements_of(holdings: Iterable[Holding], host: HostPlan) -> list[str]:
+def _elements_of(holding: Holding, host: HostPlan, addresses: Iterable[str]) -> list[str]:
     found: list[str] = []
-    for holding in holdings:
-        link = _link_of(holding, host)
-        if not link:
-            continue
-        found.append(f"member {link} {holding.address}")
-        found += [portmap_element(holding.address, mapping) for mapping in holding.mappings]
+    link = _link_of(holding, host)
+    for address in filter(None, addresses if link else ()):
+        found.append(f"member {link} {address}")
+        found += [portmap_element(address, mapping) for mapping in holding.mappings]
         if holding.privileged:
-            found.append(f"egress {holding.address} {_chain_of(holding, host)}")
+            found.append(f"egress {address} {_chain_of(holding, host)}")
     return found
+
+
+def _known_addresses(holding: Holding, host: HostPlan) -> list[str]:
+    """Those that the host's table must know: not an IPv6 address of a pool that the server had before."""
+    address_v6 = host.address_v6(IPv4Address(holding.address)) if holding.address else None
+    is_known = address_v6 is not None and holding.address_v6 == str(address_v6)
+    return [holding.address, holding.address_v6] if is_known else [holding.address]
 
 
 def portmap_element(address: str, mapping: Mapping) -> str:
@@ -118,7 +128,8 @@ def _chain_of(holding: Holding, host: HostPlan) -> str:
 
 
 def _missing_elements(holding: Holding, seen: Sight) -> list[Leak]:
-    lacking = set(_elements_of([holding], seen.host)) - set(seen.survey.elements)
+    wanted = _elements_of(holding, seen.host, _known_addresses(holding, seen.host))
+    lacking = set(wanted) - set(seen.survey.elements)
     return [
         Leak(LeakKind.NFT_ELEMENT, Direction.MISSING, element, holding.handle) for element in sorted(lacking)
     ]

@@ -120,7 +120,8 @@ class LinuxBackend:
 
     async def open(self, events: BackendEvents, rows: list[ContainerRow]) -> None:
         """Get ready, and hold what rows lease; see service.ports."""
-        check_dns_servers((*self._config.dns_server, *self._config.additional_dns_server))
+        servers = (*self._config.dns_server, *self._config.additional_dns_server)
+        check_dns_servers(servers, self._config.network_pool_v6)
         check_apparmor(self._config.apparmor)
         self._events = events
         self._store = await asyncio.to_thread(open_store, self._config)
@@ -295,7 +296,7 @@ class LinuxBackend:
         if facts.privileged:  # those are on the host, and have been renewed with the table
             return
         try:
-            if self._network.has_rules(container.directory, policy):
+            if self._network.has_rules(container.directory, facts.lease, policy):
                 await self._network.watch(container.handle, facts.pid, policy)
             else:
                 await self._set_egress(container, policy, renews=True)
@@ -454,6 +455,7 @@ class LinuxBackend:
         lease = self._get_whole(handle).facts.lease
         return NetworkFacts(
             container_ip=lease.shown,
+            container_ipv6=lease.shown_v6 if self._network.has_ipv6(lease) else "",
             host_ip=str(self._network.host.gateway) if lease.shown else "",
             external_ip=self._network.external_ip,
             mapped_ports=lease.mappings,

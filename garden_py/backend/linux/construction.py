@@ -175,7 +175,9 @@ class Construction:
         launch.etc.mkdir()
         config, own = self._site.config, facts.lease.mode is not NetworkMode.HOST
         contents = {
-            "hosts": build_hosts(facts.lease.shown, launch.hostname, config.additional_host_entry)
+            "hosts": build_hosts(
+                facts.lease.shown, facts.lease.shown_v6, launch.hostname, config.additional_host_entry
+            )
             if own
             else _read("/etc/hosts"),
             "resolv.conf": build_resolv_conf(

@@ -22,7 +22,7 @@ from garden_py.backend.cgroup.stats import met_own_limit, read_oom_kills
 from garden_py.backend.host.pids import ProcessIdentity
 from garden_py.backend.linux.agent_owner import AgentOwner
 from garden_py.backend.linux.isolation import Isolation
-from garden_py.backend.linux.network import NetworkLease
+from garden_py.backend.linux.lease import NetworkLease
 from garden_py.backend.linux.process import LinuxProcess, OomAccount
 from garden_py.backend.streams.agent_link import AgentLink
 from garden_py.backend.streams.agent_replies import AgentExit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 
 from garden_py.backend.launcher.client import Launcher
@@ -64,9 +64,11 @@ class ServerHands:
                 self._site.uids.release(int(leak.name))
 
     @contextmanager
-    def hold(self, address: IPv4Address | None, port: tuple[str, int] | None) -> Iterator[None]:
+    def hold(self, address: IPv4Address | IPv6Address | None, port: tuple[str, int] | None) -> Iterator[None]:
         """Take from the pools what is free. What is taken by no row is leaked itself, and nobody can get it either."""
         addresses = self._network.addresses
+        if isinstance(address, IPv6Address):  # it goes with an IPv4 address, which alone is leased
+            address = IPv4Address(int(address) & 0xFFFF_FFFF)
         if address is not None and (address not in addresses.network or address in addresses.taken):
             address = None
         ports = None if port is None else self._network.ports[Transport(port[0])]
@@ -126,7 +128,9 @@ class StoppedHands:
         """There are no pools."""
         raise AssertionError(leak.name)
 
-    def hold(self, address: IPv4Address | None, port: tuple[str, int] | None) -> AbstractContextManager[None]:
+    def hold(
+        self, address: IPv4Address | IPv6Address | None, port: tuple[str, int] | None
+    ) -> AbstractContextManager[None]:
         """Nobody gives anything away."""
         return nullcontext()
 

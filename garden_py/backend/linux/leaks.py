@@ -6,7 +6,7 @@ import asyncio
 import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -51,7 +51,9 @@ class Hands(Protocol):
     def give_back(self, leak: Leak) -> None:
         """Put a lease of nobody back into its pool."""
 
-    def hold(self, address: IPv4Address | None, port: tuple[str, int] | None) -> AbstractContextManager[None]:
+    def hold(
+        self, address: IPv4Address | IPv6Address | None, port: tuple[str, int] | None
+    ) -> AbstractContextManager[None]:
         """A context in which the pools give neither away."""
 
     def shared(self, book_is_empty: bool) -> Shared:
@@ -101,6 +103,7 @@ def holding_of(claim: Claim) -> Holding:
         runtime_id=facts.runtime_id,
         address=facts.lease.shown,
         in_subnet=facts.lease.subnet is not None,
+        address_v6=facts.lease.shown_v6,
         mappings=tuple(
             Mapping(m.transport.value, m.host_port, m.container_port) for m in facts.lease.mappings
         ),
@@ -237,13 +240,13 @@ class Ledger:
         return True
 
 
-def _held_by(leak: Leak, host: HostPlan) -> tuple[IPv4Address | None, tuple[str, int] | None]:
+def _held_by(leak: Leak, host: HostPlan) -> tuple[IPv4Address | IPv6Address | None, tuple[str, int] | None]:
     """The address and the port that a thing of the network stands for."""
     match leak.name.split(" "):
         case ["member", _, address] | ["egress", address, _]:
-            return IPv4Address(address), None
+            return ip_address(address), None
         case ["portmap", protocol, host_port, address, _]:
-            return IPv4Address(address), (protocol, int(host_port))
+            return ip_address(address), (protocol, int(host_port))
         case [name] if leak.kind is LeakKind.LINK:
             return address_of_link(host, name), None
         case [chain]:
@@ -252,7 +255,7 @@ def _held_by(leak: Leak, host: HostPlan) -> tuple[IPv4Address | None, tuple[str,
 
 
 def is_in_use(
-    words: list[str], address: IPv4Address | None, port: tuple[str, int] | None, book: Book
+    words: list[str], address: IPv4Address | IPv6Address | None, port: tuple[str, int] | None, book: Book
 ) -> bool:
     """Whether what an orphan of the network stands for is claimed by now."""
     if words[0] == "portmap" and port is not None:

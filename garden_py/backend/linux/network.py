@@ -11,7 +11,7 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,21 @@ from garden_py.backend.host.small_files import read_small
 from garden_py.backend.host.threads import in_thread
 from garden_py.backend.launcher.client import Launcher
 from garden_py.backend.linux.connections import ConnectionLog
+from garden_py.backend.linux.explanation import Surroundings, explain
+from garden_py.backend.linux.lease import NetworkLease
 from garden_py.backend.net import firewall, host_firewall
 from garden_py.backend.net import host_firewall as hf
 from garden_py.backend.net.apply import TABLE_MISSING
 from garden_py.backend.net.host_firewall import Reach
 from garden_py.backend.net.messages import Attachment, Bandwidth
-from garden_py.backend.net.plan import HostPlan, LinkPlan, address_of_link, host_link_name, plan_link
+from garden_py.backend.net.plan import (
+    MIN_IPV6_MTU_BYTES,
+    HostPlan,
+    LinkPlan,
+    address_of_link,
+    host_link_name,
+    plan_link,
+)
 from garden_py.backend.net.pools import AddressPool, PortPool, Subnets
 from garden_py.config import Config
 from garden_py.model.connection import Connection
@@ -35,14 +44,10 @@ from garden_py.model.errors import ContainerBroken, HostFault, InvalidField
 from garden_py.model.limits import Limits
 from garden_py.model.netrule import (
     AddressRange,
-    Cause,
     Decision,
     DefaultAction,
     Destination,
     EgressPolicy,
-    Protocol,
-    RuleAction,
-    decide,
 )
 from garden_py.model.network import NetworkMode, SubnetChoice
 from garden_py.model.spec import PortMapping, Transport
@@ -52,49 +57,9 @@ log = structlog.get_logger()
 # How long the host's own address is believed: a list of all containers asks once for each.
 _ADDRESS_KEPT_S = 2.0
 _PORTS_FILE = "ports.json"
+_POOL_V6_FILE = "pool-v6"
 _RULES_FILE = "egress-rules"
 _BURST_FLOOR_BYTES = 16 << 10
-ICMP_ECHO_REQUEST = 8  # RFC 792
-
-
-@dataclass(frozen=True, slots=True)
-class NetworkLease:
-    """A container's part of the pools.
-
-    Attributes:
-        address: None: its network has no link to the host's.
-        mappings: of host ports.
-        subnet: that its caller has chosen, and its address is in; None: the address is of the server's pool.
-        mode: which network it is in.
-    """
-
-    address: IPv4Address | None
-    mappings: tuple[PortMapping, ...]
-    subnet: IPv4Network | None = None
-    mode: NetworkMode = NetworkMode.OWN
-
-    def to_json(self) -> dict[str, Any]:
-        """For the journal."""
-        ports = [[m.transport.value, m.host_port, m.container_port] for m in self.mappings]
-        subnet = {} if self.subnet is None else {"subnet": str(self.subnet)}
-        return {"address": self.shown, "ports": ports, "mode": self.mode.value, **subnet}
-
-    @property
-    def shown(self) -> str:
-        """The address as text; empty for none."""
-        return "" if self.address is None else str(self.address)
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> NetworkLease:
-        """From the journal."""
-        mappings = tuple(PortMapping(host, inner, Transport(kind)) for kind, host, inner in value["ports"])
-        address, subnet = value["address"], value.get("subnet")
-        return cls(
-            IPv4Address(address) if address else None,
-            mappings,
-            None if subnet is None else IPv4Network(subnet),
-            NetworkMode(value.get("mode", "own")),
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +106,7 @@ class LinuxNetwork:
     ) -> None:
         self._config = config
         self._denied = tuple(AddressRange.parse(str(network)) for network in config.deny_network)
-        self._dns = tuple(IPv4Address(text) for text in (*config.dns_server, *config.additional_dns_server))
+        self._dns = tuple(ip_address(text) for text in (*config.dns_server, *config.additional_dns_server))
         self._connections = ConnectionLog(report, self._owner_of)
         self._launcher = launcher
         self._mtu = config.mtu or uplink_mtu
@@ -155,7 +120,12 @@ class LinuxNetwork:
             kind: PortPool(config.port_pool_start, config.port_pool_size, heads.get(kind.value, 0))
             for kind in Transport
         }
-        self.host = HostPlan(config.tag, config.network_pool, self.addresses.gateway)
+        self.host = HostPlan(config.tag, config.network_pool, self.addresses.gateway, config.network_pool_v6)
+        if config.network_pool_v6 is not None and self._mtu < MIN_IPV6_MTU_BYTES:
+            problem = (
+                f"IPv6 needs an MTU of {MIN_IPV6_MTU_BYTES}, and containers' links would have {self._mtu}"
+            )
+            raise InvalidField("network_pool_v6", problem)
         self._attached: dict[str, _Attached] = {}
         self._restoring = asyncio.Lock()
         self._restored = 0
@@ -203,9 +173,15 @@ class LinuxNetwork:
     def _lease_address(self, mode: NetworkMode, choice: SubnetChoice | None) -> NetworkLease:
         if mode is not NetworkMode.OWN:
             return NetworkLease(None, (), mode=mode)
-        if choice is not None:
-            return NetworkLease(self.subnets.lease(choice), (), choice.network)
-        return NetworkLease(self.addresses.allocate(), ())
+        subnet = None if choice is None else choice.network
+        address = self.addresses.allocate() if choice is None else self.subnets.lease(choice)
+        return NetworkLease(address, (), subnet, address_v6=self.host.address_v6(address))
+
+    def has_ipv6(self, lease: NetworkLease) -> bool:
+        """Whether its IPv6 address is of the pool that the server has now: else nobody can reach it there."""
+        if lease.address is None or lease.address_v6 is None:
+            return False
+        return lease.address_v6 == self.host.address_v6(lease.address)
 
     def lease_port(self, wanted: PortMapping) -> PortMapping:
         """Take one host port: the wanted one, or the next of the pool."""
@@ -287,6 +263,7 @@ class LinuxNetwork:
 
     async def ensure_host(self) -> None:
         """Make or repair what all containers share, and what each has in the table, when the server starts."""
+        await self._leave_former_pool()
         try:
             await self._job("ensure_host", self._shared())
         except HostFault as fault:
@@ -297,6 +274,18 @@ class LinuxNetwork:
                     fault.add_note(f"undoing it failed too: {error}")
             raise
         await self._connections.watch_host(host_firewall.log_target(self.host).group)
+
+    async def _leave_former_pool(self) -> None:
+        """Give up the IPv6 pool that a server before this one had, if this one has another or none."""
+        note, pool = self._config.state_dir / _POOL_V6_FILE, self.host.pool_v6
+        former = note.read_text() if note.exists() else ""
+        if former and former != str(pool):
+            plan = replace(self.host, pool_v6=IPv6Network(former))
+            await self._launcher.run("net.forget_pool", {"host": plan.to_json()})
+        if pool is None:
+            note.unlink(missing_ok=True)
+        elif former != str(pool):
+            note.write_text(str(pool))
 
     async def restore_host(self) -> None:
         """Repair it at any other time."""
@@ -333,14 +322,20 @@ class LinuxNetwork:
 
     def _link(self, lease: NetworkLease, handle: str) -> LinkPlan:
         assert lease.address is not None  # those without are asked for nothing that needs a link
-        return plan_link(self.host, lease.address, handle=handle, mtu_bytes=self._mtu)
+        address_v6 = self._address_v6(lease)
+        return plan_link(self.host, lease.address, handle=handle, mtu_bytes=self._mtu, address_v6=address_v6)
+
+    def _address_v6(self, lease: NetworkLease) -> IPv6Address | None:
+        return lease.address_v6 if self.has_ipv6(lease) else None
 
     def _mappings(self, lease: NetworkLease) -> list[hf.PortMapping]:
-        address = lease.address
+        address, address_v6 = lease.address, self._address_v6(lease)
         if address is None:
             return []
         return [
-            hf.PortMapping(hf.PortProtocol(m.transport.value), m.host_port, address, m.container_port)
+            hf.PortMapping(
+                hf.PortProtocol(m.transport.value), m.host_port, address, m.container_port, address_v6
+            )
             for m in lease.mappings
         ]
 
@@ -373,7 +368,7 @@ class LinuxNetwork:
         host_rules = host_firewall.compile_attach(
             self.host, link, host_side_policy=policy if privileged else None, denied=self._denied
         )
-        container_rules = "" if privileged else self.container_rules(policy)
+        container_rules = "" if privileged else self.container_rules(lease, policy)
         params = {
             "attachment": Attachment(link, host_rules, container_rules).to_json(),
             "mappings": [mapping.to_json() for mapping in self._mappings(lease)],
@@ -396,11 +391,14 @@ class LinuxNetwork:
         async with self._restoring:
             # A repair that had begun knows of this container still: what it puts back is to go as well.
             pass
-        link = self._link(lease, handle)
+        # Its IPv6 address may be of a pool that the server had before; what stands for it goes all the same.
+        link = replace(self._link(lease, handle), address_v6=lease.shown_v6)
+        mappings = [replace(each, address_v6=lease.address_v6) for each in self._mappings(lease)]
         rules = host_firewall.compile_detach(
-            self.host, link, mappings=self._mappings(lease), has_host_side_policy=privileged
+            self.host, link, mappings=mappings, has_host_side_policy=privileged
         )
-        await self.job("detach", {"host_link": link.host_link, "rules": rules})
+        params = {"link": link.to_json(), "rules": rules, "had_ports": bool(lease.mappings)}
+        await self.job("detach", params)
         if lease.subnet is not None:
             await self._disclaim(lease.subnet, lease.address)
 
@@ -419,7 +417,7 @@ class LinuxNetwork:
 
     async def map_port(self, handle: str, lease: NetworkLease, mapping: PortMapping) -> None:
         """Put one more mapping in force; the lease names it already."""
-        (element,) = self._mappings(NetworkLease(lease.address, (mapping,)))
+        (element,) = self._mappings(replace(lease, mappings=(mapping,)))
         await self.job("map_port", {"mapping": element.to_json()})
         if (attached := self._attached.get(handle)) is not None:
             self._attached[handle] = replace(attached, lease=lease)
@@ -449,7 +447,7 @@ class LinuxNetwork:
                 await self.job("set_egress", {"host_side": True, "rules": rules})
             return
         with _Namespaces(handle, pid, privileged=False) as fds:
-            rules = self.container_rules(policy)
+            rules = self.container_rules(lease, policy)
             await self.watch(handle, pid, policy)
             link = {"link": self._link(lease, handle).to_json()} if renews else {}
             # A server that dies in between must not take the former ones for those in force.
@@ -491,14 +489,15 @@ class LinuxNetwork:
             per_rule, counts.get("default", RuleCount()), counts.get("denied_network", RuleCount())
         )
 
-    def container_rules(self, policy: EgressPolicy) -> str:
+    def container_rules(self, lease: NetworkLease, policy: EgressPolicy) -> str:
         """An unprivileged container's own table."""
-        return firewall.compile_container_ruleset(policy, denied=self._denied)
+        has_ipv6 = self.has_ipv6(lease)
+        return firewall.compile_container_ruleset(policy, denied=self._denied, has_ipv6=has_ipv6)
 
-    def has_rules(self, directory: Path, policy: EgressPolicy) -> bool:
+    def has_rules(self, directory: Path, lease: NetworkLease, policy: EgressPolicy) -> bool:
         """Whether these are: not if another release of this program, or other settings of the server, made them."""
         try:
-            return (directory / _RULES_FILE).read_text() == _digest(self.container_rules(policy))
+            return (directory / _RULES_FILE).read_text() == _digest(self.container_rules(lease, policy))
         except OSError:  # missing, most likely
             return False
 
@@ -530,40 +529,24 @@ class LinuxNetwork:
         return next(owners, "") if address is not None else ""
 
     async def explain(self, lease: NetworkLease, policy: EgressPolicy, destination: Destination) -> Decision:
-        """What would become of a new connection of a container, as the rules of its namespace and the host have it."""
-        address = destination.address
-        if address.is_loopback or address == lease.address:
-            return Decision(RuleAction.ALLOW, Cause.LOOPBACK)
-        if not isinstance(address, IPv4Address):
-            return Decision(RuleAction.DENY, Cause.IPV6)
-        decision = decide(policy, destination, self._denied)
-        if decision.action is RuleAction.DENY:
-            return decision
-        if address in await in_thread(_host_addresses):
-            is_open = self._is_open_on_host(destination)
-            return decision if is_open else Decision(RuleAction.DENY, Cause.HOST)
-        if not self._is_containers(address):
-            ours = (self.host.pool, *self.subnets.networks)
-            is_nobodys = any(address in network for network in ours)
-            return Decision(RuleAction.DENY, Cause.UNREACHABLE) if is_nobodys else decision
-        reach = Reach(self._config.container_access)
-        shares = lease.subnet is not None and address in lease.subnet
-        is_open = reach is Reach.ALL or (reach is Reach.SUBNET and shares)
-        return decision if is_open else Decision(RuleAction.DENY, Cause.CONTAINERS)
+        """What would become of a new connection of a container."""
+        surroundings = Surroundings(
+            host=self.host,
+            denied=self._denied,
+            dns_servers=self._dns,
+            host_access=self._config.allow_host_access,
+            reach=Reach(self._config.container_access),
+            host_addresses=await in_thread(_host_addresses),
+            subnets=self.subnets.networks,
+            containers=self.addresses.taken | self.subnets.taken | self._taken_v6(),
+            mapped_ports=self.taken_ports(),
+        )
+        own = replace(lease, address_v6=self._address_v6(lease))
+        return explain(surroundings, own, policy, destination)
 
-    def _is_containers(self, address: IPv4Address) -> bool:
-        return address in self.addresses.taken or address in self.subnets.taken
-
-    def _is_open_on_host(self, destination: Destination) -> bool:
-        """Whether an address of the host can be connected to; see host_firewall: map_ports, then to_host."""
-        if self._config.allow_host_access:
-            return True
-        protocol, port = destination.protocol, destination.port
-        if protocol in (Protocol.TCP, Protocol.UDP) and (protocol.value, port) in self.taken_ports():
-            return True
-        if destination.icmp is not None and destination.icmp.type == ICMP_ECHO_REQUEST:
-            return destination.address == self.host.gateway
-        return port == firewall.DNS_PORT and destination.address in self._dns
+    def _taken_v6(self) -> frozenset[IPv6Address]:
+        found = (self._address_v6(each.lease) for each in self._attached.values())
+        return frozenset(address for address in found if address is not None)
 
     def read_traffic(self, handle: str, lease: NetworkLease) -> LinkTraffic:
         """Traffic as the container sees it: what its host end receives is what it sends."""
@@ -650,15 +633,19 @@ def _digest(rules: str) -> str:
     return hashlib.sha256(rules.encode()).hexdigest()
 
 
-def _host_addresses() -> set[IPv4Address]:
+def _host_addresses() -> set[IPv4Address | IPv6Address]:
     with Rtnetlink() as netlink:
-        return {each.address for each in netlink.addresses()}
+        families = (socket.AF_INET, socket.AF_INET6)
+        return {each.address for family in families for each in netlink.addresses(family)}
 
 
-def check_dns_servers(servers: tuple[str, ...]) -> None:
-    """Refuse DNS servers that are no addresses."""
+def check_dns_servers(servers: tuple[str, ...], pool_v6: IPv6Network | None) -> None:
+    """Refuse DNS servers that are no addresses, or that containers cannot reach."""
     for text in servers:
         try:
-            IPv4Address(text)
+            address = ip_address(text)
         except ValueError as error:
-            raise InvalidField("dns_server", f"{text!r} is not an IPv4 address") from error
+            raise InvalidField("dns_server", f"{text!r} is not an IP address") from error
+        if address.version == 6 and pool_v6 is None:
+            problem = f"containers have no IPv6 to ask {text} by; give them some with --network-pool-v6"
+            raise InvalidField("dns_server", problem)

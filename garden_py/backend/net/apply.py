@@ -9,9 +9,10 @@ Arguments and results are the dataclasses of `messages`; namespace descriptors t
 from __future__ import annotations
 
 import errno
+import socket
 from collections.abc import Callable, Sequence
 from functools import partial
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from garden_py.agent.netrules import NetrulesError, end_children, inject, load_t
 from garden_py.agent.nft import Nft, NftError, is_missing, is_taken, read_counters
 from garden_py.agent.rtnetlink import RTN_UNREACHABLE, Link, Rate, Rtnetlink, RtnetlinkError, VethEnd
 from garden_py.backend.net import host_firewall
+from garden_py.backend.net.conntrack import Side, forget_connections, probe
 from garden_py.backend.net.host_firewall import HostPolicy, PortMapping
 from garden_py.backend.net.messages import Attachment, Bandwidth, HostReport, RuleCounter
 from garden_py.backend.net.plan import HostPlan, LinkPlan, address_of_link, choose_mtu, parse_mac
@@ -74,10 +76,18 @@ class HostNetwork:
             elements: rules that put back what containers have in the table, for the same transaction.
 
         Raises:
-            InvalidField: the pool overlaps a network that the host uses otherwise (field `network_pool`).
+            InvalidField: a pool overlaps a network that the host uses otherwise, or the kernel has no IPv6 (field
+                `network_pool` or `network_pool_v6`).
             HostFault: the kernel refused a step.
         """
         self._refuse_overlap(self._plan.pool, "network_pool")
+        if self._plan.pool_v6 is not None:
+            if not (_SYSCTL / "ipv6").exists():
+                raise InvalidField(
+                    "network_pool_v6", "this kernel has no IPv6, or it is off (ipv6.disable=1)"
+                )
+            self._refuse_overlap(self._plan.pool_v6, "network_pool_v6")
+        _step("network.ctnetlink", probe)
         turned_on = self.restore_host(policy, elements)
         uplink = self._find_uplink({link.index: link for link in self._netlink.links()})
         return HostReport(
@@ -94,6 +104,8 @@ class HostNetwork:
         """
         _step("network.anchor", self._ensure_anchor)
         turned_on = _step("network.ip_forward", _ensure_forwarding)
+        if self._plan.pool_v6 is not None:
+            _step("network.ipv6_forward", _ensure_forwarding_v6)
         text = host_firewall.compile_host_base(self._plan, policy) + elements
         try:
             self._nft.run(text)
@@ -115,7 +127,7 @@ class HostNetwork:
         steps: list[Callable[[], None]] = [partial(self._delete_link, name) for name in names]
         removal = host_firewall.compile_host_removal(self._plan)
         steps += [
-            partial(self._delete_unreachable, self._plan.pool),
+            *(partial(self._delete_unreachable, pool) for pool in self._pools()),
             partial(self._run_nft, "network.table", removal),
         ]
         for act in steps:
@@ -125,6 +137,20 @@ class HostNetwork:
                 failures.append(fault)
         if failures:
             raise HostFault("network.remove", "; ".join(str(f) for f in failures))
+
+    def forget_pool(self) -> None:
+        """Remove what stands for the plan's IPv6 pool as a whole: gateway address and route; gone is fine.
+
+        Raises:
+            HostFault: the kernel refused.
+        """
+        plan = self._plan
+        assert plan.pool_v6 is not None
+        assert plan.gateway_v6 is not None
+        _step("network.forget_pool", partial(self._delete_unreachable, plan.pool_v6))
+        link = self._netlink.find_link(plan.anchor_link)
+        if link is not None:
+            _step("network.forget_pool", partial(self._delete_address, link.index, plan.gateway_v6))
 
     def survey(self) -> Survey:
         """Everything of this server instance's tag that is on the host, in detail.
@@ -167,7 +193,8 @@ class HostNetwork:
         """Give a network namespace its link, addresses, routes and rules.
 
         The container's rules are in force before a packet of it gets anywhere: the host accepts its address
-        in the last step. A half-made attachment is undone. A link of the same name, left by a container that
+        in the last step. Rules on the host let established connections go on, so those of the address's former owner
+        are forgotten before. A half-made attachment is undone. A link of the same name, left by a container that
         is gone, is replaced.
 
         Args:
@@ -189,6 +216,8 @@ class HostNetwork:
             if attachment.container_rules:
                 request["nft"] = attachment.container_rules
             self._inject("network.container", userns_fd, netns_fd, request)
+            if userns_fd is None:
+                self._forget_connections(link, Side.ORIGINAL)
             self._run_nft("network.attach", attachment.host_rules)
         except HostFault as fault:
             try:
@@ -219,20 +248,27 @@ class HostNetwork:
         """Undo it; what is gone already is no error."""
         _step("network.subnet", partial(self._delete_unreachable, subnet))
 
-    def detach_container(self, host_link: str, detach_rules: str) -> None:
+    def detach_container(self, link: LinkPlan, detach_rules: str, *, had_ports: bool = False) -> None:
         """Forget a container; what is gone already is no error.
 
         Args:
-            host_link: name of the host's end; the other end goes with it, and so do routes.
+            link: the host's end; the other end goes with it, and so do routes.
             detach_rules: from host_firewall.compile_detach.
+            had_ports: ports were mapped to it. What still comes in through them is not for the address's next owner.
 
         Raises:
-            HostFault: a step was refused; the other one was done all the same.
+            HostFault: a step was refused; the other ones were done all the same.
         """
         try:
-            self._delete_link(host_link)
+            self._delete_link(link.host_link)
         finally:
             self._forget("network.detach", detach_rules)
+            if had_ports:
+                self._forget_connections(link, Side.REPLY)
+
+    def _forget_connections(self, link: LinkPlan, side: Side) -> None:
+        for address in filter(None, (link.address, link.address_v6)):
+            _step("network.connections", partial(forget_connections, ip_address(address), (side,)))
 
     def replace_egress(
         self, container_rules: str, netns_fd: int, userns_fd: int | None, link: LinkPlan | None = None
@@ -349,14 +385,18 @@ class HostNetwork:
 
     # --- inside ---
 
-    def _refuse_overlap(self, pool: IPv4Network, field: str) -> None:
+    def _pools(self) -> list[IPv4Network | IPv6Network]:
+        return [self._plan.pool, *([] if self._plan.pool_v6 is None else [self._plan.pool_v6])]
+
+    def _refuse_overlap(self, pool: IPv4Network | IPv6Network, field: str) -> None:
         """Raise InvalidField if another network of the host shares addresses with the pool, or a subnet."""
-        addresses, routes = self._netlink.addresses(), self._netlink.routes()
+        family = socket.AF_INET if pool.version == 4 else socket.AF_INET6
+        addresses, routes = self._netlink.addresses(family), self._netlink.routes(family)
         # Last: what has come meanwhile is known then. What has gone is nobody's network any more.
         links = {link.index: link for link in self._netlink.links()}
         own = {i for i, link in links.items() if self._is_own(link.name)}
         for address in addresses:
-            network = IPv4Network((address.address, address.prefix_length), strict=False)
+            network = ip_network((address.address, address.prefix_length), strict=False)
             if address.link_index in links.keys() - own and network.overlaps(pool):
                 what = f"address {address.address}/{address.prefix_length}"
                 raise _overlap(field, pool, what, address.link_index, links)
@@ -374,10 +414,20 @@ class HostNetwork:
         if self._netlink.find_link(name) is None:
             self._netlink.add_bridge(name, self._plan.anchor_mac)
         link = self._find(name)
-        _write_sysctl(f"ipv6/conf/{name}/disable_ipv6", "1")
+        self._settle_ipv6(name, wanted=self._plan.pool_v6 is not None)
         self._netlink.set_link_up(link.index, alias=f"garden server {self._plan.tag}: gateway address")
         self._netlink.set_address(link.index, self._plan.gateway, 32)
-        self._netlink.set_unreachable(self._plan.pool)
+        if self._plan.gateway_v6 is not None:
+            self._netlink.set_address(link.index, self._plan.gateway_v6, 128)
+        for pool in self._pools():
+            self._netlink.set_unreachable(pool)
+
+    def _settle_ipv6(self, name: str, *, wanted: bool) -> None:
+        """IPv6 of one of our links: off, or on without an address of the kernel's own choice and without advice."""
+        if wanted:
+            _write_sysctl(f"ipv6/conf/{name}/addr_gen_mode", "1")
+            _write_sysctl(f"ipv6/conf/{name}/accept_ra", "0")
+        _write_sysctl(f"ipv6/conf/{name}/disable_ipv6", "0" if wanted else "1")
 
     def _add_veth(self, link: LinkPlan, netns_fd: int) -> None:
         self._netlink.add_veth(
@@ -388,7 +438,7 @@ class HostNetwork:
 
     def _open_link(self, link: LinkPlan) -> None:
         found = self._find(link.host_link)
-        _write_sysctl(f"ipv6/conf/{link.host_link}/disable_ipv6", "1")
+        self._settle_ipv6(link.host_link, wanted=bool(link.address_v6))
         # 127.0.0.1:PORT on the host reaches a container only so; chain antispoof closes what this opens.
         _write_sysctl(f"ipv4/conf/{link.host_link}/route_localnet", "1")
         # Redirects would tell a container of a neighbour that it cannot reach directly.
@@ -397,6 +447,10 @@ class HostNetwork:
         self._netlink.set_link_up(found.index, alias=link.alias)
         self._netlink.set_neighbour(found.index, address, parse_mac(link.container_mac))
         self._netlink.set_route(IPv4Network(address), link_index=found.index)
+        if link.address_v6:
+            address_v6 = IPv6Address(link.address_v6)
+            self._netlink.set_neighbour(found.index, address_v6, parse_mac(link.container_mac))
+            self._netlink.set_route(IPv6Network(address_v6), link_index=found.index)
 
     def _inject(
         self, step: str, userns_fd: int | None, netns_fd: int, request: dict[str, Any]
@@ -450,11 +504,18 @@ class HostNetwork:
             if error.errno != errno.ENODEV:
                 raise HostFault("network.link_delete", str(error)) from error
 
-    def _delete_unreachable(self, network: IPv4Network) -> None:
+    def _delete_unreachable(self, network: IPv4Network | IPv6Network) -> None:
         try:
             self._netlink.delete_unreachable(network)
         except RtnetlinkError as error:
             if error.errno != errno.ESRCH:
+                raise
+
+    def _delete_address(self, index: int, address: IPv6Address) -> None:
+        try:
+            self._netlink.delete_address(index, address, 128)
+        except RtnetlinkError as error:
+            if error.errno != errno.EADDRNOTAVAIL:
                 raise
 
     def _own_links(self) -> Sequence[Link]:
@@ -479,12 +540,17 @@ def _interface(link: LinkPlan) -> dict[str, Any]:
         "address": link.address,
         "gateway": link.gateway,
         "gateway_mac": link.host_mac,
+        "address_v6": link.address_v6,
+        "gateway_v6": link.gateway_v6,
     }
 
 
-def _overlap(field: str, pool: IPv4Network, what: str, index: int, links: dict[int, Link]) -> InvalidField:
+def _overlap(
+    field: str, pool: IPv4Network | IPv6Network, what: str, index: int, links: dict[int, Link]
+) -> InvalidField:
     name = links[index].name if index in links else "none"
-    advice = "; choose another with --network-pool" if field == "network_pool" else ""
+    flag = "--" + field.replace("_", "-")
+    advice = f"; choose another with {flag}" if field.startswith("network_pool") else ""
     return InvalidField(field, f"{pool} overlaps {what} of link {name} on this host{advice}")
 
 
@@ -495,6 +561,25 @@ def _ensure_forwarding() -> bool:
         return False
     path.write_text("1")
     return True
+
+
+def _ensure_forwarding_v6() -> None:
+    """Turn IPv6 forwarding on.
+
+    A host that forwards takes no routes from router advertisements unless it is told to (accept_ra 2); where it took
+    them so far it goes on to. Source: ip-sysctl.rst, accept_ra.
+    """
+    conf = _SYSCTL / "ipv6/conf"
+    path = conf / "all/forwarding"
+    if path.read_text().strip() != "0":
+        return
+    for link in conf.iterdir():
+        try:
+            if (link / "accept_ra").read_text().strip() == "1" and link.name not in ("all", "lo"):
+                (link / "accept_ra").write_text("2")
+        except FileNotFoundError:
+            continue  # a link that has just gone
+    path.write_text("1")
 
 
 def _write_sysctl(name: str, value: str) -> None:

@@ -16,6 +16,7 @@ the cause in the packet's mark, at a bounded rate. Kernel log targets do not wor
 
 A packet socket (packet(7), CAP_NET_RAW) sends frames past all hooks of IP. Where a policy refuses anything, a second
 chain at the link itself drops what no route has sent: routes have a realm, which such a frame lacks and cannot get.
+IPv6 routes have realm 0, and a frame without a route has none at all, not even that (nft_meta_get_eval_rtclassid).
 
 Cutting connections: what a policy of a later generation has let out carries that generation as its connection mark.
 A connection without it is judged again by the rules, once. Only policies that have cut use marks. Those of a privileged
@@ -26,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Address, summarize_address_range
+from ipaddress import IPv4Address, IPv6Address, summarize_address_range
 
 from garden_py.agent.netrules import ROUTED_REALM
 from garden_py.backend.net.plan import CONTAINER_LINK
@@ -77,8 +78,14 @@ ALLOW_PREFIX = "garden allow "
 
 DNS_PORT = 53
 _ESTABLISHED = "ct state established,related"
-_LAST_IPV4 = IPv4Address("255.255.255.255")
+_LAST = {4: 2**32 - 1, 6: 2**128 - 1}
+_FAMILIES = {4: ("ip", "ipv4"), 6: ("ip6", "ipv6")}
 
+NEIGHBOUR_TALK = (
+    "icmpv6 type { mld-listener-query, mld-listener-report, mld-listener-done, nd-router-solicit, nd-router-advert, "
+    "nd-neighbor-solicit, nd-neighbor-advert, nd-redirect, mld2-listener-report } drop"
+)
+"""What IPv6 stacks say of their own accord (RFC 3810, RFC 4861). Here everything that it asks for is fixed."""
 
 _LINK_TABLE = f"netdev {CONTAINER_TABLE}"
 _LINK_HOOK = f'type filter hook egress device "{CONTAINER_LINK}" priority filter; policy drop;'
@@ -88,8 +95,9 @@ _DROP_HAND_MADE = [
     f"add chain {_LINK_TABLE} egress {{ {_LINK_HOOK} }}",
     f"flush chain {_LINK_TABLE} egress",
     f"add rule {_LINK_TABLE} egress meta rtclassid {ROUTED_REALM} accept",
-    f'add rule {_LINK_TABLE} egress counter drop comment "hand-made"',
 ]
+_LET_PASS_ROUTED_V6 = f"add rule {_LINK_TABLE} egress meta protocol ip6 meta rtclassid 0 accept"
+_COUNT_HAND_MADE = f'add rule {_LINK_TABLE} egress counter drop comment "hand-made"'
 
 
 def can_refuse(policy: EgressPolicy, denied: Sequence[AddressRange]) -> bool:
@@ -129,23 +137,27 @@ def refuse_chain(log: LogTarget) -> list[str]:
     return [log.statement(DENY_PREFIX), *REJECT]
 
 
-def compile_container_ruleset(policy: EgressPolicy, *, denied: Sequence[AddressRange] = ()) -> str:
+def compile_container_ruleset(
+    policy: EgressPolicy, *, denied: Sequence[AddressRange] = (), has_ipv6: bool = False
+) -> str:
     """The whole `inet garden` table of a container's namespace, as one transaction that replaces any former.
 
-    Loopback and replies are free, IPv6 is refused (containers have no IPv6 address), then the policy decides.
+    Loopback and replies are free, IPv6 is refused to a container without an address of it, then the policy decides.
     Established connections outlive a replacement, unless it is of another generation: connection tracking belongs to
     the namespace, not to the table. Forwarding is refused: a container is no router, whatever its `ip_forward` says.
 
     Args:
         policy: of the container.
         denied: networks that are refused where no rule has let them through.
+        has_ipv6: whether the container has an IPv6 address.
 
     Returns:
         nft text; `nft -f -` in the container's namespace applies it.
     """
-    body = [*_preamble(policy), *compile_policy(policy, CONTAINER_LOG, denied=denied)]
+    rules = compile_policy(policy, CONTAINER_LOG, denied=denied, has_ipv6=has_ipv6)
+    body = [*_preamble(policy, has_ipv6=has_ipv6), *rules]
     lines = [
-        *(_DROP_HAND_MADE if can_refuse(policy, denied) else _LET_PASS_HAND_MADE),
+        *_guard_link(policy, denied, has_ipv6=has_ipv6),
         f"add table inet {CONTAINER_TABLE}",  # so that the delete finds one
         f"delete table inet {CONTAINER_TABLE}",
         f"table inet {CONTAINER_TABLE} {{",
@@ -166,26 +178,37 @@ def compile_container_ruleset(policy: EgressPolicy, *, denied: Sequence[AddressR
     return "\n".join(lines) + "\n"
 
 
+def _guard_link(policy: EgressPolicy, denied: Sequence[AddressRange], *, has_ipv6: bool) -> list[str]:
+    if not can_refuse(policy, denied):
+        return _LET_PASS_HAND_MADE
+    return [*_DROP_HAND_MADE, *([_LET_PASS_ROUTED_V6] if has_ipv6 else []), _COUNT_HAND_MADE]
+
+
 def compile_host_side_chain(
-    policy: EgressPolicy, log: LogTarget, *, denied: Sequence[AddressRange] = ()
+    policy: EgressPolicy, log: LogTarget, *, denied: Sequence[AddressRange] = (), has_ipv6: bool = False
 ) -> list[str]:
     """The statements of a privileged container's chain, which sees every packet that it sends."""
-    return [*_accept_established(policy), *compile_policy(policy, log, denied=denied)]
+    rules = compile_policy(policy, log, denied=denied, has_ipv6=has_ipv6)
+    return [*_accept_established(policy), *rules]
 
 
-def compile_policy(policy: EgressPolicy, log: LogTarget, *, denied: Sequence[AddressRange] = ()) -> list[str]:
+def compile_policy(
+    policy: EgressPolicy, log: LogTarget, *, denied: Sequence[AddressRange] = (), has_ipv6: bool = False
+) -> list[str]:
     """The statements that decide about a new connection: the rules, the denied networks, the default.
 
     Args:
         policy: of the container.
         log: where to tell of what is refused, and of what rules that log allow.
         denied: networks that are refused where no rule has let them through.
+        has_ipv6: whether IPv6 packets get here.
     """
+    versions = (4, 6) if has_ipv6 else (4,)
     accept = f"ct mark set {_mark(policy)} accept" if policy.generation else "accept"
     lines = []
     for index, rule in enumerate(policy.rules):
-        lines += _rule_statements(index, rule, accept, log)
-    if (addresses := match_addresses(denied) if denied else None) is not None:
+        lines += _rule_statements(index, rule, accept, log, versions)
+    for addresses in match_addresses(denied, versions) if denied else []:
         parts = [addresses, "counter", refuse(Cause.DENIED_NETWORK), 'comment "denied_network"']
         lines.append(" ".join(part for part in parts if part))
     if policy.default_action is DefaultAction.ALLOW:
@@ -205,27 +228,34 @@ def chain(name: str, hook: str, body: Iterable[str]) -> list[str]:
     ]
 
 
-def match_addresses(ranges: Sequence[AddressRange]) -> str | None:
-    """`ip daddr ...` for the IPv4 part of `ranges`: empty text for any address, None if nothing can match.
+def match_addresses(ranges: Sequence[AddressRange], versions: Sequence[int] = (4,)) -> list[str]:
+    """Matches, any of them, for `ranges` as far as they are of `versions`: `ip daddr ...`; empty text for any address.
 
     Overlapping and touching ranges are merged, since an nft interval set refuses overlaps (nft(8), SETS).
     """
     if not ranges:
-        return ""
-    merged = _merge((int(r.start), int(r.end)) for r in ranges if r.start.version == 4)
-    if not merged:
-        return None
-    if merged == [(0, int(_LAST_IPV4))]:
-        return ""
-    items = [item for start, end in merged for item in _address_items(start, end)]
-    return f"ip daddr {_set(items)}"
+        return [""]
+    matches: list[str] = []
+    of_all = 0
+    for version in versions:
+        family, name = _FAMILIES[version]
+        merged = _merge((int(r.start), int(r.end)) for r in ranges if r.start.version == version)
+        if merged == [(0, _LAST[version])]:
+            of_all += 1
+            matches.append(f"meta nfproto {name}")
+        elif merged:
+            items = [item for start, end in merged for item in _address_items(version, start, end)]
+            matches.append(f"{family} daddr {_set(items)}")
+    return [""] if of_all == len(versions) else matches
 
 
-def _preamble(policy: EgressPolicy) -> list[str]:
+def _preamble(policy: EgressPolicy, *, has_ipv6: bool) -> list[str]:
+    no_ipv6 = [f'meta nfproto ipv6 counter {refuse(Cause.IPV6)} comment "ipv6"']
     return [
         'oifname "lo" accept',
+        *([NEIGHBOUR_TALK] if has_ipv6 else []),
         *_accept_established(policy),
-        f'meta nfproto ipv6 counter {refuse(Cause.IPV6)} comment "ipv6"',
+        *([] if has_ipv6 else no_ipv6),
     ]
 
 
@@ -240,40 +270,61 @@ def _mark(policy: EgressPolicy) -> str:
     return f"{CONNECTION_MARK | policy.generation & 0xFFFF:#x}"
 
 
-def _rule_statements(index: int, rule: EgressRule, accept: str, log: LogTarget) -> list[str]:
-    addresses = match_addresses(rule.networks)
-    if addresses is None:
-        return []  # IPv6 networks only: nothing that a container can send, the preamble refused it
-    match = " ".join(part for part in (addresses, _match_protocol(rule)) if part)
+def _rule_statements(
+    index: int, rule: EgressRule, accept: str, log: LogTarget, versions: Sequence[int]
+) -> list[str]:
+    # Without networks of a version that gets here there is nothing to match: no statements.
     allows = rule.action is Action.ALLOW
     verdict = accept if allows else refuse(index)
-    lines = [f'{match} counter {verdict} comment "rule {index}"'.lstrip()]
-    if rule.log and allows:
-        # A rule of its own: a limit that is passed ends a rule without its verdict.
-        lines.insert(0, f"ct state new {match} {log.statement(ALLOW_PREFIX + str(index))}".replace("  ", " "))
+    lines = []
+    for match in _matches(rule, versions):
+        if rule.log and allows:
+            # A rule of its own: a limit that is passed ends a rule without its verdict.
+            told = log.statement(ALLOW_PREFIX + str(index))
+            lines.append(f"ct state new {match} {told}".replace("  ", " "))
+        lines.append(f'{match} counter {verdict} comment "rule {index}"'.lstrip())
     return lines
 
 
+def _matches(rule: EgressRule, versions: Sequence[int]) -> list[str]:
+    if rule.protocol is not Protocol.ICMP:
+        protocol = _match_protocol(rule)
+        return [_join(addresses, protocol) for addresses in match_addresses(rule.networks, versions)]
+    found = []
+    for version in versions:  # each has a protocol of its own, with types of its own
+        icmp = _match_icmp(rule, version)
+        found += [_join(addresses, icmp) for addresses in match_addresses(rule.networks, (version,))]
+    return found
+
+
 def _match_protocol(rule: EgressRule) -> str:
-    match rule.protocol:
-        case Protocol.ALL:
-            return ""
-        case Protocol.TCP | Protocol.UDP:
-            if not rule.ports:
-                return f"meta l4proto {rule.protocol.value}"
-            return f"{rule.protocol.value} dport {_port_items(rule.ports)}"
-        case Protocol.ICMP:
-            if rule.icmp is None:
-                return "meta l4proto icmp"
-            code = "" if rule.icmp.code is None else f" icmp code {rule.icmp.code}"
-            return f"icmp type {rule.icmp.type}{code}"
+    if rule.protocol is Protocol.ALL:
+        return ""
+    if not rule.ports:
+        return f"meta l4proto {rule.protocol.value}"
+    return f"{rule.protocol.value} dport {_port_items(rule.ports)}"
 
 
-def _address_items(start: int, end: int) -> list[str]:
-    networks = list(summarize_address_range(IPv4Address(start), IPv4Address(end)))
+def _match_icmp(rule: EgressRule, version: int) -> str:
+    name = "icmp" if version == 4 else "icmpv6"
+    if rule.icmp is None:
+        return f"meta l4proto {name}"
+    code = "" if rule.icmp.code is None else f" {name} code {rule.icmp.code}"
+    return f"{name} type {rule.icmp.type}{code}"
+
+
+def _join(*parts: str) -> str:
+    return " ".join(part for part in parts if part)
+
+
+def _address_items(version: int, start: int, end: int) -> list[str]:
+    first, last = (
+        (IPv4Address(start), IPv4Address(end)) if version == 4 else (IPv6Address(start), IPv6Address(end))
+    )
+    networks = list(summarize_address_range(first, last))
     if len(networks) > 1:
-        return [f"{IPv4Address(start)}-{IPv4Address(end)}"]
-    return [str(networks[0]).removesuffix("/32")]
+        return [f"{first}-{last}"]
+    return [str(networks[0]).removesuffix(f"/{first.max_prefixlen}")]
 
 
 def _port_items(ports: Sequence[PortRange]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Network, ip_address
 from typing import Any
 
 from garden_py.backend.net.apply import HostNetwork
@@ -43,7 +43,7 @@ def restore_host(net: HostNetwork, params: dict[str, Any], fds: list[int]) -> di
 
 
 def _policy(params: dict[str, Any]) -> HostPolicy:
-    servers = tuple(IPv4Address(text) for text in params["dns_servers"])
+    servers = tuple(ip_address(text) for text in params["dns_servers"])
     return HostPolicy(
         host_access=Access.ALLOW if params["host_access"] else Access.DENY,
         reach=Reach(params["reach"]),
@@ -55,6 +55,12 @@ def _policy(params: dict[str, Any]) -> HostPolicy:
 def remove_host(net: HostNetwork, params: dict[str, Any], fds: list[int]) -> dict[str, Any]:
     """Remove it; nothing may be attached any more."""
     net.remove_host()
+    return {}
+
+
+def forget_pool(net: HostNetwork, params: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+    """Give up the IPv6 pool that the `host` plan has."""
+    net.forget_pool()
     return {}
 
 
@@ -103,7 +109,8 @@ def release_subnet(net: HostNetwork, params: dict[str, Any], fds: list[int]) -> 
 
 def detach(net: HostNetwork, params: dict[str, Any], fds: list[int]) -> dict[str, Any]:
     """Disconnect a container, its mapped ports included."""
-    net.detach_container(params["host_link"], params["rules"])
+    link = LinkPlan.from_json(params["link"])
+    net.detach_container(link, params["rules"], had_ports=params["had_ports"])
     return {}
 
 
@@ -159,6 +166,7 @@ JOBS: dict[str, NetJob] = {
     "net.ensure_host": ensure_host,
     "net.restore_host": restore_host,
     "net.remove_host": remove_host,
+    "net.forget_pool": forget_pool,
     "net.attach": attach,
     "net.set_bandwidth": set_bandwidth,
     "net.bandwidth": bandwidth,

@@ -8,19 +8,23 @@
 
 Every link is its own point-to-point wire into the host's routing, so there is no broadcast domain to share:
 docs/decisions/0003-network.md says why there is no switching bridge.
+
+An IPv6 address is not leased: it is the IPv4 address in the last 32 bits of the server's IPv6 pool.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Any
 
 CONTAINER_LINK = "eth0"
 MAX_LINK_NAME_BYTES = 15  # IFNAMSIZ - 1, netdevice(7)
 MAX_ALIAS_BYTES = 255  # IFALIASZ - 1, linux/if.h
 DEFAULT_MTU_BYTES = 1500
+MIN_IPV6_MTU_BYTES = 1280  # RFC 8200 §5: a link with less has no IPv6
+MAX_PREFIX_LENGTH_V6 = 96  # what follows holds an IPv4 address
 MIN_MTU_BYTES = 68  # RFC 791: every link carries 68 bytes
 
 _OFFSET = re.compile(r"[1-9a-f][0-9a-f]{0,5}")  # in a pool of /8 or smaller
@@ -37,17 +41,35 @@ class HostPlan:
         tag: four lower-case hexadecimal digits, one server instance's mark on everything it makes.
         pool: the containers' network.
         gateway: the host's address in it, and every container's default gateway.
+        pool_v6: likewise, at most MAX_PREFIX_LENGTH_V6 long; None: containers have no IPv6.
     """
 
     tag: str
     pool: IPv4Network
     gateway: IPv4Address
+    pool_v6: IPv6Network | None = None
 
     def __post_init__(self) -> None:
         if not _TAG.fullmatch(self.tag):
             raise ValueError(f"tag {self.tag!r} is not four lower-case hexadecimal digits")
         if self.gateway not in self.pool:
             raise ValueError(f"gateway {self.gateway} is not in {self.pool}")
+        if self.pool_v6 is not None and self.pool_v6.prefixlen > MAX_PREFIX_LENGTH_V6:
+            raise ValueError(f"{self.pool_v6} has no room for IPv4 addresses")
+
+    def address_v6(self, address: IPv4Address) -> IPv6Address | None:
+        """The IPv6 address that goes with an IPv4 one; None without a pool of them."""
+        return None if self.pool_v6 is None else self.pool_v6[int(address)]
+
+    def network_v6(self, network: IPv4Network) -> IPv6Network | None:
+        """The IPv6 addresses that go with a subnet's; None without a pool of them."""
+        first = self.address_v6(network.network_address)
+        return None if first is None else IPv6Network((first, MAX_PREFIX_LENGTH_V6 + network.prefixlen))
+
+    @property
+    def gateway_v6(self) -> IPv6Address | None:
+        """The host's address in the IPv6 pool."""
+        return self.address_v6(self.gateway)
 
     @property
     def anchor_link(self) -> str:
@@ -71,12 +93,19 @@ class HostPlan:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for another process; `from_json` is the inverse."""
-        return {"tag": self.tag, "pool": str(self.pool), "gateway": str(self.gateway)}
+        pool_v6 = {} if self.pool_v6 is None else {"pool_v6": str(self.pool_v6)}
+        return {"tag": self.tag, "pool": str(self.pool), "gateway": str(self.gateway), **pool_v6}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> HostPlan:
         """Rebuild from `to_json`."""
-        return cls(value["tag"], IPv4Network(value["pool"]), IPv4Address(value["gateway"]))
+        pool_v6 = value.get("pool_v6")
+        return cls(
+            value["tag"],
+            IPv4Network(value["pool"]),
+            IPv4Address(value["gateway"]),
+            None if pool_v6 is None else IPv6Network(pool_v6),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +121,8 @@ class LinkPlan:
         gateway: the host's.
         mtu_bytes: of both ends.
         alias: what `ip link` shows beside the host's end: the container's handle.
+        address_v6: the container's; empty: it has none.
+        gateway_v6: the host's.
     """
 
     host_link: str
@@ -102,6 +133,8 @@ class LinkPlan:
     gateway: str
     mtu_bytes: int
     alias: str
+    address_v6: str = ""
+    gateway_v6: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for another process; `from_json` is the inverse."""
@@ -113,7 +146,14 @@ class LinkPlan:
         return cls(**value)
 
 
-def plan_link(host: HostPlan, address: IPv4Address, *, handle: str, mtu_bytes: int) -> LinkPlan:
+def plan_link(
+    host: HostPlan,
+    address: IPv4Address,
+    *,
+    handle: str,
+    mtu_bytes: int,
+    address_v6: IPv6Address | None = None,
+) -> LinkPlan:
     """Derive a container's link from its address alone, so that a restarted server derives the same.
 
     MACs are locally administered (second-lowest bit of the first byte, IEEE 802-2014 §8.2) and hold the
@@ -128,6 +168,8 @@ def plan_link(host: HostPlan, address: IPv4Address, *, handle: str, mtu_bytes: i
         gateway=str(host.gateway),
         mtu_bytes=mtu_bytes,
         alias=_truncate(handle, MAX_ALIAS_BYTES),
+        address_v6="" if address_v6 is None else str(address_v6),
+        gateway_v6="" if address_v6 is None else str(host.gateway_v6),
     )
 
 

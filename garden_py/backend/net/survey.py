@@ -3,6 +3,8 @@
 member gdn3fa1-7 10.254.0.7            a container's link may send with this address
 portmap tcp 61001 10.254.0.7 8080      a host port leads to a container's port
 egress 10.254.0.7 egress_7             a privileged container's traffic is judged by this chain
+
+Elements of IPv6 are written alike; they are in sets and maps of their own.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from garden_py.backend.net.host_firewall import forget_element, set_of
 from garden_py.backend.net.plan import HostPlan
 
 
@@ -52,11 +55,11 @@ def read_elements(objects: list[dict[str, Any]]) -> tuple[str, ...]:
             continue
         for element in container.get("elem", ()):
             match container["name"]:
-                case "members":
+                case "members" | "members6":
                     found.append(f"member {_words(element)}")
-                case "portmap":
+                case "portmap" | "portmap6":
                     found.append(f"portmap {_words(element[0])} {_words(element[1])}")
-                case "egress":
+                case "egress" | "egress6":
                     found.append(f"egress {element[0]} {element[1]['goto']['target']}")
                 case "told":
                     continue  # by the kernel itself, and forgotten by it
@@ -82,21 +85,17 @@ def compile_forget(host: HostPlan, element: str) -> str:
     """
     match element.split(" "):
         case ["member", link, address]:
-            return _forget(host, "members", f'"{link}" . {address}', f'"{link}" . {address}')
+            return _forget(host, "members", address, f'"{link}" . {address}', f'"{link}" . {address}')
         case ["portmap", protocol, host_port, address, port]:
             key = f"{protocol} . {host_port}"
-            return _forget(host, "portmap", key, f"{key} : {address} . {port}")
+            return _forget(host, "portmap", address, key, f"{key} : {address} . {port}")
         case ["egress", address, chain]:
-            return _forget(host, "egress", address, f"{address} : goto {chain}")
+            return _forget(host, "egress", address, address, f"{address} : goto {chain}")
     raise ValueError(element)
 
 
-def _forget(host: HostPlan, name: str, key: str, element: str) -> str:
-    # Added before it is deleted: see host_firewall.compile_detach.
-    return (
-        f"add element inet {host.table} {name} {{ {element} }}\n"
-        f"delete element inet {host.table} {name} {{ {key} }}\n"
-    )
+def _forget(host: HostPlan, name: str, address: str, key: str, element: str) -> str:
+    return "\n".join(forget_element(host, set_of(name, address), key, element)) + "\n"
 
 
 def compile_forget_chain(host: HostPlan, chain: str) -> str:

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 
-def build_hosts(container_ip: str, hostname: str, additional: tuple[str, ...] = ()) -> str:
-    """Content of /etc/hosts; additional: lines as they are. Source: Garden behaviour, statement N30."""
+def build_hosts(
+    container_ip: str, container_ipv6: str, hostname: str, additional: tuple[str, ...] = ()
+) -> str:
+    """Content of /etc/hosts.
+
+    Args:
+        container_ip: empty: it has none.
+        container_ipv6: likewise.
+        hostname: of the container.
+        additional: lines as they are.
+
+    Source: Garden behaviour, statement N30.
+    """
     lines = ["127.0.0.1 localhost"]
-    if container_ip:
-        lines.append(f"{container_ip} {hostname}")
+    if container_ipv6:
+        lines.append("::1 localhost")
+    lines += [f"{address} {hostname}" for address in (container_ip, container_ipv6) if address]
     lines += additional
     return "\n".join(lines) + "\n"
 
@@ -38,4 +50,4 @@ def build_resolv_conf(
 
 def _is_loopback_server(line: str) -> bool:
     words = line.split()
-    return len(words) > 1 and words[0] == "nameserver" and words[1].startswith("127.")
+    return len(words) > 1 and words[0] == "nameserver" and (words[1].startswith("127.") or words[1] == "::1")

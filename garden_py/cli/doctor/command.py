@@ -34,6 +34,7 @@ class Plan:
     pool: ipaddress.IPv4Network
     uid_start: int
     uid_ranges: int
+    pool_v6: ipaddress.IPv6Network | None = None
 
 
 def doctor(
@@ -65,6 +66,9 @@ def doctor(
     network_pool: Annotated[
         str, typer.Option("--network-pool", metavar="CIDR", help="As for `garden server`.")
     ] = "10.254.0.0/22",
+    network_pool_v6: Annotated[
+        str, typer.Option("--network-pool-v6", metavar="CIDR", help="As for `garden server`.")
+    ] = "",
     uid_pool_start: Annotated[
         int, typer.Option("--uid-pool-start", metavar="UID", help="As for `garden server`.")
     ] = 0x7000_0000,
@@ -105,7 +109,11 @@ def doctor(
         pool = ipaddress.IPv4Network(network_pool)
     except ValueError as error:
         raise parse.BadInput(f"--network-pool: {error}") from error
-    plan = Plan(Path(state_dir), runtime, pool, uid_pool_start, uid_pool_size)
+    try:
+        pool_v6 = ipaddress.IPv6Network(network_pool_v6) if network_pool_v6 else None
+    except ValueError as error:
+        raise parse.BadInput(f"--network-pool-v6: {error}") from error
+    plan = Plan(Path(state_dir), runtime, pool, uid_pool_start, uid_pool_size, pool_v6)
     findings = run_checks(plan)
     if output is render.OutputFormat.JSON:
         render.print_json(findings)
@@ -133,11 +141,13 @@ def run_checks(plan: Plan) -> list[Finding]:
         network.check_libnftables,
         network.check_nf_tables,
         network.check_nflog,
+        network.check_ctnetlink,
         network.check_link_egress,
         network.check_bridge_family,
         network.check_links,
         lambda: network.check_address_pool(plan.pool),
         network.check_forwarding,
+        lambda: [] if plan.pool_v6 is None else network.check_ipv6(plan.pool_v6),
         network.check_conntrack,
         lambda: storage.check_state_directory(plan.state_dir),
         lambda: storage.check_disk_quota(plan.state_dir),

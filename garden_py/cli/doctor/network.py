@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
 import struct
 from pathlib import Path
 from typing import Final
@@ -10,6 +11,7 @@ from typing import Final
 from garden_py.agent.nft import Nft, NftError, load_library
 from garden_py.agent.rtnetlink import Rtnetlink, VethEnd
 from garden_py.backend.host import syscalls
+from garden_py.backend.net import conntrack
 from garden_py.cli.doctor.finding import Doubt, Finding, Level, judge
 from garden_py.cli.doctor.trial import attempt
 
@@ -102,6 +104,13 @@ def check_nflog() -> Finding:
     return judge("nf_tables log", _transaction(_LOG_RULE), "works", doubt)
 
 
+def check_ctnetlink() -> Finding:
+    """Connections of an address are forgotten before somebody else gets it."""
+    doubt = Doubt(Level.FAIL, "the server does not start", "kernel with CONFIG_NF_CT_NETLINK")
+    failure = attempt(conntrack.probe, namespaces=syscalls.CLONE_NEWNET)
+    return judge("ctnetlink", failure, "works", doubt)
+
+
 def check_link_egress() -> Finding:
     """Where a policy refuses anything, frames that a container makes by hand are dropped at its link."""
     doubt = Doubt(
@@ -170,6 +179,32 @@ def check_forwarding() -> Finding:
     """The server turns it on by itself; this tells whether that changes something."""
     on = Path("/proc/sys/net/ipv4/ip_forward").read_text().strip() == "1"
     return Finding("ip_forward", Level.OK, "on" if on else "off; the server turns it on")
+
+
+def check_ipv6(pool: ipaddress.IPv6Network) -> Finding:
+    """Whether containers can have the IPv6 addresses that were asked for."""
+    conf = Path("/proc/sys/net/ipv6/conf")
+    if not conf.exists():
+        cost, remedy = (
+            "no container has IPv6, and a server that is asked to give it does not start",
+            "ipv6.disable=0",
+        )
+        return Finding("ipv6", Level.FAIL, "the kernel has none, or it is off", cost, remedy)
+    with Rtnetlink() as netlink:
+        routes = netlink.routes(socket.AF_INET6)
+    taken = [r.destination for r in routes if r.destination.prefixlen and r.destination.overlaps(pool)]
+    if taken:
+        return Finding(
+            "ipv6",
+            Level.WARN,
+            f"{pool} overlaps with the route {taken[0]}",
+            "if that is no garden server of yours, it does not start",
+            "garden server --network-pool-v6 with another prefix",
+        )
+    forwards = (conf / "all/forwarding").read_text().strip() != "0"
+    return Finding(
+        "ipv6", Level.OK, f"{pool} is free; forwarding is {'on' if forwards else 'turned on by the server'}"
+    )
 
 
 def check_conntrack() -> Finding:
