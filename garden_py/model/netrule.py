@@ -19,11 +19,11 @@ Text form, for the command line and for humans:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+import socket
 from dataclasses import dataclass
 from enum import Enum
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from types import TracebackType
 
 from garden_py.model.errors import InvalidField
 
@@ -34,13 +34,24 @@ MAX_RULES = 10_000
 IPAddress = IPv4Address | IPv6Address
 
 
-@contextmanager
-def at_field(path: str) -> Iterator[None]:
-    """Prefix the field of an InvalidField raised inside: `end` becomes `rules[3].ports[0].end`."""
-    try:
-        yield
-    except InvalidField as error:
-        raise InvalidField(f"{path}.{error.field}", error.problem) from error
+class at_field:
+    """A context that prefixes the field of an InvalidField raised inside: `end` becomes `rules[3].ports[0].end`.
+
+    A class, since a policy goes through thousands of these and a generator takes five times as long.
+    """
+
+    __slots__ = ("_path",)
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, InvalidField):
+            raise InvalidField(f"{self._path}.{error.field}", error.problem) from error
 
 
 class Protocol(Enum):
@@ -90,6 +101,9 @@ class AddressRange:
         Raises:
             InvalidField: anything else, also a network with host bits set (field `start`).
         """
+        plain = _parse_plain(text)
+        if plain is not None:
+            return cls(*plain)
         try:
             if "/" in text:
                 network = ip_network(text)
@@ -109,6 +123,23 @@ class AddressRange:
         if size & size - 1 or int(self.start) % size:
             return f"{self.start}-{self.end}"
         return f"{self.start}/{self.start.max_prefixlen - size.bit_length() + 1}"
+
+
+def _parse_plain(text: str) -> tuple[IPv4Address, IPv4Address] | None:
+    """First and last address of `10.0.0.1` or `10.0.0.0/8`; None for all else, a network with host bits included.
+
+    The ipaddress module takes four times as long, and this is what most rules have.
+    """
+    address, slash, length = text.partition("/")
+    try:
+        first = int.from_bytes(socket.inet_pton(socket.AF_INET, address))
+        bits = 32 - int(length) if slash else 0
+    except (OSError, ValueError):
+        return None
+    if not 0 <= bits <= 32 or first & (1 << bits) - 1 or length not in ("", str(32 - bits)):
+        return None
+    start = IPv4Address(first)
+    return start, start if bits == 0 else IPv4Address(first + (1 << bits) - 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -16,13 +15,19 @@ from typing import Any
 import structlog
 
 from garden_py.model import errors
-from garden_py.model.codec import dump_container_spec
 from garden_py.model.cpu import Entitlement, Standing, stated_shares, with_quota
 from garden_py.model.handle import hostname_for, make_name
 from garden_py.model.image import PullProgress, RegistryAuth, UsedImage
 from garden_py.model.lifecycle import USABLE, State
 from garden_py.model.limits import Limits, limit_violations, process_limit_violations
-from garden_py.model.netrule import Decision, DefaultAction, Destination, EgressPolicy, EgressRule
+from garden_py.model.netrule import (
+    Decision,
+    DefaultAction,
+    Destination,
+    EgressPolicy,
+    EgressRule,
+    format_egress_rule,
+)
 from garden_py.model.network import NetworkMode
 from garden_py.model.spec import (
     REQUEST_ID_MAX,
@@ -693,5 +698,6 @@ def _ms_since(started: float) -> float:
 
 def egress_etag(policy: EgressPolicy) -> str:
     """A tag that changes whenever the policy does: a digest of its content."""
-    text = json.dumps(dump_container_spec(ContainerSpec(egress=policy))["egress"], sort_keys=True)
+    rules = "\n".join(map(format_egress_rule, policy.rules))
+    text = f"{policy.default_action.value} {policy.generation}\n{rules}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -118,6 +118,15 @@ _PROTOCOLS = {
     pb.EgressRule.ICMP: netrule.Protocol.ICMP,
 }
 _PROTOCOLS_OUT = {value: key for key, value in _PROTOCOLS.items()}
+_RULE_ACTIONS = {
+    pb.EgressPolicy.ACTION_UNSPECIFIED: netrule.RuleAction.ALLOW,
+    pb.EgressPolicy.ALLOW: netrule.RuleAction.ALLOW,
+    pb.EgressPolicy.DENY: netrule.RuleAction.DENY,
+}
+_RULE_ACTIONS_OUT = {
+    netrule.RuleAction.ALLOW: pb.EgressPolicy.ALLOW,
+    netrule.RuleAction.DENY: pb.EgressPolicy.DENY,
+}
 _TRANSPORTS = {pb.PortMapping.TCP: Transport.TCP, pb.PortMapping.UDP: Transport.UDP}
 _TRANSPORTS_OUT = {value: key for key, value in _TRANSPORTS.items()}
 
@@ -161,9 +170,8 @@ def policy_from(message: pb.EgressPolicy, default: netrule.DefaultAction, field:
 def _rule_from(message: pb.EgressRule, field: str) -> netrule.EgressRule:
     if message.protocol not in _PROTOCOLS:
         raise InvalidField(f"{field}.protocol", f"unknown value {message.protocol}")
-    if message.action not in (0, pb.EgressPolicy.ALLOW, pb.EgressPolicy.DENY):
+    if message.action not in _RULE_ACTIONS:
         raise InvalidField(f"{field}.action", f"unknown value {message.action}")
-    deny = message.action == pb.EgressPolicy.DENY
     networks, ports = [], []
     for i, text in enumerate(message.networks):
         with netrule.at_field(f"{field}.networks[{i}]"):
@@ -183,7 +191,7 @@ def _rule_from(message: pb.EgressRule, field: str) -> netrule.EgressRule:
             ports=tuple(ports),
             icmp=icmp,
             log=message.log,
-            action=netrule.RuleAction.DENY if deny else netrule.RuleAction.ALLOW,
+            action=_RULE_ACTIONS[message.action],
         )
 
 
@@ -235,9 +243,10 @@ def policy_to(
     default_allow = policy.default_action is netrule.DefaultAction.ALLOW
     message = pb.EgressPolicy(
         default_action=pb.EgressPolicy.ALLOW if default_allow else pb.EgressPolicy.DENY,
-        rules=[_rule_to(rule) for rule in policy.rules],
         etag=etag or egress_etag(policy),
     )
+    for each in policy.rules:
+        _put_rule(message.rules.add(), each)
     if counts is not None:
         message.default_packets, message.default_bytes = counts.default.packets, counts.default.bytes
         message.denied_network_packets = counts.denied_network.packets
@@ -248,17 +257,20 @@ def policy_to(
 
 
 def _rule_to(rule: netrule.EgressRule) -> pb.EgressRule:
-    deny = rule.action is netrule.RuleAction.DENY
-    message = pb.EgressRule(
-        action=pb.EgressPolicy.DENY if deny else pb.EgressPolicy.ALLOW,
-        protocol=_PROTOCOLS_OUT[rule.protocol],
-        networks=[str(network) for network in rule.networks],
-        ports=[pb.PortRange(start=port.start, end=port.end) for port in rule.ports],
-        log=rule.log,
-    )
+    message = pb.EgressRule()
+    _put_rule(message, rule)
+    return message
+
+
+def _put_rule(message: pb.EgressRule, rule: netrule.EgressRule) -> None:
+    message.action = _RULE_ACTIONS_OUT[rule.action]
+    message.protocol = _PROTOCOLS_OUT[rule.protocol]
+    message.networks.extend(map(str, rule.networks))
+    for port in rule.ports:
+        message.ports.add(start=port.start, end=port.end)
+    message.log = rule.log
     if rule.icmp is not None:
         message.icmp.CopyFrom(pb.IcmpMatch(type=rule.icmp.type, code=rule.icmp.code))
-    return message
 
 
 # --- containers

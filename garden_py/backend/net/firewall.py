@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv6Address, summarize_address_range
+from ipaddress import IPv4Address, IPv6Address
 
 from garden_py.agent.netrules import ROUTED_REALM
 from garden_py.backend.net.plan import CONTAINER_LINK
@@ -244,7 +244,7 @@ def match_addresses(ranges: Sequence[AddressRange], versions: Sequence[int] = (4
             of_all += 1
             matches.append(f"meta nfproto {name}")
         elif merged:
-            items = [item for start, end in merged for item in _address_items(version, start, end)]
+            items = [_address_item(version, start, end) for start, end in merged]
             matches.append(f"{family} daddr {_set(items)}")
     return [""] if of_all == len(versions) else matches
 
@@ -317,14 +317,9 @@ def _join(*parts: str) -> str:
     return " ".join(part for part in parts if part)
 
 
-def _address_items(version: int, start: int, end: int) -> list[str]:
-    first, last = (
-        (IPv4Address(start), IPv4Address(end)) if version == 4 else (IPv6Address(start), IPv6Address(end))
-    )
-    networks = list(summarize_address_range(first, last))
-    if len(networks) > 1:
-        return [f"{first}-{last}"]
-    return [str(networks[0]).removesuffix(f"/{first.max_prefixlen}")]
+def _address_item(version: int, start: int, end: int) -> str:
+    kind = IPv4Address if version == 4 else IPv6Address
+    return str(AddressRange(kind(start), kind(end)))
 
 
 def _port_items(ports: Sequence[PortRange]) -> str:
