@@ -58,11 +58,16 @@ def without(total: Usage, part: Usage) -> Usage:
     return replace(total, memory_stat=stat, **less)
 
 
-def _number(path: Path) -> int:
+def _at(cgroup: ContainerCgroup, controller: str, below: tuple[str, ...]) -> str:
+    """A directory of the container as text: a question about 250 containers joins some 3,000 paths."""
+    return "/".join((str(cgroup.hierarchies.mount_points[controller]), cgroup.path, *below))
+
+
+def _number(path: str) -> int:
     return int(read_small(path))
 
 
-def _optional_number(path: Path) -> int:
+def _optional_number(path: str) -> int:
     """A file that older kernels lack (memory.peak came with 5.19)."""
     try:
         return _number(path)
@@ -71,60 +76,60 @@ def _optional_number(path: Path) -> int:
 
 
 def _read_v1(cgroup: ContainerCgroup, top: tuple[str, ...], limited: tuple[str, ...]) -> Usage:
-    memory = cgroup.directory("memory", *top)
+    memory, work = _at(cgroup, "memory", top), _at(cgroup, "memory", limited)
     cpu_ns, user_ns, system_ns = _cpu_time_v1(cgroup, top)
-    stat = parse_flat_keyed(read_small(memory / "memory.stat"))
-    usage = _number(memory / "memory.usage_in_bytes")
-    limit = _number(cgroup.directory("memory", *limited, "memory.limit_in_bytes"))
-    halves = [cgroup.directory("cpu", *limited), cgroup.twin_directory(limited)]
-    throttled = [parse_flat_keyed(read_small(half / "cpu.stat")) for half in halves if half is not None]
+    stat = parse_flat_keyed(read_small(f"{memory}/memory.stat"))
+    usage = _number(f"{memory}/memory.usage_in_bytes")
+    limit = _number(f"{work}/memory.limit_in_bytes")
+    halves = [_at(cgroup, "cpu", limited), cgroup.twin_directory(limited)]
+    throttled = [parse_flat_keyed(read_small(f"{half}/cpu.stat")) for half in halves if half is not None]
     return Usage(
         memory_bytes=usage,
         memory_working_set_bytes=max(0, usage - stat.get("total_inactive_file", 0)),
         memory_limit_bytes=0 if limit >= V1_UNLIMITED_BYTES else limit,
-        memory_peak_bytes=_number(memory / "memory.max_usage_in_bytes"),
+        memory_peak_bytes=_number(f"{memory}/memory.max_usage_in_bytes"),
         memory_stat=stat,
         cpu_usage_ns=cpu_ns,
         cpu_user_ns=user_ns,
         cpu_system_ns=system_ns,
         cpu_throttled_ns=sum(each.get("throttled_time", 0) for each in throttled),
-        pids=_number(cgroup.directory("pids", *top, "pids.current")),
-        pids_limit=parse_max(read_small(cgroup.directory("pids", *limited, "pids.max")).strip()),
+        pids=_number(f"{_at(cgroup, 'pids', top)}/pids.current"),
+        pids_limit=parse_max(read_small(f"{_at(cgroup, 'pids', limited)}/pids.max").strip()),
         oom_kills=read_oom_kills(cgroup, limited),
     )
 
 
 def _cpu_time_v1(cgroup: ContainerCgroup, top: tuple[str, ...]) -> tuple[int, int, int]:
     """Nanoseconds in all, in user mode, in the kernel; with the twin's if cpu and cpuacct are one hierarchy (CT3)."""
-    halves = [cgroup.directory("cpuacct", *top)]
+    halves = [_at(cgroup, "cpuacct", top)]
     points, twin = cgroup.hierarchies.mount_points, cgroup.twin_directory(top)
     if twin is not None and points["cpu"] == points["cpuacct"]:
-        halves.append(twin)
-    ticks = [parse_flat_keyed(read_small(half / "cpuacct.stat")) for half in halves]
+        halves.append(str(twin))
+    ticks = [parse_flat_keyed(read_small(f"{half}/cpuacct.stat")) for half in halves]
     return (
-        sum(_number(half / "cpuacct.usage") for half in halves),
+        sum(_number(f"{half}/cpuacct.usage") for half in halves),
         sum(each["user"] for each in ticks) * _NS_PER_TICK,
         sum(each["system"] for each in ticks) * _NS_PER_TICK,
     )
 
 
 def _read_v2(cgroup: ContainerCgroup, top: tuple[str, ...], limited: tuple[str, ...]) -> Usage:
-    counted, work = cgroup.directory("memory", *top), cgroup.directory("memory", *limited)
-    stat = parse_flat_keyed(read_small(counted / "memory.stat"))
-    usage = _number(counted / "memory.current")
-    cpu = parse_flat_keyed(read_small(counted / "cpu.stat"))
+    counted, work = _at(cgroup, "memory", top), _at(cgroup, "memory", limited)
+    stat = parse_flat_keyed(read_small(f"{counted}/memory.stat"))
+    usage = _number(f"{counted}/memory.current")
+    cpu = parse_flat_keyed(read_small(f"{counted}/cpu.stat"))
     return Usage(
         memory_bytes=usage,
         memory_working_set_bytes=max(0, usage - stat.get("inactive_file", 0)),
-        memory_limit_bytes=parse_max(read_small(work / "memory.max").strip()),
-        memory_peak_bytes=_optional_number(counted / "memory.peak"),
+        memory_limit_bytes=parse_max(read_small(f"{work}/memory.max").strip()),
+        memory_peak_bytes=_optional_number(f"{counted}/memory.peak"),
         memory_stat=stat,
         cpu_usage_ns=cpu["usage_usec"] * 1000,
         cpu_user_ns=cpu["user_usec"] * 1000,
         cpu_system_ns=cpu["system_usec"] * 1000,
-        cpu_throttled_ns=parse_flat_keyed(read_small(work / "cpu.stat")).get("throttled_usec", 0) * 1000,
-        pids=_number(counted / "pids.current"),
-        pids_limit=parse_max(read_small(work / "pids.max").strip()),
+        cpu_throttled_ns=parse_flat_keyed(read_small(f"{work}/cpu.stat")).get("throttled_usec", 0) * 1000,
+        pids=_number(f"{counted}/pids.current"),
+        pids_limit=parse_max(read_small(f"{work}/pids.max").strip()),
         oom_kills=read_oom_kills(cgroup, limited),
     )
 
@@ -138,7 +143,7 @@ def read_oom_kills(cgroup: ContainerCgroup, leaf: tuple[str, ...]) -> int:
     """
     file = "memory.events" if cgroup.hierarchies.version == 2 else "memory.oom_control"
     try:
-        text = read_small(cgroup.directory("memory", *leaf, file))
+        text = read_small(f"{_at(cgroup, 'memory', leaf)}/{file}")
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ENODEV):  # ENODEV: removed between open and read
             raise
@@ -161,8 +166,8 @@ def met_own_limit(directory: Path, version: int) -> bool:
     try:
         if version == 2:
             return parse_flat_keyed(read_small(directory / "memory.events.local")).get("oom", 0) > 0
-        limit = _number(directory / "memory.limit_in_bytes")
-        return _number(directory / "memory.max_usage_in_bytes") + _CHARGE_BATCH_BYTES > limit
+        limit = _number(f"{directory}/memory.limit_in_bytes")
+        return _number(f"{directory}/memory.max_usage_in_bytes") + _CHARGE_BATCH_BYTES > limit
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ENODEV):
             raise

@@ -23,7 +23,8 @@ async def directory_bytes(directory: Path) -> int:
         walk = asyncio.ensure_future(asyncio.to_thread(_walk, str(directory), found.st_dev))
         _known[key] = walk  # one walk, however many ask at the same time
         walk.add_done_callback(lambda done: _forget_failure(key, done))
-    return await asyncio.shield(_known[key])
+    known = _known[key]
+    return known.result() if known.done() else await asyncio.shield(known)
 
 
 def _forget_failure(key: tuple[str, int, int], done: asyncio.Future[int]) -> None:

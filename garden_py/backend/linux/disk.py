@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 
 from garden_py.backend.disk.driver import DiskLimits
@@ -13,6 +14,8 @@ from garden_py.model.errors import GardenError, InvalidField
 from garden_py.model.image import Transport, parse_image
 from garden_py.model.limits import DISK_FLOOR_BYTES, DiskScope, Limits
 from garden_py.service.ports import DiskUsage
+
+_parsed = lru_cache(maxsize=256)(parse_image)  # metrics of many containers ask for the same few
 
 
 class ContainerDisk:
@@ -57,7 +60,7 @@ class ContainerDisk:
 
     def _directory_of(self, image: str) -> Path | None:
         """The directory that a container was made of; None if it is not there any more."""
-        ref = parse_image(image or self._default_image)
+        ref = _parsed(image or self._default_image)
         try:
             plain = ref.transport is Transport.PATH and not is_tar(ref.path, "image")
         except GardenError:
