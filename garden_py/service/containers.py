@@ -52,6 +52,7 @@ from garden_py.service.registry import Container, Registry
 
 log = structlog.get_logger()
 STOP_GRACE_S = 10.0
+_IN_TRANSIT = frozenset({State.CREATING, State.DESTROYING})
 _STOP_POLL_S = 0.02
 _STOP_REPEAT_S = 1.0
 _CHANGE_PATIENCE_S = 5.0
@@ -301,10 +302,13 @@ class Containers:
         return self._backend.capacity(), self.max_containers(), len(self._registry)
 
     async def usage(self, handles: list[str]) -> dict[str, Usage | errors.GardenError]:
-        """Usage by handle, none given: of all; a container that cannot be measured has its error instead."""
+        """Usage by handle; a container that cannot be measured has its error instead.
+
+        None given: of all but those that are being made or destroyed. A broken one must not look as if it were gone.
+        """
         for container in filter(None, map(self._registry.find, handles)):
             self.expiry.touch(container)
-        wanted = handles or [c.handle for c in self._registry if c.state in USABLE]
+        wanted = handles or [c.handle for c in self._registry if c.state not in _IN_TRANSIT]
         return {handle: await self._usage_of(handle) for handle in wanted}
 
     async def _usage_of(self, handle: str) -> Usage | errors.GardenError:

@@ -127,3 +127,19 @@ def test_once_prints_one_plain_table(server: ServerProcess) -> None:
             assert float(row.split()[1]) > 1
             assert "\x1b" not in done.stdout
         garden.container("spins").destroy()
+
+
+def test_a_broken_container_is_in_the_table_with_the_reason(server: ServerProcess) -> None:
+    """One that nobody shows is one that nobody destroys."""
+    with GardenClient(server.address) as garden:
+        garden.create(ContainerSpec(handle="whole"))
+        broken = garden.create(ContainerSpec(handle="torn"))
+        os.kill(broken.info().pid, signal.SIGKILL)
+        wait_until(lambda: broken.info().state is ContainerState.BROKEN, "the broken container")
+        argv = [sys.executable, "-m", "garden_py", "top", "--once", "--interval", "100ms"]
+        done = subprocess.run(
+            argv, env=environ(server), capture_output=True, text=True, timeout=60, check=True
+        )
+        assert re.search(r"^whole +", done.stdout, re.M)
+        assert re.search(r"^torn +", done.stdout, re.M)
+        assert "torn: container torn is broken" in done.stderr

@@ -1742,7 +1742,7 @@ class GetMetricsRequest(_message.Message):
     PROCESSES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def handles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """neither these nor processes: all containers"""
+        """Neither these nor processes: all containers but those that are being created or destroyed; broken ones with `error`."""
 
     @_builtins.property
     def processes(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProcessName]:
