@@ -1876,7 +1876,7 @@ class ContainerMetrics(_message.Message):
     network_rx_packets: _builtins.int
     network_tx_packets: _builtins.int
     disk_exclusive_bytes: _builtins.int
-    """what the container wrote; 0 if the server's file system cannot count it"""
+    """what the container or sidecar wrote; 0 if the server's file system cannot count it"""
     disk_total_bytes: _builtins.int
     """that and its image"""
     disk_exclusive_inodes: _builtins.int
@@ -1959,7 +1959,7 @@ class UpdateLimitsRequest(_message.Message):
     PROCESS_ID_FIELD_NUMBER: _builtins.int
     handle: _builtins.str
     process_id: _builtins.str
-    """as in GetLimitsRequest; its memory, CPU and pids can be changed"""
+    """as in GetLimitsRequest; its memory, CPU and pids can be changed, and a sidecar's disk limits"""
     @_builtins.property
     def limits(self) -> Global___Limits: ...
     def __init__(
