@@ -27,6 +27,7 @@ from garden_py.model.errors import (
     ImageNotFound,
     ImageTooLarge,
     ImageUnreachable,
+    InvalidField,
     NotSupported,
 )
 
@@ -55,6 +56,10 @@ class Failed(Exception):
             case "missing":
                 problem = f"{image} does not exist or you do not have permissions to see it."
                 return ImageNotFound(field, f"{problem} ({told})")  # statement M11
+            case "ambiguous":
+                return InvalidField(
+                    field, f"{image} holds several images; name one of them by its tag ({told})"
+                )
             case "unreachable":
                 return ImageUnreachable(image, told)
             case "invalid" | "image_invalid":
