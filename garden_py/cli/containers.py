@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from garden_py.client import AgentInfo, ContainerInfo, GardenClient
 
-FETCHED = ("docker:", "oci:", "oci-archive:", "docker-archive:")
+FETCHED = ("docker:", "oci:", "oci-archive:", "docker-archive:", "preloaded+layer:")
 # Destroys asked for at once by one `destroy`; the server does the work, this only bounds our threads.
 _PARALLEL_DESTROYS = 8
 

@@ -326,6 +326,7 @@ class ContainerSpec(_message.Message):
       /file.tar, file:///file.tar       a tar of a root file system on the server
       oci:///dir[:tag]                  an OCI image layout on the server
       oci-archive:///file[:tag], docker-archive:///file[:name]
+      preloaded+layer:///file.tar?layer=URL&layer_path=DIR&layer_digest=SHA256   a tar, and a layer put into a directory of it
       docker://host/repo[:tag|@digest]  in a registry; docker:///repo on Docker Hub; `#tag` is taken for `:tag`
       store:name[:tag], store:sha256:…  in the server's own store, by imported name or by id
     """
@@ -1128,7 +1129,7 @@ class ImageLayer(_message.Message):
     DIFF_ID_FIELD_NUMBER: _builtins.int
     BYTES_FIELD_NUMBER: _builtins.int
     diff_id: _builtins.str
-    """sha256:…, of the uncompressed layer"""
+    """sha256:…, of the uncompressed layer; of one put into a directory, an id of its own"""
     bytes: _builtins.int
     """on disk"""
     def __init__(

@@ -8,7 +8,8 @@ from pathlib import Path
 from garden_py.backend.disk.driver import DiskLimits
 from garden_py.backend.disk.sizes import directory_bytes
 from garden_py.backend.disk.volumes import Volumes
-from garden_py.backend.images.images import Images, Rootfs, is_tar
+from garden_py.backend.images.images import Images, Rootfs
+from garden_py.backend.images.intake import is_tar
 from garden_py.backend.linux.container import LinuxContainer
 from garden_py.model.errors import GardenError, InvalidField
 from garden_py.model.image import Transport, parse_image
