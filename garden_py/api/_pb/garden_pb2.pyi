@@ -2357,7 +2357,9 @@ class ProcessSpec(_message.Message):
 
     @_builtins.property
     def rlimits(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
-        """soft = hard, by setrlimit(2) name in lower case without RLIMIT_: "nofile" """
+        """Soft = hard, by setrlimit(2) name in lower case without RLIMIT_: "nofile". Above the server's own as well, if it has
+        CAP_SYS_RESOURCE; else, and for more files than fs.nr_open, INVALID_ARGUMENT.
+        """
 
     @_builtins.property
     def limits(self) -> Global___Limits:
