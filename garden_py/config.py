@@ -136,9 +136,7 @@ class Config(BaseModel):
     ] = 0
     default_rootfs: Annotated[
         str,
-        Field(
-            description="Root file system of containers that name none, a directory; empty: an embedded busybox."
-        ),
+        Field(description="Image of containers that name none, of any kind; empty: an embedded busybox."),
     ] = ""
 
     # -- images: backend/images

@@ -33,7 +33,7 @@ Starting a process::
       |------------------------------>|  pipes or pty, fork            |
       |                               |------------------------------->|  cgroups, setsid, stdio, user,
       |  (journals it)                |                                |  directory, limits, capabilities
-      |  gate: one byte, straight through a pipe                       |
+      |  gate: one byte, straight through a pipe or a socket           |
       |--------------------------------------------------------------->|
       |                               |    status pipe: failure        |
       |  error {code, message}        |<- - - - - - - - - - - - - - - -|  _exit, no record is left
@@ -60,7 +60,9 @@ Requests (`->` what the reply holds). `id` names a process and is chosen by the 
                  program: None | "tar-in" | "tar-out", program_args: {path: bytes}, gated: bool
                  + descriptors: open cgroup.procs files, which the child joins; if gated, one more at the end: the
                  read end of a pipe from which the child must get one byte before exec. Its end without one
-                 (the server is gone, or thought better of it) means that the program never runs: not_released
+                 (the server is gone, or thought better of it) means that the program never runs: not_released.
+                 A spawn with rlimits comes with a socket instead: a child that may not raise them so far
+                 sends ASK_LIMITS, and gets LIMITS_RAISED or LIMITS_REFUSED after the byte
                  -> pid: int, fds: [name] + these descriptors. Without tty: stdin (write end), stdout and
                  stderr (read ends). With tty: stdin (write end) and stdout (read end); the agent moves the bytes
     attach       id -> record, fds: [name] + those of the descriptors above that are still held
@@ -117,6 +119,7 @@ HEADER_SIZE = 16
 MAX_PAYLOAD = 1 << 20
 MAX_FDS = 16
 MAX_DEPTH = 16
+ASK_LIMITS, LIMITS_RAISED, LIMITS_REFUSED = b"?", b"+", b"-"  # at a gate, see `spawn`
 
 REQUEST, REPLY, ERROR, EVENT = 1, 2, 3, 4
 

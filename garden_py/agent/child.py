@@ -14,7 +14,9 @@ The order matters:
 6. bounding set, which needs CAP_SETPCAP, and limits, while raising one may still be permitted;
 7. groups, gid, uid, in this order: each needs what the next takes away;
 8. no_new_privs;
-9. the gate: by now the server has mostly opened it; exec.
+9. the gate: by now the server has mostly opened it. A child whose limits are to be above what it may raise them to
+   asks the server for them here, which has the rights for it over the host;
+10. exec.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ class Plan:
         stdio: descriptors that become 0, 1, 2; empty with a terminal.
         master: the pty master, or -1.
         cgroup_fds: open cgroup.procs files.
-        gate_fd: read end of a pipe that gives one byte when the program may run, or -1.
+        gate_fd: gives one byte when the program may run, or -1; see `spawn` in garden_py.wire.
         primary_group_only: no supplementary groups.
         nofile: (soft, hard) limit of open files a process starts with.
         proc_fd: descriptor of /proc if the OOM adjustment must be reset, else -1.
@@ -141,6 +143,7 @@ class _Child:
         self._environment: dict[bytes, bytes] = {}
         self._candidates: list[bytes] = []
         self._run_files: Callable[[str, bytes], int]
+        self._too_high = ""  # what is to be told of the limits that only the server can raise so far
         self.step = "start"
 
     def failure(self, code: str, message: str, error: OSError | None = None) -> dict[str, Value]:
@@ -279,13 +282,28 @@ class _Child:
             try:
                 syscalls.set_resource_limit(number, soft, hard)
             except OSError as error:
-                raise Refusal("bad_rlimit", f"resource limit {name}={hard}: {error.strerror}") from error
+                problem = f"resource limit {name}={hard}: {error.strerror}"
+                if error.errno != errno.EPERM or self._plan.gate_fd < 0:
+                    raise Refusal("bad_rlimit", problem) from error
+                self._too_high = self._too_high or problem
 
     def pass_gate(self) -> None:
-        """Wait until the server lets the program run."""
+        """Wait until the server lets the program run, and has raised its limits if that has to be asked for."""
         self.step = "gate"
-        if self._plan.gate_fd >= 0 and not posix.read(self._plan.gate_fd, 1):
+        if self._plan.gate_fd < 0:
+            return
+        if self._too_high:
+            self._ask_for_limits()
+        if not posix.read(self._plan.gate_fd, 1):
             raise Refusal("not_released", "the server has not let it run")
+        if self._too_high and posix.read(self._plan.gate_fd, 1) != wire.LIMITS_RAISED:
+            raise Refusal("bad_rlimit", self._too_high)
+
+    def _ask_for_limits(self) -> None:
+        try:
+            posix.write(self._plan.gate_fd, wire.ASK_LIMITS)
+        except OSError as error:  # a pipe: of a server that does not know the question
+            raise Refusal("bad_rlimit", self._too_high) from error
 
     def execute(self) -> NoReturn:
         """Exec the first candidate that can be; like execvp(3), but with a reason for each failure."""

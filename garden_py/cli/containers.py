@@ -16,9 +16,11 @@ from garden_py.cli.failures import report_failure
 from garden_py.cli.images import pull_with_progress
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from garden_py.client import AgentInfo, ContainerInfo, GardenClient
 
-FETCHED = ("docker:", "oci:", "oci-archive:", "docker-archive:")
+FETCHED = ("docker:", "oci:", "oci-archive:", "docker-archive:", "preloaded+layer:")
 # Destroys asked for at once by one `destroy`; the server does the work, this only bounds our threads.
 _PARALLEL_DESTROYS = 8
 
@@ -242,13 +244,15 @@ def info(
 
 def info_fields(container: ContainerInfo) -> dict[str, str]:
     """What is known of a container, in words; empty where there is nothing to say."""
-    spec = container.spec
+    spec, image = container.spec, container.image
     return {
         "handle": container.handle,
         "state": container.state.name.lower()
         + (f" ({reason})" if (reason := container.state_reason) else ""),
         "age": _age(container.created_at),
         "image": spec.image,
+        "image id": "" if image is None else image.id,
+        "labels": "" if image is None else _pairs_text(image.config.labels),
         "privileged": "yes" if spec.privileged else "",
         "hostname": spec.hostname,
         "network": spec.subnet or spec.network_mode.name.lower(),
@@ -263,12 +267,16 @@ def info_fields(container: ContainerInfo) -> dict[str, str]:
             f"{mount.source} -> {mount.destination} ({'rw' if mount.mode else 'ro'})"
             for mount in spec.bind_mounts
         ),
-        "properties": ", ".join(f"{name}={value}" for name, value in sorted(container.properties.items())),
+        "properties": _pairs_text(container.properties),
         "processes": ", ".join(container.process_ids),
         "events": ", ".join(container.events),
         "pid": str(container.pid or ""),
         "agent": _agent_text(container.agent),
     }
+
+
+def _pairs_text(pairs: Mapping[str, str]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in sorted(pairs.items()))
 
 
 def _agent_text(agent: AgentInfo | None) -> str:

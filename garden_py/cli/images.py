@@ -49,7 +49,8 @@ def pull(
     Layers that are in the store are not fetched again. Ctrl-C ends the pull; layers that have come stay.
 
     Kinds of references: docker://HOST/REPO:TAG, docker:///REPO:TAG (Docker Hub), oci:///DIR:TAG,
-    oci-archive:///FILE, docker-archive:///FILE, /FILE.tar; paths are the server's.
+    oci-archive:///FILE, docker-archive:///FILE, /FILE.tar, preloaded+layer:/FILE.tar?layer=…; paths are the
+    server's.
 
         garden image pull docker:///debian:12
 

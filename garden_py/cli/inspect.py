@@ -68,7 +68,7 @@ def metrics(
 ) -> None:
     """Show the usage of containers, all in one call.
 
-    Processes with an image or with limits of their own are counted by themselves.
+    Processes with an image or with limits of their own are counted by themselves. DISK is what was written.
 
         garden metrics web worker-1
 
@@ -84,7 +84,20 @@ def metrics(
         render.print_json(measured)
         return
     render.print_table(
-        ["HANDLE", "AGE", "MEMORY", "LIMIT", "CPU", "THROTTLED", "PIDS", "RX", "TX", "OOM"],
+        [
+            "HANDLE",
+            "AGE",
+            "MEMORY",
+            "LIMIT",
+            "CPU",
+            "THROTTLED",
+            "PIDS",
+            "DISK",
+            "WITH IMAGE",
+            "RX",
+            "TX",
+            "OOM",
+        ],
         [_metrics_row(each) for each in measured],
     )
     for each in measured:
@@ -98,7 +111,7 @@ def _name(usage: ContainerMetrics) -> str:
 
 def _metrics_row(usage: ContainerMetrics) -> list[str]:
     if usage.error:
-        return [_name(usage), *[""] * 9]
+        return [_name(usage), *[""] * 11]
     return [
         _name(usage),
         parse.format_duration(usage.age),
@@ -107,6 +120,8 @@ def _metrics_row(usage: ContainerMetrics) -> list[str]:
         f"{usage.cpu_usage_ns / 1e9:.2f}s",
         f"{usage.cpu_throttled_ns / 1e9:.2f}s",
         f"{usage.pids}/{usage.pids_limit}" if usage.pids_limit else str(usage.pids),
+        parse.format_size(usage.disk_exclusive_bytes),
+        parse.format_size(usage.disk_total_bytes),
         parse.format_size(usage.network_rx_bytes),
         parse.format_size(usage.network_tx_bytes),
         str(usage.oom_kills),

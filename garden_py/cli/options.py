@@ -61,14 +61,20 @@ class Settings:
     tls_server_name: str = ""
 
 
+def settings_of(context: typer.Context) -> Settings:
+    """The options given before the command's name."""
+    settings = context.find_root().obj
+    if not isinstance(settings, Settings):
+        raise AssertionError("the main callback has set the options")
+    return settings
+
+
 def connect(context: typer.Context, address: str | None) -> GardenClient:
     """A client for the server that the options and the environment name; close it."""
     # Imported here: `garden --help` must not pay 100 ms for gRPC.
     from garden_py.client import GardenClient, Tls
 
-    settings = context.find_root().obj
-    if not isinstance(settings, Settings):
-        raise AssertionError("the main callback has set the options")
+    settings = settings_of(context)
     tls = None
     if settings.tls_ca is not None:
         if (settings.tls_cert is None) != (settings.tls_key is None):

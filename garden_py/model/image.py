@@ -9,6 +9,8 @@ One syntax for every door (docs/images.md):
     docker-archive:///file[:name]     what `docker save` writes
     docker://host/repo[:tag|@digest]  in a registry; `docker:///repo` on Docker Hub; Garden's `#tag` is taken for `:tag`
     store:name, store:sha256:…        in the server's own store: by the name it was imported under, or by its id
+    preloaded+layer:///file.tar?layer=URL&layer_path=DIR&layer_digest=SHA256
+                                      a tar of a root file system on the server, with one more layer put at DIR
 
 Source: OCI image-spec config.md, distribution-spec (names), Garden statement M2.
 """
@@ -18,6 +20,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from enum import Enum
+from urllib.parse import SplitResult, parse_qs, quote, unquote, urlsplit
 
 DOCKER_HUB = "docker.io"
 _PATH_COMPONENT = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
@@ -28,6 +31,8 @@ _HOST = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9a-fA-F:]
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _NAME_MAX = 255
 _LENGTH_MAX = 4096
+_LAYER_KEYS = ("layer", "layer_path", "layer_digest")
+_NOT_IN_URL = re.compile(r"[^\x21-\x7e]")
 
 
 class Transport(Enum):
@@ -39,6 +44,22 @@ class Transport(Enum):
     DOCKER_ARCHIVE = "docker-archive"
     REGISTRY = "docker"
     STORE = "store"
+    PRELOADED = "preloaded+layer"
+
+
+@dataclass(frozen=True, slots=True)
+class ExtraLayer:
+    """A layer that is put on a tar of a root file system.
+
+    Attributes:
+        url: it is fetched from there; http:, https: or file:.
+        directory: of the root file system that it is put into; absolute, no `.` nor `..` in it.
+        digest: `sha256:…` of it as it is fetched.
+    """
+
+    url: str
+    directory: str
+    digest: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +67,12 @@ class ImageRef:
     """A well-formed reference.
 
     Attributes:
-        path: on the server; of PATH, OCI and the archives.
+        path: on the server; of PATH, OCI, PRELOADED and the archives.
         host: of a registry, as the caller wrote it, `docker.io` for Docker Hub; REGISTRY only.
         name: the repository (REGISTRY), the name or id in the store (STORE).
         tag: of one image among several; empty: `latest` in a registry, else the only one there is.
         digest: `sha256:…` of the manifest; then tag does not count.
+        layer: PRELOADED only.
     """
 
     transport: Transport
@@ -59,9 +81,16 @@ class ImageRef:
     name: str = ""
     tag: str = ""
     digest: str = ""
+    layer: ExtraLayer | None = None
 
     def __str__(self) -> str:
-        """The canonical text, which parses to the same reference."""
+        """The canonical text, which parses to the same reference.
+
+        But for an extra layer: what that is, its digest says. Where it comes from may change, and be signed.
+        """
+        if self.layer is not None:
+            where = f"layer_path={quote(self.layer.directory)}&layer_digest={self.layer.digest}"
+            return f"{self.transport.value}://{quote(self.path)}?{where}"
         match self.transport:
             case Transport.PATH:
                 return self.path
@@ -109,7 +138,7 @@ class LayerInfo:
     """One layer of an image in the store.
 
     Attributes:
-        diff_id: digest of the uncompressed layer.
+        diff_id: digest of the uncompressed layer; of one that was put into a directory, an id of its own.
         bytes: unpacked, on disk.
     """
 
@@ -217,12 +246,15 @@ def parse_image(text: str) -> ImageRef:
             return _parse_local(Transport(scheme), _after_slashes(scheme, rest))
         case "docker":
             return _parse_registry(rest)
+        case Transport.PRELOADED.value:
+            return _parse_preloaded(text)
         case "store":
             return _parse_store(rest)
         case _:
             raise BadReference(
                 f"{scheme}: is not known here; known are a directory or tar file (/path, raw:///path, file:///path), "
-                "oci:///dir:tag, oci-archive:///file, docker-archive:///file, docker://host/repo:tag and store:name"
+                "oci:///dir:tag, oci-archive:///file, docker-archive:///file, docker://host/repo:tag, store:name and "
+                "preloaded+layer:///file.tar?layer=URL&layer_path=DIR&layer_digest=SHA256"
             )
 
 
@@ -294,6 +326,70 @@ def _split_host(text: str) -> tuple[str, str]:
         known = {"index.docker.io", "registry-1.docker.io"}
         return (DOCKER_HUB if first in known else first), rest
     return DOCKER_HUB, text
+
+
+def _parse_preloaded(text: str) -> ImageRef:
+    """Source: Garden statement M2. A layer's URL may have escapes of its own: `layer` is unquoted once."""
+    parts = _split_url(text, "the reference")
+    path, query = unquote(parts.path), parse_qs(parts.query)
+    if parts.netloc or not path.startswith("/"):
+        raise BadReference("must begin with an absolute path: preloaded+layer:///file.tar?layer=…")
+    for key in _LAYER_KEYS:
+        if key not in query:
+            raise BadReference(f"no query parameter '{key}' found in URL {text}")
+    if unknown := query.keys() - set(_LAYER_KEYS):
+        raise BadReference(
+            f"{', '.join(sorted(unknown))}: no parameter of a preloaded+layer; a & in a layer's URL is written %26"
+        )
+    if len(query["layer"]) + len(query["layer_path"]) + len(query["layer_digest"]) > len(_LAYER_KEYS):
+        raise BadReference(f"each of {', '.join(_LAYER_KEYS)} can be there once")
+    url, directory, digest = (query[key][0] for key in _LAYER_KEYS)
+    digest = f"sha256:{digest.removeprefix('sha256:')}"
+    if not is_digest(digest):
+        raise BadReference("layer_digest must be the 64 hexadecimal digits in lower case of a sha256")
+    if "\0" in path + directory:
+        raise BadReference("must not contain NUL")
+    _check_layer_url(url)
+    return ImageRef(
+        Transport.PRELOADED, path=path, layer=ExtraLayer(url, _parse_layer_path(directory), digest)
+    )
+
+
+def _split_url(text: str, what: str) -> SplitResult:
+    if _NOT_IN_URL.search(text):
+        raise BadReference(f"{what} must be a URL: blanks and what is not ASCII are written %XX")
+    try:
+        parts = urlsplit(text)
+        parts.port  # noqa: B018 - it is looked at only now
+    except ValueError as error:
+        raise BadReference(f"{what} must be a URL: {error}") from error
+    if "#" in text:
+        raise BadReference(f"{what} must be a URL without a fragment; a # is written %23")
+    return parts
+
+
+def _check_layer_url(url: str) -> None:
+    parts = _split_url(url, "layer")
+    match parts.scheme:
+        case "file":
+            if parts.netloc or not parts.path.startswith("/"):
+                raise BadReference("layer must name a file of the server: file:///path")
+            if "\0" in unquote(parts.path):
+                raise BadReference("layer must not contain NUL")
+        case "http" | "https":
+            if "@" in parts.netloc:
+                raise BadReference("layer must not have a user or password in it; they are given apart")
+            if not parts.hostname:
+                raise BadReference("layer must name a host")
+        case _:
+            raise BadReference("layer must be a file:, http: or https: URL")
+
+
+def _parse_layer_path(directory: str) -> str:
+    parts = [part for part in directory.split("/") if part not in ("", ".")]
+    if not directory.startswith("/") or ".." in parts:
+        raise BadReference("layer_path must be an absolute path without '..'")
+    return "/" + "/".join(parts)
 
 
 def _parse_store(name: str) -> ImageRef:

@@ -23,6 +23,7 @@ IO_WEIGHT_RANGE = (1, 10_000)
 IO_RATES = ("io_read_bytes_per_s", "io_write_bytes_per_s", "io_read_ops_per_s", "io_write_ops_per_s")
 IO_OPS_MAX = (1 << 32) - 2  # UINT_MAX stands for "no limit" (block/blk-throttle.c)
 IO_FLOOR_BYTES_PER_S = 4096  # a page: less would hold up a single fault for seconds
+NO_PROCESS_DISK = "only containers and sidecars have disk space of their own"
 NO_PROCESS_IO = "only the transfers of a whole container can be limited"
 UINT63_MAX = (1 << 63) - 1
 NO_PROCESS_NETWORK = "a process has the bandwidth of its container"
@@ -155,10 +156,8 @@ def limit_violations(limits: Limits, prefix: str) -> list[FieldViolation]:
 
 
 def process_limit_violations(limits: Limits, prefix: str) -> list[FieldViolation]:
-    """As limit_violations, for limits of a running process: of memory, CPU and tasks alone."""
+    """As limit_violations, for limits of a running process: of memory, CPU, tasks, and of a sidecar disk space."""
     found = limit_violations(limits, prefix)
-    if limits.states_disk:
-        found.append(FieldViolation(f"{prefix}.disk_bytes", "cannot be changed for a single process"))
     if limits.states_io:
         found.append(FieldViolation(f"{prefix}.io_weight", NO_PROCESS_IO))
     if limits.states_network:

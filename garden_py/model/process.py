@@ -10,7 +10,7 @@ from .errors import FieldViolation, InvalidRequest
 from .files import BindMount, mount_violations
 from .handle import name_problem
 from .image import RegistryAuth, image_problem
-from .limits import NO_PROCESS_IO, NO_PROCESS_NETWORK, Limits, limit_violations
+from .limits import NO_PROCESS_DISK, NO_PROCESS_IO, NO_PROCESS_NETWORK, Limits, limit_violations
 
 ARG_MAX_BYTES = 512 << 10
 RETENTION_FLOOR_BYTES = 64 << 10
@@ -193,7 +193,7 @@ def check_process(spec: ProcessSpec, prefix: str = "spec") -> None:
     if spec.limits.states_network:
         found.append(FieldViolation("spec.limits.network_tx_bytes_per_s", NO_PROCESS_NETWORK))
     if spec.limits.states_disk and spec.sidecar is None:
-        bad("limits.disk_bytes", "only containers and sidecars have disk space of their own")
+        bad("limits.disk_bytes", NO_PROCESS_DISK)
     if spec.limits.states_io:
         bad("limits.io_weight", NO_PROCESS_IO)
     if (sidecar := spec.sidecar) is not None:

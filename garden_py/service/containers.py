@@ -19,7 +19,7 @@ from garden_py.model.cpu import Entitlement, Standing, stated_shares, with_quota
 from garden_py.model.handle import hostname_for, make_name
 from garden_py.model.image import PullProgress, RegistryAuth, UsedImage
 from garden_py.model.lifecycle import USABLE, State
-from garden_py.model.limits import Limits, limit_violations, process_limit_violations
+from garden_py.model.limits import NO_PROCESS_DISK, Limits, limit_violations, process_limit_violations
 from garden_py.model.netrule import (
     Decision,
     DefaultAction,
@@ -413,6 +413,8 @@ class Containers:
         async with self._changing(handle, "limited") as container:
             before = await self._backend.limits(handle, process_id)
             spec = container.processes[process_id].process.spec
+            if limits.states_disk and spec.sidecar is None:
+                raise errors.InvalidField("limits.disk_bytes", NO_PROCESS_DISK)
             if spec.is_beside:
                 limits = with_quota(limits, self._defaults.cpu_quota_us_per_share, spec.limits)
             now = await self._backend.update_limits(handle, limits, process_id)

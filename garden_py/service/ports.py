@@ -174,7 +174,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class DiskUsage:
-    """Disk space of a container: what it wrote, and that with its image; 0 where nothing is counted."""
+    """Disk space of a container or sidecar: what it wrote, and that with its image; 0 where nothing is counted."""
 
     exclusive_bytes: int = 0
     total_bytes: int = 0

@@ -288,7 +288,9 @@ class FakeBackend:
 
     async def limits(self, handle: str, process_id: str | None = None) -> Limits:
         if process_id is not None:
-            return self._limited(handle, process_id).spec.limits.over(UNLIMITED).without_disk()
+            spec = self._limited(handle, process_id).spec
+            found = spec.limits.over(UNLIMITED)
+            return found if spec.sidecar is not None else found.without_disk()
         return self._get(handle).limits
 
     def _limited(self, handle: str, process_id: str) -> FakeProcess:

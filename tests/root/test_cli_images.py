@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,7 +59,10 @@ def test_what_an_image_says_is_run_without_a_program(garden: Shell, layout: Layo
     handle = garden("create", "--image", layout.reference("1")).strip()
     assert garden("run", handle) == "hello from image\n"
     assert garden("run", "--entrypoint", handle, "echo", "other") == "other\n"
-    assert layout.reference("1") in garden("info", handle)
+    shown = garden("info", handle)
+    assert layout.reference("1") in shown
+    assert re.search("image id +sha256:", shown)
+    assert re.search("labels +a=b\n", shown)
     garden("image", "rm", layout.reference("1"), code=1)
     garden("destroy", handle)
 
@@ -93,6 +97,8 @@ def test_disk_limits(garden: Shell) -> None:
     garden("run", handle, "dd", "if=/dev/zero", "of=/root/a", "bs=1M", "count=12", "conv=fsync", code=1)
     assert "disk 40.0M with the image" in garden("limits", handle, "--disk", "40M", "--disk-scope", "total")
     garden("run", handle, "dd", "if=/dev/zero", "of=/root/a", "bs=1M", "count=12", "conv=fsync")
+    headings, figures = garden("metrics", handle).splitlines()
+    assert re.match(r"[12]\d\.\dM +[12]\d\.\dM ", figures[headings.index("DISK") :])
     garden("limits", handle, "--disk-inodes", "100", code=1)
     garden("limits", handle, "--disk", "5", code=2)
     garden("destroy", handle)

@@ -154,6 +154,49 @@ def test_a_sidecar_has_a_limit_of_its_own(garden: GardenClient, image: str) -> N
         container.run(ProcessSpec("true", limits=Limits(disk_bytes=10 * MIB)))
 
 
+@pytest.mark.parametrize("privileged", [False, True], ids=["unprivileged", "privileged"])
+def test_a_sidecars_limit_is_changed_and_its_use_is_counted(
+    garden: GardenClient, image: str, privileged: bool
+) -> None:
+    """In both scopes, while it runs, and apart from its container's."""
+    with garden.create(ContainerSpec(privileged=privileged)) as container:
+        write_one = "dd if=/dev/urandom of=/root/$mib bs=1M count=$mib conv=fsync 2>/dev/null"
+        script = f"while read mib; do {write_one}; echo $?; done"
+        pea = container.run(
+            ProcessSpec(
+                "sh", ("-c", script), id="pea", sidecar=Sidecar(image), limits=Limits(disk_bytes=4 * MIB)
+            )
+        )
+        told = iter(pea)
+
+        def write_in_pea(mib: int) -> bool:
+            pea.stdin.write(f"{mib}\n".encode())
+            return next(told).data == b"0\n"
+
+        image_bytes = garden.images.inspect(image).bytes
+        limits = container.limits("pea")
+        assert (limits.disk_bytes, limits.disk_scope) == (4 * MIB, DiskScope.EXCLUSIVE)
+        assert write_in_pea(3)
+        assert not write_in_pea(5)
+        assert container.update_limits(Limits(disk_bytes=20 * MIB, pids=9), "pea").disk_bytes == 20 * MIB
+        assert write_in_pea(8)
+        total = Limits(disk_bytes=30 * MIB, disk_scope=DiskScope.TOTAL)
+        assert container.update_limits(total, "pea").disk_scope is DiskScope.TOTAL
+        assert (container.limits("pea").disk_bytes, container.limits("pea").pids) == (30 * MIB, 9)
+        with pytest.raises(InvalidArgument, match="the image takes"):
+            container.update_limits(Limits(disk_bytes=2 * MIB, pids=3), "pea")
+        with pytest.raises(Unimplemented, match="btrfs"):
+            container.update_limits(Limits(disk_inodes=100, pids=3), "pea")
+        assert (container.limits("pea").disk_bytes, container.limits("pea").pids) == (30 * MIB, 9)
+        (use,) = garden.metrics(processes=[(container.handle, "pea")])
+        assert use.disk_total_bytes == use.disk_exclusive_bytes + image_bytes
+        assert use.disk_exclusive_bytes > 11 * MIB
+        (own,) = garden.metrics([container.handle])
+        assert own.disk_exclusive_bytes < MIB
+        assert container.update_limits(Limits(disk_bytes=0), "pea").disk_bytes == 0
+        assert write_in_pea(40)
+
+
 def test_inodes_are_refused_on_btrfs(garden: GardenClient) -> None:
     """And nothing is made, nothing is changed."""
     with pytest.raises(Unimplemented, match="btrfs"):
@@ -194,11 +237,15 @@ def test_limits_and_use_outlive_the_server(image: str) -> None:
         store = server.place / "state/store"
         container = limited(garden, 20, image=image, scope=DiskScope.TOTAL)
         assert write(container, "/root/a", 5)
+        container.run(ProcessSpec("sleep", ("1000",), id="pea", sidecar=Sidecar(image)))
+        container.update_limits(Limits(disk_bytes=30 * MIB, disk_scope=DiskScope.TOTAL), "pea")
         server.kill()
         assert store.is_mount()
         server.start()
         limits = container.limits()
         assert (limits.disk_bytes, limits.disk_scope) == (20 * MIB, DiskScope.TOTAL)
+        limits = container.limits("pea")
+        assert (limits.disk_bytes, limits.disk_scope) == (30 * MIB, DiskScope.TOTAL)
         (metrics,) = garden.metrics([container.handle])
         assert 5 * MIB < metrics.disk_exclusive_bytes < 6 * MIB
         assert not write(container, "/root/b", 14)

@@ -244,6 +244,30 @@ def test_a_sidecar_has_limits_of_its_own(garden: GardenClient, image: str) -> No
         assert write(container, "/root/a", 3)
 
 
+def test_a_sidecars_limits_are_changed_and_its_use_is_counted(garden: GardenClient, image: str) -> None:
+    """Bytes and inodes, while it runs."""
+    with garden.create() as container:
+        make = "i=0; while [ $i -lt $n ] && touch /root/$i 2>/dev/null; do i=$((i+1)); done"
+        script = f"while read n; do {make}; echo $i; done"
+        limits = Limits(disk_bytes=10 * MIB, disk_inodes=40)
+        pea = container.run(
+            ProcessSpec("sh", ("-c", script), id="pea", sidecar=Sidecar(image), limits=limits)
+        )
+        told = iter(pea)
+
+        def files_made(wanted: int) -> int:
+            pea.stdin.write(f"{wanted}\n".encode())
+            return int(next(told).data)
+
+        assert 20 < files_made(60) < 40
+        found = container.update_limits(Limits(disk_inodes=100), "pea")
+        assert (found.disk_bytes, found.disk_inodes) == (10 * MIB, 100)
+        assert files_made(60) == 60
+        (use,) = garden.metrics(processes=[(container.handle, "pea")])
+        assert 60 < use.disk_exclusive_inodes < 80
+        assert use.disk_total_bytes > use.disk_exclusive_bytes
+
+
 def test_nothing_is_left_of_a_volume(garden: GardenClient, top: Path, image: str) -> None:
     """Neither directories nor figures nor limits, of containers and sidecars; while they are there they are counted."""
     wait_until(lambda: not records(top), "the end of earlier containers")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlencode
 
 import pytest
 from garden_image import any_client, garden_door_of, garden_server_with
 from kit.garden_http import GardenClientBase, GardenHttp, GardenHttpError
+from kit.layer_host import LayerHost
 from kit.oci_images import Layout, busybox_layer, entry, tar_layer
 from kit.registry import Registry
 from kit.server import ServerProcess
@@ -98,6 +102,25 @@ def test_M2_registries(garden: GardenClientBase, registry: Registry) -> None:
     for name in ("box#all", "box:all", "box"):
         with garden.container(image={"uri": f"docker://{registry.host}/{name}", **AUTH}) as handle:
             assert garden.text_of(handle, "cat /.dot") == "dot"
+
+
+def test_M2_a_layer_on_a_preloaded_tar(garden: GardenClientBase, tmp_path: Path) -> None:
+    """All three keys of the query are required; the digest is that of what is fetched, without its kind."""
+    base, content = tmp_path / "base.tar", gzip.compress(tar_layer(entry("app", b"droplet")))
+    base.write_bytes(busybox_layer())
+    digest = hashlib.sha256(content).hexdigest()
+    with LayerHost() as host:
+        query = {
+            "layer": host.put("/droplet.tgz", content),
+            "layer_path": "/home/alice",
+            "layer_digest": digest,
+        }
+        with garden.container(image={"uri": f"preloaded+layer:{base}?{urlencode(query)}"}) as handle:
+            assert garden.text_of(handle, "cat app; stat -c %u:%g .", user="alice") == "droplet1001:1010\n"
+        for key in query:
+            less = urlencode({name: value for name, value in query.items() if name != key})
+            with pytest.raises(GardenHttpError, match=f"no query parameter '{key}' found in URL preloaded"):
+                garden.create(image={"uri": f"preloaded+layer:{base}?{less}"})
 
 
 def test_M3_user_and_password(garden: GardenClientBase, registry: Registry) -> None:

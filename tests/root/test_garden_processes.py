@@ -10,6 +10,7 @@ import pytest
 from garden_image import any_client
 from kit.garden import wait_until
 from kit.garden_http import GardenClientBase, GardenHttpError
+from kit.rights import raises_limits
 from kit.server import ServerProcess
 
 pytestmark = pytest.mark.root
@@ -176,6 +177,14 @@ def test_R1_rlimits(garden: GardenClientBase, box: str) -> None:
     assert garden.text_of(box, "ulimit -n", rlimits={"nofile": 30}).strip() == "30"
     text = garden.text_of(box, "grep processes /proc/self/limits", rlimits={"nproc": 4567})
     assert text.split()[2:4] == ["4567", "4567"]
+
+
+@pytest.mark.cgroup2
+@raises_limits
+def test_R3_rlimits_above_the_servers_own(garden: GardenClientBase, box: str) -> None:
+    for user in ("root", ALICE):
+        text = garden.text_of(box, "grep nice /proc/self/limits", user=user, rlimits={"nice": 40})
+        assert text.split()[3:] == ["40", "40"]
 
 
 # --- streams

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import subprocess
 import tarfile
@@ -320,6 +321,19 @@ def test_a_pull_tells_how_it_gets_on(garden: GardenClient, registry: Registry, l
     again = list(garden.images.pulling(f"docker://{registry.host}/progress:1"))
     assert isinstance(again[-2], PullProgress)
     assert again[-2].bytes == 0, "nothing is fetched twice"
+
+
+def test_one_of_several_has_to_be_named(garden: GardenClient, layout: Layout, tmp_path: Path) -> None:
+    """An image that nobody can choose is no registry that cannot be reached: trying again is of no use."""
+    archive, saved = tmp_path / "layout.tar", tmp_path / "saved.tar"
+    subprocess.run(["tar", "-C", layout.directory, "-cf", archive, "."], check=True)
+    image = {"Config": "config.json", "Layers": ["layer.tar"]}
+    manifest = json.dumps([{**image, "RepoTags": [f"a/b:{tag}"]} for tag in (1, 2)])
+    saved.write_bytes(tar_layer(entry("manifest.json", manifest.encode()), entry("config.json", b"{}")))
+    for image in (f"oci://{layout.directory}", f"oci-archive://{archive}", f"docker-archive://{saved}"):
+        with pytest.raises(InvalidArgument, match="holds several images") as caught:
+            made_of(garden, image)
+        assert caught.value.fields[0].field == "spec.image"
 
 
 def test_what_is_not_there_is_the_callers_mistake(

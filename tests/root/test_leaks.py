@@ -57,6 +57,14 @@ def doctor(server: ServerProcess, *flags: str) -> tuple[int, list[dict[str, obje
     return done.returncode, json.loads(done.stdout)
 
 
+def test_the_server_that_is_named_for_any_command_is_asked(server: ServerProcess) -> None:
+    """And not the one on the default state directory."""
+    for before, after in ((["--address", server.address], []), ([], ["--address", server.address])):
+        argv = [sys.executable, "-m", "garden_py", *before, "doctor", "--leaks", "-o", "json", *after]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=True)
+        assert json.loads(done.stdout) == []
+
+
 def test_exactly_the_orphans_are_found_and_removed(server: ServerProcess) -> None:
     """One of each kind, beside a live container and beside things that only look like the server's."""
     site = Site(server)

@@ -292,6 +292,16 @@ def test_written_files_belong_to_the_hosts_owner_of_the_mapped_id(
     assert (host_directory / "owned" / "user").stat().st_uid == 1000
 
 
+def test_a_source_without_mapped_ids_is_the_callers_mistake(garden: GardenClient) -> None:
+    """Garden statement BI3: the kernel maps no owners on a procfs. A privileged container needs no mapping."""
+    mounts = (BindMount("/etc", "/a"), BindMount("/proc/sys", "/b"))
+    with pytest.raises(InvalidArgument, match="mapped ids") as caught:
+        garden.create(ContainerSpec(bind_mounts=mounts))
+    assert caught.value.fields[0].field == "spec.bind_mounts[1].source"
+    with garden.create(ContainerSpec(bind_mounts=mounts, privileged=True)) as container:
+        assert code_of(container, "test -d /b/kernel") == 0
+
+
 def test_capacity_counts_containers(garden: GardenClient) -> None:
     """What is in use goes up and down with creates and destroys."""
     before = garden.capacity()

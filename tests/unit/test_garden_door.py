@@ -302,7 +302,7 @@ async def test_1_23_errors_have_five_keys(garden: Garden) -> None:
         (b'{"netout_rules": [{"networks": [{"start": "10.0.0.300"}]}]}', "invalid IP address: 10.0.0.300"),
         (b'{"netout_rules": [{"ports": [{"start": 1}]}]}', "Ports cannot be specified for Protocol ALL"),
         (b'{"image": {"uri": "raw:///a"}, "rootfs": "/b"}', "Cannot provide both Image.URI and RootFSPath"),
-        (b'{"image": {"uri": "preloaded+layer:/a?layer=b"}}', "preloaded"),
+        (b'{"image": {"uri": "preloaded+layer:/a?layer=b"}}', "no query parameter 'layer_path' found in URL"),
         (b'{"network": "10.1.0.300/24"}', "invalid CIDR address: 10.1.0.300/24"),
         (b'{"limits": {"disk_limits": {"byte_hard": 1, "scope": 2}}}', "scope"),
         (b'{"env": ["A"]}', "must be NAME=VALUE"),

@@ -3,7 +3,15 @@
 import pytest
 
 from garden_py.model.codec import dump_container_spec, dump_process_spec, load_process_spec
-from garden_py.model.image import BadReference, ImageRef, RegistryAuth, Transport, image_problem, parse_image
+from garden_py.model.image import (
+    BadReference,
+    ExtraLayer,
+    ImageRef,
+    RegistryAuth,
+    Transport,
+    image_problem,
+    parse_image,
+)
 from garden_py.model.process import ProcessSpec, Sidecar
 from garden_py.model.spec import ContainerSpec
 
@@ -69,7 +77,6 @@ def test_forms(text, wanted):
         "store:../x",
         "http://x/y",
         "docker://me:geheim@h.example/r",
-        "preloaded+layer:/base.tar",
         "/a\0b",
         "/" + "a" * 5000,
     ],
@@ -78,6 +85,75 @@ def test_what_is_none(text):
     with pytest.raises(BadReference):
         parse_image(text)
     assert image_problem(text)
+
+
+_LAYER = "layer_path=/home/a&layer_digest=" + _DIGEST
+_FETCHED = "layer=https%3A%2F%2Fh.example%3A8443%2Fx.tgz%3Fa%3D1%26b%3D%252F"
+_URL = "https://h.example:8443/x.tgz?a=1&b=%2F"
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "layer"),
+    [
+        (f"preloaded+layer:/b.tar?{_FETCHED}&{_LAYER}", "/b.tar", ExtraLayer(_URL, "/home/a", _DIGEST)),
+        (f"preloaded+layer:///b.tar?{_LAYER}&{_FETCHED}", "/b.tar", ExtraLayer(_URL, "/home/a", _DIGEST)),
+        (
+            f"preloaded+layer:/b%20%3F.tar?layer=file:///x%2520y&layer_path=/./a//%C3%BC/&layer_digest={_DIGEST[7:]}",
+            "/b ?.tar",
+            ExtraLayer("file:///x%20y", "/a/ü", _DIGEST),
+        ),
+        (
+            f"preloaded+layer:/b.tar?layer=http://h/x&layer_path=/&layer_digest={_DIGEST}",
+            "/b.tar",
+            ExtraLayer("http://h/x", "/", _DIGEST),
+        ),
+    ],
+)
+def test_preloaded_tars_with_a_layer(text, path, layer):
+    found = parse_image(text)
+    assert found == ImageRef(Transport.PRELOADED, path=path, layer=layer)
+
+
+def test_a_preloaded_tars_name_does_not_say_where_its_layer_comes_from():
+    """That may change from one create to the next, and be a secret."""
+    found = parse_image(f"preloaded+layer:/b%20.tar?{_FETCHED}&{_LAYER}")
+    assert str(found) == f"preloaded+layer:///b%20.tar?{_LAYER}"
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (f"preloaded+layer:/b.tar?{_LAYER}", "no query parameter 'layer' found in URL preloaded"),
+        ("preloaded+layer:/b.tar", "no query parameter 'layer' found in URL"),
+        (f"preloaded+layer:/b.tar?layer=&{_LAYER}", "no query parameter 'layer' found in URL"),
+        (f"preloaded+layer:/b.tar?{_FETCHED}&layer_digest=x", "no query parameter 'layer_path' found in URL"),
+        (
+            f"preloaded+layer:/b.tar?{_FETCHED}&layer_path=/x",
+            "no query parameter 'layer_digest' found in URL",
+        ),
+        (f"preloaded+layer:/b.tar?{_FETCHED}&{_LAYER}&layer_path=/x", "once"),
+        (f"preloaded+layer:/b.tar?layer=http://h/?a=1&b=2&{_LAYER}", "b: no parameter"),
+        (f"preloaded+layer:/b.tar?{_FETCHED}&{_LAYER}0", "layer_digest"),
+        (f"preloaded+layer:/b.tar?{_FETCHED}&layer_path=a&layer_digest={_DIGEST}", "layer_path"),
+        (f"preloaded+layer:/b.tar?{_FETCHED}&layer_path=/a/../b&layer_digest={_DIGEST}", "layer_path"),
+        (f"preloaded+layer:/b.tar?{_FETCHED}&layer_path=/%00&layer_digest={_DIGEST}", "NUL"),
+        (f"preloaded+layer:b.tar?{_FETCHED}&{_LAYER}", "absolute"),
+        (f"preloaded+layer://host/b.tar?{_FETCHED}&{_LAYER}", "absolute"),
+        (f"preloaded+layer:/b.tar?{_FETCHED}#x&{_LAYER}", "#"),
+        (f"preloaded+layer:/b .tar?{_FETCHED}&{_LAYER}", "%XX"),
+        (f"preloaded+layer:/b.tar?layer=ftp://h/x&{_LAYER}", "http:"),
+        (f"preloaded+layer:/b.tar?layer=http:///x&{_LAYER}", "host"),
+        (f"preloaded+layer:/b.tar?layer=http://h:99999/x&{_LAYER}", "URL"),
+        (f"preloaded+layer:/b.tar?layer=http://%5B::1/x&{_LAYER}", "URL"),
+        (f"preloaded+layer:/b.tar?layer=http://h/%20x%0d%0aHost:y&{_LAYER}", "%XX"),
+        (f"preloaded+layer:/b.tar?layer=http://me:geheim@h/x&{_LAYER}", "password"),
+        (f"preloaded+layer:/b.tar?layer=file:x&{_LAYER}", "file:///"),
+        (f"preloaded+layer:/b.tar?layer=file://h/x&{_LAYER}", "file:///"),
+        (f"preloaded+layer:/b.tar?layer=file:///x%2500&{_LAYER}", "NUL"),
+    ],
+)
+def test_preloaded_tars_that_are_none(text, problem):
+    assert problem in (image_problem(text) or "")
 
 
 def test_an_unknown_kind_is_told_the_known_ones():

@@ -16,7 +16,7 @@ from garden_py.backend.linux import backend as module
 from garden_py.backend.linux.backend import LinuxBackend
 from garden_py.backend.linux.block_io import BlockIo
 from garden_py.backend.linux.container import LinuxContainer
-from garden_py.backend.linux.disk import ContainerDisk
+from garden_py.backend.linux.disk import ContainerDisk, WritableLayer
 from garden_py.backend.linux.network import _Namespaces
 from garden_py.backend.linux.processes import LinuxProcesses
 from garden_py.config import Config
@@ -29,10 +29,10 @@ from garden_py.service.ports import DiskUsage
 class NoDisk(ContainerDisk):
     """Of a host that counts nothing."""
 
-    async def limits(self, container: LinuxContainer) -> Limits:
+    async def limits(self, layer: WritableLayer) -> Limits:
         return Limits()
 
-    async def usage(self, container: LinuxContainer) -> DiskUsage:
+    async def usage(self, layer: WritableLayer) -> DiskUsage:
         return DiskUsage()
 
 

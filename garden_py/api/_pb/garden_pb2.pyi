@@ -326,6 +326,7 @@ class ContainerSpec(_message.Message):
       /file.tar, file:///file.tar       a tar of a root file system on the server
       oci:///dir[:tag]                  an OCI image layout on the server
       oci-archive:///file[:tag], docker-archive:///file[:name]
+      preloaded+layer:///file.tar?layer=URL&layer_path=DIR&layer_digest=SHA256   a tar, and a layer put into a directory of it
       docker://host/repo[:tag|@digest]  in a registry; docker:///repo on Docker Hub; `#tag` is taken for `:tag`
       store:name[:tag], store:sha256:…  in the server's own store, by imported name or by id
     """
@@ -1128,7 +1129,7 @@ class ImageLayer(_message.Message):
     DIFF_ID_FIELD_NUMBER: _builtins.int
     BYTES_FIELD_NUMBER: _builtins.int
     diff_id: _builtins.str
-    """sha256:…, of the uncompressed layer"""
+    """sha256:…, of the uncompressed layer; of one put into a directory, an id of its own"""
     bytes: _builtins.int
     """on disk"""
     def __init__(
@@ -1876,7 +1877,7 @@ class ContainerMetrics(_message.Message):
     network_rx_packets: _builtins.int
     network_tx_packets: _builtins.int
     disk_exclusive_bytes: _builtins.int
-    """what the container wrote; 0 if the server's file system cannot count it"""
+    """what the container or sidecar wrote; 0 if the server's file system cannot count it"""
     disk_total_bytes: _builtins.int
     """that and its image"""
     disk_exclusive_inodes: _builtins.int
@@ -1959,7 +1960,7 @@ class UpdateLimitsRequest(_message.Message):
     PROCESS_ID_FIELD_NUMBER: _builtins.int
     handle: _builtins.str
     process_id: _builtins.str
-    """as in GetLimitsRequest; its memory, CPU and pids can be changed"""
+    """as in GetLimitsRequest; its memory, CPU and pids can be changed, and a sidecar's disk limits"""
     @_builtins.property
     def limits(self) -> Global___Limits: ...
     def __init__(
@@ -2356,7 +2357,9 @@ class ProcessSpec(_message.Message):
 
     @_builtins.property
     def rlimits(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
-        """soft = hard, by setrlimit(2) name in lower case without RLIMIT_: "nofile" """
+        """Soft = hard, by setrlimit(2) name in lower case without RLIMIT_: "nofile". Above the server's own as well, if it has
+        CAP_SYS_RESOURCE; else, and for more files than fs.nr_open, INVALID_ARGUMENT.
+        """
 
     @_builtins.property
     def limits(self) -> Global___Limits:

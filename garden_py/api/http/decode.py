@@ -7,7 +7,7 @@ from typing import Any
 
 from garden_py.api.http.fields import UINT64_MAX, BadJson, Fields, as_fields
 from garden_py.api.http.messages import window_size
-from garden_py.model.errors import GardenError, InvalidField, NotSupported
+from garden_py.model.errors import GardenError, InvalidField
 from garden_py.model.files import BindMount, MountMode
 from garden_py.model.image import RegistryAuth
 from garden_py.model.limits import (
@@ -68,10 +68,7 @@ def image(found: Fields, rootfs: str) -> str:
     uri = found.text("uri")
     if uri and rootfs:
         raise InvalidField("image", "Cannot provide both Image.URI and RootFSPath")
-    reference = uri or rootfs
-    if reference.startswith("preloaded+layer:"):
-        raise NotSupported("image: this server puts no layers on preloaded tars; use oci:///directory:tag")
-    return reference
+    return uri or rootfs
 
 
 def image_auth(found: Fields) -> RegistryAuth | None:

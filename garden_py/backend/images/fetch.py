@@ -1,4 +1,4 @@
-"""The server's side of one fetch: a puller process (puller.py), or an unpacker alone for a bare tar.
+"""The server's side of one fetch: a puller process (puller.py); for a bare tar an unpacker, with a downloader.
 
 Nothing of it outlives the server: the processes lead a session of their own, are killed as one, and end when their
 stdin does.
@@ -11,7 +11,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -27,13 +27,16 @@ from garden_py.model.errors import (
     ImageNotFound,
     ImageTooLarge,
     ImageUnreachable,
+    InvalidField,
     NotSupported,
 )
 
 PULLER = "garden_py.backend.images.puller"
+DOWNLOADER = "garden_py.backend.images.download"
 LANES = 3
 _LINE_MAX = 2 * METADATA_MAX
 # Flags of the limits that an unpacker names when one is passed.
+_LAST_WORDS_S = 1.0
 _FLAGS = {"max_bytes": "--image-max-bytes", "max_entries": "--image-max-entries"}
 
 Progress = Callable[[int], None]
@@ -55,6 +58,10 @@ class Failed(Exception):
             case "missing":
                 problem = f"{image} does not exist or you do not have permissions to see it."
                 return ImageNotFound(field, f"{problem} ({told})")  # statement M11
+            case "ambiguous":
+                return InvalidField(
+                    field, f"{image} holds several images; name one of them by its tag ({told})"
+                )
             case "unreachable":
                 return ImageUnreachable(image, told)
             case "invalid" | "image_invalid":
@@ -238,11 +245,86 @@ async def unpack_tar(
     return done
 
 
-async def _start(module: str, *fds: int) -> asyncio.subprocess.Process:
+class Download:
+    """The body of an answer over HTTP, as it comes.
+
+    Attributes:
+        fd: to read it from; -1 when it was closed.
+        size: of it in bytes; None: that is not known.
+    """
+
+    def __init__(self, process: asyncio.subprocess.Process, fd: int, size: int | None) -> None:
+        self._process = process
+        self.fd = fd
+        self.size = size
+
+    def close(self) -> None:
+        """Read no more; twice is fine."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    async def failure(self) -> Failed | None:
+        """Why it broke off; None: not that we know. Nothing can be read any more."""
+        self.close()  # so that a downloader that waits for us to read goes on, to its end
+        assert self._process.stdout is not None
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_WORDS_S):
+                if line := await self._process.stdout.readline():
+                    return Failed(json.loads(line)["failed"])
+        return None
+
+
+@asynccontextmanager
+async def downloading(request: dict[str, Any], *, stall_s: float) -> AsyncIterator[Download]:
+    """A download for the length of a context.
+
+    Args:
+        request: download.py's.
+        stall_s: seconds until the answer must have begun.
+
+    Raises:
+        Failed: there is no such answer.
+    """
+    reading, writing = os.pipe()
+    try:
+        process = await _start(DOWNLOADER, writing, arguments=[str(writing)])
+    except BaseException:
+        os.close(reading)
+        raise
+    finally:
+        os.close(writing)  # the process alone has it: when that ends, so does the body
+    download = Download(process, reading, None)
+    try:
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(request).encode() + b"\n")
+        download.size = await _read_size(process, stall_s)
+        yield download
+    finally:
+        download.close()
+        await asyncio.shield(kill_session(process))
+
+
+async def _read_size(process: asyncio.subprocess.Process, stall_s: float) -> int | None:
+    assert process.stdout is not None
+    try:
+        async with asyncio.timeout(stall_s):
+            line = await process.stdout.readline()
+    except TimeoutError as error:
+        raise Failed({"kind": "unreachable", "message": f"no answer for {stall_s:g} s"}) from error
+    answer: dict[str, Any] = json.loads(line) if line else {"failed": {"message": "the downloader has ended"}}
+    if "failed" in answer:
+        raise Failed(answer["failed"])
+    size: int | None = answer["size"]
+    return size
+
+
+async def _start(module: str, *fds: int, arguments: Sequence[str] = ()) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
         module,
+        *arguments,
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         pass_fds=fds,

@@ -31,6 +31,11 @@ from garden_py.backend.images.tar_reader import Entry, Kind
 
 _CREATE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 _SPECIAL_BITS: Final = 0o7000
+ROOT_ATTRIBUTES: Final = (
+    0,
+    0,
+    0o755,
+)  # owner, group, mode of a root directory that the archive does not name
 _FAST_LINK_BYTES: Final = 60  # shorter symbolic links lie in the inode on ext4, xfs and btrfs alike
 
 
@@ -50,28 +55,36 @@ class Limits:
 class LayerTree:
     """A tree being made below `root`, which is empty at first and to which nobody else writes.
 
+    Args:
+        root: "" for /.
+        limits: what it may cost.
+        attributes: owner, group and mode of the root, until an entry has others.
+
     Attributes:
         logical_bytes: of files, holes included.
         disk_bytes: of files and links; with directories after `finish`.
         is_root_opaque: the layer hides all lower ones (overlayfs does not look at the mark on a layer's root).
     """
 
-    def __init__(self, root: bytes, limits: Limits) -> None:
+    def __init__(
+        self, root: bytes, limits: Limits, attributes: tuple[int, int, int] = ROOT_ATTRIBUTES
+    ) -> None:
+        uid, gid, mode = attributes
         self._root = root
         self._limits = limits
         self._directories = Directories(root)
         self._last_head: bytes | None = None
         self._last_parent = b""
         # A setgid directory gives its group to what is made in it, so then every owner is set.
-        self._sets_owners = False
+        self._sets_owners = bool(mode & stat.S_ISGID)
         self._placed = 0
         self.logical_bytes = 0
         self.disk_bytes = 0
         self.is_root_opaque = False
         if os.listdir(root or b"/"):
             raise UnpackFault("the target of a layer is not empty")
-        os.chown(root or b"/", 0, 0)
-        os.chmod(root or b"/", 0o755)  # noqa: S103 - a root directory that all may enter
+        os.chown(root or b"/", uid, gid)
+        os.chmod(root or b"/", mode)
 
     @property
     def entries(self) -> int:

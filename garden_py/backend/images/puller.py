@@ -8,7 +8,8 @@ Sources are tried in order until one has the image; this is answered by
 
     {"image": {"source": text, "manifest_digest": …, "manifest": {…}, "config": {…}}}
 
-or {"failed": {"kind": "denied" | "missing" | "unreachable" | "invalid" | "no_skopeo", "message": …}} and the end.
+or {"failed": {"kind": "denied" | "missing" | "ambiguous" | "unreachable" | "invalid" | "no_skopeo", "message": …}} and
+the end.
 Then each
 
     {"layer": K, "digest": …, "size": N, "diff_id": …, "media_type": …, "target": DIR}
@@ -47,6 +48,7 @@ _MISSING = (
     "does not exist",
     "no image found",
 )  # in skopeo's words and in registries'
+_AMBIGUOUS = ("choose an image", "expected 1 item")  # of a layout and of docker-archive: several, and no tag
 _INVALID = (
     "corrupted",
     "digest mismatch",
@@ -245,7 +247,8 @@ def _describe(error: ProxyFailed, source: Source) -> dict[str, Any]:
     lower = str(error).lower()
     for text in (f"{name}:{tag}", name, f"manifest {tag} in", source.host):
         lower = lower.replace(text.lower(), "") if text else lower
-    for kind, texts in (("denied", _DENIED), ("missing", _MISSING), ("invalid", _INVALID)):
+    kinds = (("denied", _DENIED), ("missing", _MISSING), ("ambiguous", _AMBIGUOUS), ("invalid", _INVALID))
+    for kind, texts in kinds:
         if any(text.lower() in lower for text in texts):
             return {"kind": kind, "message": message}
     return {"kind": "unreachable", "message": message}

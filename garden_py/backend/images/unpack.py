@@ -11,8 +11,9 @@
       │◀───────────────────────────────────────────────────┤
 
 The request: `target` (absolute, empty), `source_fd`, `size` (compressed bytes, or null: to end of file), `digest` (of
-the compressed bytes, or null), `diff_id` (of the tar, or null), `max_bytes`, `max_entries`; `media_type` may be there
-and does not matter, for the bytes tell how they are compressed. After a failure the target holds a part of the tree.
+the compressed bytes, or null), `diff_id` (of the tar, or null), `max_bytes`, `max_entries`; `root` may be there: owner,
+group and mode of the target, unless the layer has others for it; `media_type` may be there and does not matter, for
+the bytes tell how they are compressed. After a failure the target holds a part of the tree.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import Any, Final
 from garden_py.backend.images.confine import ADDRESS_SPACE_MAX_BYTES, confine
 from garden_py.backend.images.layer_failures import InvalidLayer, LayerError, LayerTooLarge, UnpackFault
 from garden_py.backend.images.layer_source import LayerSource
-from garden_py.backend.images.layer_tree import LayerTree, Limits
+from garden_py.backend.images.layer_tree import ROOT_ATTRIBUTES, LayerTree, Limits
 from garden_py.backend.images.tar_reader import PlainStream, TarReader
 
 _REQUEST_MAX_BYTES: Final = 1 << 16
@@ -48,12 +49,14 @@ class Layer:
         size: compressed bytes; None: to end of file.
         digest: `sha256:…` of the compressed bytes; None: anything.
         diff_id: `sha256:…` of the uncompressed tar; None: anything.
+        root: owner, group and mode of its root directory, if it does not say so itself.
     """
 
     fd: int
     size: int | None = None
     digest: str | None = None
     diff_id: str | None = None
+    root: tuple[int, int, int] = ROOT_ATTRIBUTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +99,7 @@ def unpack(
         with LayerSource(layer.fd, layer.size, on_progress=on_progress) as source:
             stream_max = limits.max_bytes + limits.max_entries * _OVERHEAD_ENTRY_BYTES + _OVERHEAD_BYTES
             reader = TarReader(PlainStream(source, max_bytes=stream_max))
-            tree = LayerTree(b"" if target == Path("/") else bytes(target), limits)
+            tree = LayerTree(b"" if target == Path("/") else bytes(target), limits, layer.root)
             for entry in reader:
                 tree.place(entry, reader.content)
             _check_digest("digest", layer.digest, source.digest)
@@ -148,7 +151,10 @@ def main() -> int:
     teller = _Teller()
     try:
         request = json.loads(sys.stdin.buffer.readline(_REQUEST_MAX_BYTES))
-        layer = Layer(request["source_fd"], request["size"], request["digest"], request["diff_id"])
+        uid, gid, mode = request.get("root", ROOT_ATTRIBUTES)
+        layer = Layer(
+            request["source_fd"], request["size"], request["digest"], request["diff_id"], (uid, gid, mode)
+        )
         limits = Limits(request["max_bytes"], request["max_entries"])
         try:
             confine(Path(request["target"]), source_fd=layer.fd)

@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from garden_py.backend.host import syscalls
+from garden_py.backend.host.rlimits import lift_namespace_ceilings
 from garden_py.backend.launcher import worker
 from garden_py.backend.runtime.command import AGENT_FDS
 
@@ -33,6 +34,7 @@ def main() -> None:
         os.dup2(null, number, inheritable=False)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # workers leave no zombies; they set it back for themselves
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C on the terminal is the server's to handle
+    lift_namespace_ceilings()  # of containers' user namespaces; PID 1 starts with the server's limits all the same
     syscalls.adopt_orphans()  # containers' PID 1, so that they leave no zombies where the host's init is slow
     enter_private_mounts(mount_dir, without_hybrid="--without-hybrid-cgroup" in sys.argv[4:])
     outlive_predecessor(lock_path)

@@ -26,7 +26,7 @@ from garden_py.backend.linux.clues import LinuxClues
 from garden_py.backend.linux.construction import Construction
 from garden_py.backend.linux.container import ContainerFacts, LinuxContainer, may_be_gone
 from garden_py.backend.linux.demolition import Demolition
-from garden_py.backend.linux.disk import ContainerDisk
+from garden_py.backend.linux.disk import ContainerDisk, layer_of, with_disk
 from garden_py.backend.linux.hands import ServerHands
 from garden_py.backend.linux.heartbeat import Heartbeat
 from garden_py.backend.linux.launching import AgentStarter
@@ -35,7 +35,7 @@ from garden_py.backend.linux.network import LinuxNetwork, check_dns_servers
 from garden_py.backend.linux.pools import pool_levels
 from garden_py.backend.linux.process import LinuxProcess
 from garden_py.backend.linux.processes import LinuxProcesses, usage_of, without_sidecars
-from garden_py.backend.linux.sidecars import Sidecars, owner_of, sidecar_directories
+from garden_py.backend.linux.sidecars import Sidecars, owner_of, sidecar_directories, sidecar_layer
 from garden_py.backend.linux.site import Site, check_apparmor, disk_of, make_mount_dir, open_site, open_store
 from garden_py.backend.linux.throttling import Throttling
 from garden_py.backend.linux.upgrades import Upgrades
@@ -478,16 +478,13 @@ class LinuxBackend:
         """What a container uses now, or one of its processes; see service.ports."""
         container = self._get(handle)
         if process_id is not None:
-            return usage_of(container, process_id)
+            found, layer = usage_of(container, process_id), sidecar_layer(container, process_id)
+            return found if layer is None else with_disk(found, await self._disk.usage(layer))
         with may_be_gone(handle):
             found = without_sidecars(container, read_usage(container.cgroup))
             traffic = self._network.read_traffic(handle, container.facts.lease)
-        disk = await self._disk.usage(container)
         return replace(
-            found,
-            disk_exclusive_bytes=disk.exclusive_bytes,
-            disk_total_bytes=disk.total_bytes,
-            disk_exclusive_inodes=disk.exclusive_inodes,
+            with_disk(found, await self._disk.usage(layer_of(container))),
             network_rx_bytes=traffic.rx_bytes,
             network_tx_bytes=traffic.tx_bytes,
             network_rx_packets=traffic.rx_packets,
@@ -509,22 +506,24 @@ class LinuxBackend:
         """The limits in force."""
         container = self._get(handle)
         if process_id is not None:
-            return process_limits.read(container, process_id)
+            return await process_limits.read(container, process_id, self._disk)
         with may_be_gone(handle):
             found = read_limits(container.cgroup).over(self._site.block_io.read(container.cgroup))
-        return found.over(await self._disk.limits(container)).over(await self._read_bandwidth(container))
+        disk = await self._disk.limits(layer_of(container))
+        return found.over(disk).over(await self._read_bandwidth(container))
 
     async def update_limits(self, handle: str, limits: Limits, process_id: str | None = None) -> Limits:
         """Change limits; those in force afterwards."""
         container = self._get(handle)
         if process_id is not None:
-            return process_limits.change(container, process_id, limits)
+            return await process_limits.change(container, process_id, limits, self._disk)
         block_io, cgroup = self._site.block_io, container.cgroup
         async with AsyncExitStack() as undo:  # all of them or none
             if limits.states_disk:
-                disk_before = await self._disk.limits(container)
-                undo.push_async_callback(self._disk.update, container, disk_before)
-                await self._disk.update(container, limits)
+                undo.push_async_callback(
+                    self._set_disk, container, await self._disk.limits(layer_of(container))
+                )
+                await self._set_disk(container, limits)
             if limits.states_network:
                 undo.push_async_callback(self._set_bandwidth, container, container.bandwidth)
                 await self._set_bandwidth(container, limits.network_only().over(container.bandwidth))
@@ -534,7 +533,11 @@ class LinuxBackend:
                 block_io.change(cgroup, limits)
                 now = change_limits(cgroup, limits).over(block_io.read(cgroup))
             undo.pop_all()
-        return now.over(await self._disk.limits(container)).over(await self._read_bandwidth(container))
+        disk = await self._disk.limits(layer_of(container))
+        return now.over(disk).over(await self._read_bandwidth(container))
+
+    async def _set_disk(self, container: LinuxContainer, wanted: Limits) -> None:
+        container.disk_scope = (await self._disk.update(layer_of(container), wanted)).disk_scope
 
     async def _set_bandwidth(self, container: LinuxContainer, wanted: Limits) -> None:
         facts = self._get_linked(container.handle).facts

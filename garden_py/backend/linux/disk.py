@@ -2,24 +2,59 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 from garden_py.backend.disk.driver import DiskLimits
 from garden_py.backend.disk.sizes import directory_bytes
 from garden_py.backend.disk.volumes import Volumes
-from garden_py.backend.images.images import Images, Rootfs, is_tar
+from garden_py.backend.images.images import Images, Rootfs
+from garden_py.backend.images.intake import is_tar
 from garden_py.backend.linux.container import LinuxContainer
 from garden_py.model.errors import GardenError, InvalidField
 from garden_py.model.image import Transport, parse_image
 from garden_py.model.limits import DISK_FLOOR_BYTES, DiskScope, Limits
-from garden_py.service.ports import DiskUsage
+from garden_py.service.ports import DiskUsage, Usage
+
+
+@dataclass(frozen=True, slots=True)
+class WritableLayer:
+    """What a container or a sidecar writes to, over its image.
+
+    Attributes:
+        volume_id: of its volume: the runtime's id of what it belongs to.
+        owner: who holds the image, as the store of images knows it.
+        image: the reference; empty for the server's default.
+        scope: what its limit on disk space counts.
+    """
+
+    volume_id: str
+    owner: str
+    image: str
+    scope: DiskScope | None
+
+
+def layer_of(container: LinuxContainer) -> WritableLayer:
+    """A container's own."""
+    return WritableLayer(container.facts.runtime_id, container.handle, container.image, container.disk_scope)
+
+
+def with_disk(usage: Usage, disk: DiskUsage) -> Usage:
+    """A usage with that of disk space."""
+    return replace(
+        usage,
+        disk_exclusive_bytes=disk.exclusive_bytes,
+        disk_total_bytes=disk.total_bytes,
+        disk_exclusive_inodes=disk.exclusive_inodes,
+    )
+
 
 _parsed = lru_cache(maxsize=256)(parse_image)  # metrics of many containers ask for the same few
 
 
 class ContainerDisk:
-    """The verbs about disk space at one site. A volume's id is the runtime's id of what it belongs to."""
+    """The verbs about disk space at one site."""
 
     def __init__(self, volumes: Volumes, images: Images, default_image: str) -> None:
         self._volumes = volumes
@@ -48,18 +83,18 @@ class ContainerDisk:
             image_bytes = rootfs.used.bytes if rootfs.used else await directory_bytes(rootfs.directories[0])
         return await self._volumes.make(volume_id, _volume_limits(limits, image_bytes, field))
 
-    async def _image_bytes(self, container: LinuxContainer) -> int:
-        used = self._images.store.held_by(container.handle)
+    async def _image_bytes(self, layer: WritableLayer) -> int:
+        used = self._images.store.held_by(layer.owner)
         if used is not None:
             return used.bytes
-        directory = self._directory_of(container.image)
+        directory = self._directory_of(layer.image)
         try:
             return 0 if directory is None else await directory_bytes(directory)
         except FileNotFoundError:  # it has just gone
             return 0
 
     def _directory_of(self, image: str) -> Path | None:
-        """The directory that a container was made of; None if it is not there any more."""
+        """The directory that an image is; None if it is none, or not there any more."""
         ref = _parsed(image or self._default_image)
         try:
             plain = ref.transport is Transport.PATH and not is_tar(ref.path, "image")
@@ -67,32 +102,30 @@ class ContainerDisk:
             return None
         return Path(ref.path) if plain else None
 
-    async def limits(self, container: LinuxContainer) -> Limits:
+    async def limits(self, layer: WritableLayer) -> Limits:
         """The limits in force; 0 where there is none."""
-        found = self._volumes.limits(container.facts.runtime_id)
-        scope, most = container.disk_scope, found.bytes
+        found = self._volumes.limits(layer.volume_id)
+        scope, most = layer.scope, found.bytes
         if most and scope is DiskScope.TOTAL:
-            most += await self._image_bytes(container)
+            most += await self._image_bytes(layer)
         scope = (scope or DiskScope.EXCLUSIVE) if most else None
         return Limits(disk_bytes=most, disk_inodes=found.inodes, disk_scope=scope)
 
-    async def update(self, container: LinuxContainer, changed: Limits) -> None:
-        """Change limits; what is not stated stays.
+    async def update(self, layer: WritableLayer, changed: Limits) -> Limits:
+        """Change limits; what is not stated stays. Those in force then, with what they count.
 
         Raises:
             NotSupported, InvalidField, HostFault.
         """
-        if not changed.states_disk:
-            return
-        wanted = changed.over(await self.limits(container))
-        image_bytes = await self._image_bytes(container) if _counts_image(wanted) else 0
-        await self._volumes.limit(container.facts.runtime_id, _volume_limits(wanted, image_bytes, "limits"))
-        container.disk_scope = wanted.disk_scope if wanted.disk_bytes else None
+        wanted = changed.over(await self.limits(layer))
+        image_bytes = await self._image_bytes(layer) if _counts_image(wanted) else 0
+        await self._volumes.limit(layer.volume_id, _volume_limits(wanted, image_bytes, "limits"))
+        return await self.limits(replace(layer, scope=wanted.disk_scope))
 
-    async def usage(self, container: LinuxContainer) -> DiskUsage:
-        """What a container takes: what it wrote, and that with its image. What is not counted is 0."""
-        image_bytes = await self._image_bytes(container)
-        use = self._volumes.use(container.facts.runtime_id)
+    async def usage(self, layer: WritableLayer) -> DiskUsage:
+        """What was written to a layer, and that with its image. What is not counted is 0."""
+        image_bytes = await self._image_bytes(layer)
+        use = self._volumes.use(layer.volume_id)
         if use is None:
             return DiskUsage(total_bytes=image_bytes)
         return DiskUsage(use.bytes, use.bytes + image_bytes, use.inodes)

@@ -6,12 +6,14 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import structlog
 
 from garden_py.backend.cgroup import groups
 from garden_py.backend.cgroup.stats import read_usage, without
+from garden_py.backend.host.rlimits import set_limits
 from garden_py.backend.images.images import Images
 from garden_py.backend.linux.agent_owner import AgentOwner
 from garden_py.backend.linux.container import LinuxContainer, may_be_gone
@@ -113,6 +115,7 @@ class LinuxProcesses:
                     cgroup_fds,
                     bounding=self._bounding(container, told),
                     before_exec=prepare,
+                    raise_limits=_raise_limits(container, told),
                 )
             (process,) = made
             try:
@@ -257,6 +260,13 @@ def run_from_image(spec: ProcessSpec, image: ImageConfig) -> ProcessSpec:
         user=spec.user or image.user,
         dir=spec.dir or image.working_dir,
     )
+
+
+def _raise_limits(container: LinuxContainer, spec: ProcessSpec) -> Callable[[int], None] | None:
+    """What sets the limits that a process wants, should it not be able to itself; None: it wants none."""
+    if not spec.rlimits:
+        return None
+    return partial(set_limits, limits=spec.rlimits, beside=container.facts.pid)
 
 
 def usage_of(container: LinuxContainer, process_id: str) -> Usage:

@@ -29,7 +29,7 @@ from garden_py.backend.cgroup import groups
 from garden_py.backend.images.images import Images, Rootfs
 from garden_py.backend.linux.agent_owner import AgentOwner
 from garden_py.backend.linux.container import LinuxContainer
-from garden_py.backend.linux.disk import ContainerDisk
+from garden_py.backend.linux.disk import ContainerDisk, WritableLayer
 from garden_py.backend.linux.launching import AgentStarter, Launch, check_bind_sources, listen
 from garden_py.backend.linux.site import Site
 from garden_py.backend.streams.agent_replies import AgentExit
@@ -65,6 +65,19 @@ def sidecar_directories(container_directory: Path) -> list[tuple[str, Path]]:
 def owner_of(handle: str, process_id: str) -> str:
     """Under which name the store of images knows a sidecar; a container's is its handle."""
     return f"{handle}/{process_id}"
+
+
+def sidecar_layer(container: LinuxContainer, process_id: str) -> WritableLayer | None:
+    """What a process writes to, if that is not its container's."""
+    process = container.processes.get(process_id)
+    if process is None or process.spec.sidecar is None:
+        return None
+    return WritableLayer(
+        runtime_id_of(container.facts.runtime_id, process_id),
+        owner_of(container.handle, process_id),
+        process.spec.sidecar.image,
+        process.spec.limits.disk_scope,
+    )
 
 
 class Sidecar(AgentOwner):

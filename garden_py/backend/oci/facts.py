@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from garden_py.backend.host.idmap import parse_highest
+from garden_py.backend.host.rlimits import COUNTED_BY_NAMESPACE, read_own_limit
 
 NOFILE_WANTED = 1_048_576
 
@@ -23,6 +24,7 @@ class HostFacts:
         uplink_mtu: MTU of the link with the default route, in bytes; 1500 where there is none.
         machine: `uname -m`.
         highest_id: highest user id that is valid here.
+        rlimits: name, soft and hard value of the server's own limits that its launcher does not have (host/rlimits.py).
     """
 
     cgroup_version: int
@@ -31,6 +33,7 @@ class HostFacts:
     uplink_mtu: int = 1500
     machine: str = "x86_64"
     highest_id: int = (1 << 32) - 2
+    rlimits: tuple[tuple[str, int, int], ...] = ()
 
 
 def probe_host_facts() -> HostFacts:
@@ -44,6 +47,7 @@ def probe_host_facts() -> HostFacts:
         uplink_mtu=read_uplink_mtu(),
         machine=os.uname().machine,
         highest_id=parse_highest(Path("/proc/self/uid_map").read_text()),
+        rlimits=tuple((name, *read_own_limit(name)) for name in COUNTED_BY_NAMESPACE),
     )
 
 

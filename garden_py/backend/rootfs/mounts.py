@@ -42,7 +42,7 @@ class BindSource:
         mapped: show its owners through the container's user namespace.
         hardened: nosuid and nodev as well.
         inside: source is a path in the container's own root file system, not the host's.
-        field: of the request, for errors about an inside one.
+        field: of the request, for errors.
     """
 
     source: str
@@ -93,7 +93,7 @@ def apply(plan: MountPlan) -> None:
     Raises:
         MountStepFailed: naming the mount that failed.
         ImageInvalid: the image has something in the way of what every container gets.
-        InvalidField: a bind source is not in the image.
+        InvalidField: a bind source is not in the image, or cannot be mounted with mapped ids.
     """
     plan.directory.mkdir(mode=0o711)
     try:
@@ -204,6 +204,9 @@ def _clone_bind(directory: Path, bind: BindSource, userns_fd: int | None) -> Non
             attributes |= syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV
         _clone(source, target, attributes=attributes, userns_fd=userns_fd if bind.mapped else None)
     except OSError as error:
+        if bind.mapped and error.errno == errno.EINVAL:  # mount_setattr(2), "MOUNT_ATTR_IDMAP"
+            problem = f"{bind.source} lies on a file system that cannot be mounted with mapped ids"
+            raise InvalidField(bind.field, problem) from error
         raise MountStepFailed(f"bind mount of {bind.source}", error) from error
 
 

@@ -289,6 +289,7 @@ class AgentLink:
         *,
         bounding: int | None,
         before_exec: Callable[[], None] | None = None,
+        raise_limits: Callable[[int], None] | None = None,
         program: str | None = None,
         program_path: str = "",
     ) -> Spawned:
@@ -301,6 +302,7 @@ class AgentLink:
             bounding: capability mask it keeps; None: all of the container's.
             before_exec: called while the agent prepares the process, which does not run before it has returned; what
                 it raises ends the start, and nothing has run.
+            raise_limits: see Gate; only with before_exec.
             program: "tar-in" or "tar-out" instead of the spec's path.
             program_path: its argument.
 
@@ -323,7 +325,7 @@ class AgentLink:
             if before_exec is None:
                 reply = await self._ask(request, cgroup_fds, timeout_s=SPAWN_TIMEOUT_S)
             else:
-                reply = await self._ask_gated(request, cgroup_fds, before_exec)
+                reply = await self._ask_gated(request, cgroup_fds, Gate(before_exec, raise_limits))
         except RequestRefused as error:
             if program is not None and error.code == "no_space":
                 raise errors.CopyFailed("no_space", printable(str(error))) from error
@@ -346,10 +348,8 @@ class AgentLink:
         with suppress(errors.ContainerBroken):  # told by on_lost
             await self.ping()
 
-    async def _ask_gated(
-        self, request: dict[str, Any], cgroup_fds: list[int], before_exec: Callable[[], None]
-    ) -> Reply:
-        with Gate(before_exec) as gate:
+    async def _ask_gated(self, request: dict[str, Any], cgroup_fds: list[int], gate: Gate) -> Reply:
+        with gate:
             fds = [*cgroup_fds, gate.child_end]
             try:
                 reply = await self._ask(request, fds, timeout_s=SPAWN_TIMEOUT_S, meanwhile=gate.open)

@@ -38,7 +38,7 @@ def report_leaks(
 
 def find_leaks(context: typer.Context, state_dir: Path, address: str | None, *, fix: bool) -> list[Leak]:
     """Ask the server if there is one, else look ourselves."""
-    if address is None:
+    if address is None and opt.settings_of(context).address is None:
         # Imported here: only this needs the server's half.
         from garden_py.model.errors import GardenError
         from garden_py.observe.log import configure_logging
