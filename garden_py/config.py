@@ -41,8 +41,14 @@ ByteCount = Annotated[int, BeforeValidator(_parse_bytes)]
 """A number of bytes, or text such as 512M or 20G (model/size.py)."""
 
 
-# Unspecified and loopback with what is mapped to IPv4, link-local, multicast: RFC 4291 §2.4, RFC 6052.
-_NO_POOLS_V6 = tuple(map(ipaddress.IPv6Network, ("::/32", "64:ff9b::/96", "fe80::/10", "ff00::/8")))
+# Unspecified and loopback with what is mapped to IPv4, its translations, 6to4, link-local, site-local, multicast:
+# RFC 4291 §2.4, RFC 6052, RFC 8215, RFC 3056, RFC 3879.
+_NO_POOLS_V6 = tuple(
+    map(
+        ipaddress.IPv6Network,
+        ("::/32", "64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "fe80::/10", "fec0::/10", "ff00::/8"),
+    )
+)
 
 
 class RegistrySettings(BaseModel):
@@ -323,7 +329,7 @@ class Config(BaseModel):
     network_pool_v6: Annotated[
         ipaddress.IPv6Network | None,
         Field(
-            description="IPv6 addresses of containers, /96 or larger, e.g. fd12:3456:789a::/64: each has its IPv4 "
+            description="IPv6 addresses of containers, /32 to /96, e.g. fd12:3456:789a::/64: each has its IPv4 "
             "address in the last 32 bits; without a pool they have no IPv6. Only those of fc00::/7 are masqueraded."
         ),
     ] = None
@@ -457,8 +463,8 @@ class Config(BaseModel):
     def _room_for_ipv4(cls, pool: ipaddress.IPv6Network | None) -> ipaddress.IPv6Network | None:
         if pool is None:
             return None
-        if pool.prefixlen > 96:
-            raise ValueError("must be a network of /96 or larger: the last 32 bits are the IPv4 address")
+        if not 32 <= pool.prefixlen <= 96:
+            raise ValueError("must be a network of /32 to /96: the last 32 bits are the IPv4 address")
         if any(pool.overlaps(other) for other in _NO_POOLS_V6):
             raise ValueError("must be a network of unicast addresses, e.g. of fd00::/8")
         return pool

@@ -20,6 +20,7 @@ NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP = 0x1, 0x4, 0x300
 NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE = 0x100, 0x200, 0x400
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 NLM_F_ACK_TLVS, NLM_F_CAPPED = 0x200, 0x100
+NLM_F_DUMP_INTR = 0x10
 RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK, RTM_SETLINK = 16, 17, 18, 19
 RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
@@ -34,6 +35,7 @@ RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_FLOW, RTA_TABLE = 1, 4, 5, 6, 1
 NDA_DST, NDA_LLADDR = 1, 2
 NUD_PERMANENT = 0x80
 RT_TABLE_MAIN, RTPROT_STATIC = 254, 4
+LOOPBACK_INDEX = 1
 RTN_UNICAST, RTN_LOCAL, RTN_UNREACHABLE = 1, 2, 7
 TCA_KIND, TCA_OPTIONS = 1, 2
 TCA_TBF_PARMS, TCA_TBF_RATE64, TCA_TBF_BURST = 1, 4, 6
@@ -47,6 +49,7 @@ IPNetwork = IPv4Network | IPv6Network
 
 _SOL_NETLINK, _NETLINK_CAP_ACK, _NETLINK_EXT_ACK = 270, 10, 11
 _RECEIVE_BYTES = 1 << 16
+_ATTEMPTS = 10
 _TIMEOUT_S = 10.0
 """The kernel answers a request while it is sent; a longer wait means it is stuck, and we say so."""
 
@@ -232,8 +235,13 @@ class Rtnetlink:
         )
 
     def delete_unreachable(self, destination: IPNetwork) -> None:
-        """Undo set_unreachable; ESRCH if there is none."""
+        """Undo set_unreachable; ESRCH if there is none.
+
+        IPv6 compares metric and link, but not the kind: an unreachable route is on lo, where others are not.
+        """
         body = _route_header(destination, SCOPE_UNIVERSE, RTN_UNREACHABLE)
+        if destination.version == 6:
+            body += pack_attribute(RTA_OIF, struct.pack("=i", LOOPBACK_INDEX))
         self._ask(RTM_DELROUTE, 0, body, f"route del unreachable {destination}")
 
     def routes(self, family: int = socket.AF_INET) -> list[Route]:
@@ -310,23 +318,37 @@ class Rtnetlink:
         self._request(kind, flags | NLM_F_ACK, body, label)
 
     def _request(self, kind: int, flags: int, body: bytes, label: str) -> list[bytes]:
-        """Send one request and collect the payloads of its answer; RtnetlinkError if it is refused."""
+        """Send one request and collect the payloads of its answer; RtnetlinkError if it is refused.
+
+        A listing that something has changed under may lack something: it is asked for again, a few times.
+        """
+        for _ in range(_ATTEMPTS):
+            answers, is_whole = self._request_once(kind, flags, body, label)
+            if is_whole:
+                break
+        return answers
+
+    def _request_once(self, kind: int, flags: int, body: bytes, label: str) -> tuple[list[bytes], bool]:
         self._sequence += 1
         header = struct.pack("=IHHII", 16 + len(body), kind, flags | NLM_F_REQUEST, self._sequence, 0)
         self._socket.send(header + body)
         answers: list[bytes] = []
+        is_whole = True
         while True:
             for message_kind, message_flags, sequence, payload in self._receive():
                 if sequence != self._sequence:
                     continue  # the tail of an answer that an earlier exception kept us from reading
-                if message_kind == NLMSG_DONE:
-                    return answers
                 if message_kind == NLMSG_ERROR:
                     _raise_refusal(payload, message_flags, label)
-                    return answers
+                    return answers, True
+                if flags & NLM_F_DUMP:
+                    is_whole = is_whole and not message_flags & NLM_F_DUMP_INTR
+                if message_kind == NLMSG_DONE:
+                    _raise_refusal(payload, 0, label)
+                    return answers, is_whole
                 answers.append(payload)
                 if not flags & (NLM_F_DUMP | NLM_F_ACK):
-                    return answers
+                    return answers, True
 
     def _receive(self) -> Iterator[tuple[int, int, int, bytes]]:
         return split_messages(self._socket.recv(_RECEIVE_BYTES))

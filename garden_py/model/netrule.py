@@ -22,7 +22,7 @@ import re
 import socket
 from dataclasses import dataclass
 from enum import Enum
-from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 from types import TracebackType
 
 from garden_py.model.errors import InvalidField
@@ -32,6 +32,7 @@ MAX_RULES = 10_000
 """A policy above this is a mistake of the caller; it would take the kernel about a second to load."""
 
 IPAddress = IPv4Address | IPv6Address
+_MAPPED = IPv6Network("::ffff:0:0/96")  # RFC 4291 §2.5.5.2
 
 
 class at_field:
@@ -77,6 +78,20 @@ class DefaultAction(Enum):
     DENY = "deny"
 
 
+def parse_address(text: str) -> IPAddress:
+    """An address as a packet has it: without a scope, and IPv4 as such where it is written as a part of IPv6.
+
+    Raises:
+        ValueError: text is no address, or has a scope, which only means something on one host.
+    """
+    address = ip_address(text)
+    if isinstance(address, IPv6Address):
+        if address.scope_id is not None:
+            raise ValueError(f"{text!r} has a scope")
+        return address.ipv4_mapped or address
+    return address
+
+
 @dataclass(frozen=True, slots=True)
 class AddressRange:
     """Addresses from start to end, both included, of one family.
@@ -107,10 +122,12 @@ class AddressRange:
         try:
             if "/" in text:
                 network = ip_network(text)
+                if isinstance(network, IPv6Network) and network.subnet_of(_MAPPED):
+                    raise ValueError("packets to it are IPv4; write it so")
                 return cls(network[0], network[-1])
             first, dash, last = text.partition("-")
-            start = ip_address(first.strip())
-            return cls(start, ip_address(last.strip()) if dash else start)
+            start = parse_address(first.strip())
+            return cls(start, parse_address(last.strip()) if dash else start)
         except ValueError as error:
             raise InvalidField("start", f"{text!r} is no address, network or range: {error}") from error
 
@@ -321,7 +338,7 @@ class Destination:
         try:
             if match is None:
                 raise ValueError("write ADDRESS, ADDRESS:PORT or [IPv6]:PORT")
-            address = ip_address(match[1] or match[2])
+            address = parse_address(match[1] or match[2])
         except ValueError as error:
             raise InvalidField("address", f"{text!r} is no destination: {error}") from error
         last = match[3]

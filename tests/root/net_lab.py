@@ -92,8 +92,9 @@ def raw_v6(packet, destination):
         s.sendto(bytes.fromhex(packet), (destination, 0))
 
 def send_from(port, address, to_port):
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
-        s.bind(("0.0.0.0", port))
+    family, anywhere = (socket.AF_INET6, "::") if ":" in address else (socket.AF_INET, "0.0.0.0")
+    with socket.socket(family, socket.SOCK_DGRAM) as s:
+        s.bind((anywhere, port))
         s.sendto(b"", (address, to_port))
 
 def run(*argv):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 import struct
 import subprocess
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
-from ipaddress import IPv6Address, IPv6Network
+from dataclasses import replace
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,9 @@ from kit.garden import wait_until
 from net_lab import HOST_IP_V6, OUTSIDE_IP_V6, Container, Lab, Probe, Refused, open_lab
 
 from garden_py.agent.rtnetlink import Rtnetlink
+from garden_py.backend.net import host_firewall
+from garden_py.backend.net.apply import HostNetwork
+from garden_py.backend.net.conntrack import Side, forget_connections
 from garden_py.backend.net.host_firewall import Access, HostPolicy, Reach
 from garden_py.model.netrule import DefaultAction, EgressPolicy, parse_egress_rule
 
@@ -89,6 +94,13 @@ def strays(probe: Probe) -> int:
     return int(lines["Udp6NoPorts"])
 
 
+def strays_v4(probe: Probe) -> int:
+    lines = [
+        line.split() for line in probe.order("read", "/proc/net/snmp").splitlines() if line.startswith("Udp:")
+    ]
+    return int(lines[1][lines[0].index("NoPorts")])
+
+
 def assert_only_last_arrives(lab: Lab, container: Container, before: int) -> None:
     """A datagram that is allowed comes through; those sent before it have not."""
     lab.replace(container, OPEN)
@@ -117,7 +129,7 @@ def test_host_is_closed_unless_access_is_granted(lab: Lab) -> None:
     with lab.serve(gateway, 7777), lab.serve(HOST_IP_V6, 7777):
         for address in (gateway, HOST_IP_V6):
             assert container.try_connect(address, 7777) == "ECONNREFUSED"
-        lab.network.ensure_host(HostPolicy(host_access=Access.ALLOW))
+        lab.network.restore_host(HostPolicy(host_access=Access.ALLOW), "")
         assert container.try_connect(HOST_IP_V6, 7777) == container.link.address_v6
 
 
@@ -126,7 +138,7 @@ def test_containers_reach_each_other_only_if_the_server_allows_it(lab: Lab) -> N
     server, client = lab.container(2, OPEN), lab.container(3, OPEN)
     server.order("listen", "::", 8000)
     assert client.try_connect(server.link.address_v6, 8000) == client.link.address_v6
-    lab.network.ensure_host(HostPolicy(reach=Reach.NONE))
+    lab.network.restore_host(HostPolicy(reach=Reach.NONE), "")
     assert client.try_connect(server.link.address_v6, 8000) == "ECONNREFUSED"
 
 
@@ -270,12 +282,47 @@ def test_host_that_begins_to_forward_keeps_taking_routes_where_it_did(lab: Lab) 
 
 def test_giving_up_a_pool_leaves_nothing_of_it(lab: Lab) -> None:
     """Gateway address and route; the rest of the network stays."""
-    lab.network.forget_pool()
+    lab.network.forget_pool(POOL)
     assert "fd67" not in output("ip", "-6", "route") + output("ip", "-6", "address")
-    lab.network.forget_pool()
+    lab.network.forget_pool(POOL)
     lab.network.remove_host()
-    lab.network.forget_pool()
+    lab.network.forget_pool(POOL)
     assert "garden" not in output("nft", "list", "tables")
+
+
+def test_giving_up_a_pool_takes_nobody_elses_route(lab: Lab) -> None:
+    """The kernel deletes an IPv6 route by its network, whatever kind of route it is."""
+    other = "fd12::/64"
+    subprocess.run(
+        ["ip", "route", "add", other, "via", OUTSIDE_IP_V6, "proto", "static"], check=True, timeout=20
+    )
+    lab.network.forget_pool(IPv6Network(other))
+    assert other in output("ip", "-6", "route")
+    subprocess.run(["ip", "route", "add", "unreachable", other, "metric", "2048"], check=True, timeout=20)
+    lab.network.forget_pool(IPv6Network(other))
+    assert "via" in output("ip", "-6", "route", "show", other)
+
+
+@both
+def test_another_pool_leaves_nothing_of_the_former_in_force(lab: Lab, privileged: bool) -> None:
+    """A server that starts with it finds containers with addresses of the former: those can do nothing with them."""
+    policy = EgressPolicy(DefaultAction.ALLOW, (parse_egress_rule(f"deny all:[{OUTSIDE_IP_V6}]"),))
+    container = lab.container(2, policy, privileged=privileged)
+    container.order("listen", "::", 8000)
+    lab.map_tcp(61001, container, 8000)
+    assert lab.outside.try_connect(HOST_IP_V6, 61001) == OUTSIDE_IP_V6
+    lab.replace(container, OPEN)
+    assert container.try_connect(OUTSIDE_IP_V6, 80) == HOST_IP_V6
+    lab.network.forget_pool(POOL)
+    with HostNetwork(replace(lab.plan, pool_v6=IPv6Network("fd99::/64"))) as server:
+        without = replace(container.link, address_v6="", gateway_v6="")
+        host_side = policy if privileged else None
+        server.ensure_host(
+            HostPolicy(), host_firewall.compile_attach(lab.plan, without, host_side_policy=host_side)
+        )
+        assert container.try_connect(OUTSIDE_IP_V6, 80) not in (HOST_IP_V6, container.link.address_v6)
+        assert lab.outside.try_connect(HOST_IP_V6, 61001) == "ECONNREFUSED"
+        server.forget_pool(IPv6Network("fd99::/64"))
 
 
 def test_next_owner_of_an_address_has_no_part_in_connections_of_the_former(lab: Lab) -> None:
@@ -291,3 +338,49 @@ def test_next_owner_of_an_address_has_no_part_in_connections_of_the_former(lab: 
     before = strays(lab.outside)
     closed.order("raw_v6", datagram(own, OUTSIDE_IP_V6).hex(), OUTSIDE_IP_V6)
     assert_only_last_arrives(lab, closed, before)
+
+
+def test_next_owner_does_not_answer_for_the_former(lab: Lab) -> None:
+    """What somebody had begun with the former owner is established as well, and its replies would pass."""
+    for address in (lambda each: each.link.address_v6, lambda each: each.address):
+        peer, former = lab.container(3, OPEN), lab.container(2, OPEN)
+        peer.order("send_from", 4096, address(former), 53)
+        former.order("send_from", 53, address(peer), 4096)
+        lab.detach(former)
+        closed = lab.container(2, CLOSED, privileged=True)
+        before = strays(peer) + strays_v4(peer)
+        closed.order("send_from", 53, address(peer), 4096)
+        lab.replace(closed, OPEN)
+        closed.order("send_from", 53, address(peer), 4097)
+        wait_until(lambda: strays(peer) + strays_v4(peer) > before, "the datagram that is allowed")  # noqa: B023
+        assert strays(peer) + strays_v4(peer) == before + 1
+        lab.detach(closed)
+        lab.detach(peer)
+
+
+def test_connections_in_other_zones_stay(lab: Lab) -> None:
+    """Somebody else keeps equal addresses apart by conntrack zones."""
+    rule = "ip daddr 127.0.0.9 ct zone set 5"
+    hook = "type filter hook output priority -300"
+    table = f"table inet zones {{\nchain out {{\n{hook}\n{rule}\n}}\n}}\n"
+    subprocess.run(["nft", "-f", "-"], input=table, check=True, text=True, timeout=20)
+    for name in ("127.0.0.9", "127.0.0.8"):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.bind(("127.0.0.7", 0))
+            sender.sendto(b"", (name, 9))
+    address = IPv4Address("127.0.0.7")
+    assert forget_connections(address, (Side.ORIGINAL, Side.REPLY)) == 1
+    assert forget_connections(address, (Side.ORIGINAL,)) == 0
+
+
+@pytest.mark.parametrize("address", ["10.9.9.9", "fd99::9"])
+def test_many_connections_are_forgotten_in_batches(lab: Lab, address: str) -> None:
+    """More than one message's worth, and all of them."""
+    subprocess.run(["ip", "address", "add", address, "dev", "lo", "nodad"], check=True, timeout=20)
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    for port in range(300):
+        with socket.socket(family, socket.SOCK_DGRAM) as sender:
+            sender.bind((address, 0))
+            sender.sendto(b"", (address, 20000 + port))
+    assert forget_connections(ip_address(address), (Side.ORIGINAL, Side.REPLY)) >= 300
+    assert forget_connections(ip_address(address), (Side.ORIGINAL, Side.REPLY)) == 0

@@ -27,6 +27,7 @@ def test_hosts_has_localhost_and_the_container() -> None:
          "nameserver 192.0.2.7\nnameserver 192.0.2.8\n"),
         ("nameserver ::1\n", (), "nameserver 10.0.0.1\n"),
         ("nameserver ::1\nnameserver fd00::53\n", (), "nameserver fd00::53\n"),
+        ("nameserver fe80::1%eth0\nnameserver 192.0.2.1\n", (), "nameserver 192.0.2.1\n"),
         ("", (), ""),
         ("\n  \n", (), ""),
     ],

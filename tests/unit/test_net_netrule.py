@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from ipaddress import IPv4Address, IPv6Address
+from ipaddress import IPv4Address, IPv6Address, ip_network
 
 import pytest
 from hypothesis import given
@@ -28,6 +28,7 @@ from garden_py.model.netrule import (
     format_egress_rule,
     parse_egress_rule,
 )
+from garden_py.service.containers import egress_etag
 
 
 def address_ranges() -> st.SearchStrategy[AddressRange]:
@@ -201,3 +202,42 @@ def test_the_first_match_then_denied_networks_then_the_default(destination: str,
     policy = EgressPolicy(rules=tuple(map(parse_egress_rule, texts)))
     asked = Destination.parse(*destination.split(" "))
     assert decide(policy, asked, (AddressRange.parse("10.0.0.0/8"),)) == decision
+
+
+@given(
+    st.text("0123456789./-: \n%f١", max_size=20) | st.from_regex(r"[0-9.]{7,15}/[0-9]{1,3}", fullmatch=True)
+)
+def test_what_is_read_quickly_is_read_as_ipaddress_reads_it(text: str) -> None:
+    """The short way for plain IPv4 takes nothing that the long way refuses, and means the same."""
+    try:
+        network = ip_network(text)
+    except ValueError:
+        network = None
+    with contextlib.suppress(InvalidField):
+        found = AddressRange.parse(text)
+        if "-" not in text:
+            assert network is not None or text != text.strip()
+            expected = ip_network(text.strip())
+            assert (found.start, found.end) == (expected[0], expected[-1])
+        return
+    assert network is None or "%" in text
+
+
+@given(st.lists(egress_rules(), max_size=4), st.lists(egress_rules(), max_size=4))
+def test_etags_of_different_policies_differ(first: list[EgressRule], second: list[EgressRule]) -> None:
+    """Two writers who see one etag see one policy."""
+    one, other = (EgressPolicy(rules=tuple(rules)) for rules in (first, second))
+    assert (egress_etag(one) == egress_etag(other)) is (one == other)
+
+
+@pytest.mark.parametrize("text", ["fe80::1%eth0", "fe80::1%x]\ndeny tcp:[fe80::2", "::ffff:10.0.0.0/104"])
+def test_what_no_packet_has_is_refused(text: str) -> None:
+    """A scope means something on one host only; a rule for IPv4 in the clothes of IPv6 would never match."""
+    with pytest.raises(InvalidField):
+        AddressRange.parse(text)
+
+
+def test_ipv4_written_as_ipv6_is_ipv4() -> None:
+    """A connection to ::ffff:10.0.0.1 leaves as IPv4, and is judged as such."""
+    assert AddressRange.parse("::ffff:10.0.0.1") == AddressRange.parse("10.0.0.1")
+    assert Destination.parse("tcp", "[::ffff:10.0.0.1]:80") == Destination.parse("tcp", "10.0.0.1:80")

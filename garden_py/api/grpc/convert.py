@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from ipaddress import ip_address
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -212,12 +211,13 @@ def destination_from(message: pb.ExplainEgressRequest) -> netrule.Destination:
         raise InvalidField("protocol", f"unknown value {message.protocol}")
     protocol = _PROTOCOLS[message.protocol]
     try:
-        address = ip_address(message.address)
+        address = netrule.parse_address(message.address)
     except ValueError as error:
         raise InvalidField("address", str(error)) from error
     icmp = None
     if protocol is netrule.Protocol.ICMP or message.HasField("icmp"):
-        asked = message.icmp if message.HasField("icmp") else pb.IcmpMatch(type=8)
+        echo = 8 if address.version == 4 else 128  # RFC 792, RFC 4443
+        asked = message.icmp if message.HasField("icmp") else pb.IcmpMatch(type=echo)
         with netrule.at_field("icmp"):
             icmp = netrule.IcmpMatch(asked.type, asked.code)
     return netrule.Destination(protocol, address, message.port or None, icmp)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ipaddress import ip_address
 from typing import Any
 
 from garden_py.api.http.fields import UINT64_MAX, BadJson, Fields, as_fields
@@ -27,6 +26,7 @@ from garden_py.model.netrule import (
     IcmpMatch,
     PortRange,
     Protocol,
+    parse_address,
 )
 from garden_py.model.process import ProcessSpec, Sidecar, WindowSize
 from garden_py.model.spec import ContainerSpec, PortMapping
@@ -167,7 +167,7 @@ def _address_range(fields: Fields) -> AddressRange:
     if not start and not end:
         raise BadJson("networks: a range needs a start or an end")
     try:
-        return AddressRange(ip_address(start or end), ip_address(end or start))
+        return AddressRange(parse_address(start or end), parse_address(end or start))
     except GardenError:
         raise
     except ValueError:
@@ -177,7 +177,7 @@ def _address_range(fields: Fields) -> AddressRange:
 
 def _is_address(text: str) -> bool:
     try:
-        ip_address(text)
+        parse_address(text)
     except ValueError:
         return False
     return True

@@ -18,7 +18,6 @@ from garden_py.model.netrule import (
     Decision,
     Destination,
     EgressPolicy,
-    Protocol,
     RuleAction,
     decide,
 )
@@ -39,7 +38,7 @@ class Surroundings:
         host_addresses: all that the host has.
         subnets: that callers have chosen.
         containers: addresses that containers have.
-        mapped_ports: (protocol, port) of the host that lead to containers.
+        mapped_ports: (version of IP, protocol, port) of the host that lead to containers.
     """
 
     host: HostPlan
@@ -50,7 +49,7 @@ class Surroundings:
     host_addresses: set[IPv4Address | IPv6Address]
     subnets: tuple[IPv4Network, ...]
     containers: frozenset[IPv4Address | IPv6Address]
-    mapped_ports: set[tuple[str, int]]
+    mapped_ports: set[tuple[int, str, int]]
 
 
 def explain(
@@ -65,7 +64,7 @@ def explain(
         destination: of the connection, as the container names it.
     """
     address = destination.address
-    if address.is_loopback or address in (lease.address, lease.address_v6):
+    if address.is_loopback or address.is_unspecified or address in (lease.address, lease.address_v6):
         return Decision(RuleAction.ALLOW, Cause.LOOPBACK)
     if isinstance(address, IPv6Address) and lease.address_v6 is None:
         return Decision(RuleAction.DENY, Cause.IPV6)
@@ -87,7 +86,7 @@ def _is_open_on_host(around: Surroundings, destination: Destination) -> bool:
     if around.host_access:
         return True
     address, protocol, port = destination.address, destination.protocol, destination.port
-    if protocol in (Protocol.TCP, Protocol.UDP) and (protocol.value, port) in around.mapped_ports:
+    if port is not None and (address.version, protocol.value, port) in around.mapped_ports:
         return True
     if destination.icmp is not None and destination.icmp.type == _ECHO_REQUESTS[address.version]:
         return address in (around.host.gateway, around.host.gateway_v6)

@@ -11,7 +11,7 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -263,9 +263,15 @@ class LinuxNetwork:
 
     async def ensure_host(self) -> None:
         """Make or repair what all containers share, and what each has in the table, when the server starts."""
-        await self._leave_former_pool()
+        await self._change_pool()
+        denied = self._config.deny_network
+        if self.host.pool_v6 is not None and denied and all(each.version == 4 for each in denied):
+            log.warning("network.denied_networks_have_no_ipv6", deny_network=[str(each) for each in denied])
         try:
             await self._job("ensure_host", self._shared())
+        except InvalidField:
+            self._note_pool("")  # it is somebody else's, and must not be given up as ours one day
+            raise
         except HostFault as fault:
             if not self._attached:  # a server that does not start leaves nothing
                 try:
@@ -275,17 +281,24 @@ class LinuxNetwork:
             raise
         await self._connections.watch_host(host_firewall.log_target(self.host).group)
 
-    async def _leave_former_pool(self) -> None:
+    async def _change_pool(self) -> None:
         """Give up the IPv6 pool that a server before this one had, if this one has another or none."""
-        note, pool = self._config.state_dir / _POOL_V6_FILE, self.host.pool_v6
-        former = note.read_text() if note.exists() else ""
-        if former and former != str(pool):
-            plan = replace(self.host, pool_v6=IPv6Network(former))
-            await self._launcher.run("net.forget_pool", {"host": plan.to_json()})
-        if pool is None:
-            note.unlink(missing_ok=True)
-        elif former != str(pool):
-            note.write_text(str(pool))
+        pool = self.host.pool_v6
+        former = _read_pool(self._config.state_dir / _POOL_V6_FILE)
+        if former is not None and former != pool:
+            await self._job("forget_pool", {"pool_v6": str(former)})
+        self._note_pool("" if pool is None else str(pool))
+
+    def _note_pool(self, pool: str) -> None:
+        note = self._config.state_dir / _POOL_V6_FILE
+        try:
+            if pool:
+                note.with_suffix(".new").write_text(pool)
+                note.with_suffix(".new").replace(note)
+            else:
+                note.unlink(missing_ok=True)
+        except OSError as error:  # a full disk: a later server with another pool leaves a route behind
+            log.warning("network.pool_not_noted", error=str(error))
 
     async def restore_host(self) -> None:
         """Repair it at any other time."""
@@ -319,6 +332,7 @@ class LinuxNetwork:
     async def remove_host(self) -> None:
         """Remove it, after the last container."""
         await self.job("remove_host", {})
+        self._note_pool("")
 
     def _link(self, lease: NetworkLease, handle: str) -> LinkPlan:
         assert lease.address is not None  # those without are asked for nothing that needs a link
@@ -539,10 +553,14 @@ class LinuxNetwork:
             host_addresses=await in_thread(_host_addresses),
             subnets=self.subnets.networks,
             containers=self.addresses.taken | self.subnets.taken | self._taken_v6(),
-            mapped_ports=self.taken_ports(),
+            mapped_ports={(4, *port) for port in self.taken_ports()} | self._mapped_v6(),
         )
         own = replace(lease, address_v6=self._address_v6(lease))
         return explain(surroundings, own, policy, destination)
+
+    def _mapped_v6(self) -> set[tuple[int, str, int]]:
+        leases = [each.lease for each in self._attached.values() if self.has_ipv6(each.lease)]
+        return {(6, port.transport.value, port.host_port) for lease in leases for port in lease.mappings}
 
     def _taken_v6(self) -> frozenset[IPv6Address]:
         found = (self._address_v6(each.lease) for each in self._attached.values())
@@ -617,6 +635,14 @@ def _read_heads(path: Path) -> dict[str, int]:
         return {}
 
 
+def _read_pool(note: Path) -> IPv6Network | None:
+    """The pool that an earlier server has noted; None if it is not known."""
+    try:
+        return IPv6Network(note.read_text())
+    except (OSError, ValueError):
+        return None
+
+
 def _note_rules(directory: Path, rules: str) -> None:
     """Remember in a container's directory which rules are in force in its namespace.
 
@@ -635,8 +661,11 @@ def _digest(rules: str) -> str:
 
 def _host_addresses() -> set[IPv4Address | IPv6Address]:
     with Rtnetlink() as netlink:
-        families = (socket.AF_INET, socket.AF_INET6)
-        return {each.address for family in families for each in netlink.addresses(family)}
+        held = [*netlink.addresses(), *netlink.addresses(socket.AF_INET6)]
+    found = {each.address for each in held}
+    # A router answers to the first address of each of its IPv6 networks, too (RFC 4291 §2.6.1).
+    networks = (ip_network((each.address, each.prefix_length), strict=False) for each in held)
+    return found | {each.network_address for each in networks if each.version == 6 and each.prefixlen < 127}
 
 
 def check_dns_servers(servers: tuple[str, ...], pool_v6: IPv6Network | None) -> None:
@@ -649,3 +678,7 @@ def check_dns_servers(servers: tuple[str, ...], pool_v6: IPv6Network | None) -> 
         if address.version == 6 and pool_v6 is None:
             problem = f"containers have no IPv6 to ask {text} by; give them some with --network-pool-v6"
             raise InvalidField("dns_server", problem)
+        if isinstance(address, IPv6Address) and (
+            address.is_link_local or address.is_loopback or address.scope_id
+        ):
+            raise InvalidField("dns_server", f"{text} means nothing beyond one link")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import socket
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from pathlib import Path
@@ -88,7 +89,9 @@ class HostNetwork:
                 )
             self._refuse_overlap(self._plan.pool_v6, "network_pool_v6")
         _step("network.ctnetlink", probe)
-        turned_on = self.restore_host(policy, elements)
+        # Nobody is being attached: what is known is all there is. A former pool of IPv6 must not be in force any more.
+        forgotten = host_firewall.compile_forget_v6(self._plan)
+        turned_on = self.restore_host(policy, elements, forgotten=forgotten)
         uplink = self._find_uplink({link.index: link for link in self._netlink.links()})
         return HostReport(
             ip_forward_turned_on=turned_on,
@@ -96,8 +99,13 @@ class HostNetwork:
             mtu_bytes=choose_mtu(uplink.mtu if uplink else None),
         )
 
-    def restore_host(self, policy: HostPolicy, elements: str) -> bool:
+    def restore_host(self, policy: HostPolicy, elements: str, *, forgotten: str = "") -> bool:
         """Make again what of it is missing, at any time; whether forwarding had been off.
+
+        Args:
+            policy: what holds for all containers.
+            elements: rules that put back what containers have in the table.
+            forgotten: rules that forget something before that, in the same transaction.
 
         Raises:
             HostFault: the kernel refused a step.
@@ -106,7 +114,7 @@ class HostNetwork:
         turned_on = _step("network.ip_forward", _ensure_forwarding)
         if self._plan.pool_v6 is not None:
             _step("network.ipv6_forward", _ensure_forwarding_v6)
-        text = host_firewall.compile_host_base(self._plan, policy) + elements
+        text = host_firewall.compile_host_base(self._plan, policy) + forgotten + elements
         try:
             self._nft.run(text)
         except NftError as error:  # never TABLE_MISSING, which asks for what has just failed
@@ -138,19 +146,18 @@ class HostNetwork:
         if failures:
             raise HostFault("network.remove", "; ".join(str(f) for f in failures))
 
-    def forget_pool(self) -> None:
-        """Remove what stands for the plan's IPv6 pool as a whole: gateway address and route; gone is fine.
+    def forget_pool(self, pool: IPv6Network) -> None:
+        """Remove what stands for an IPv6 pool that the server had, gateway address and route; gone is fine.
 
         Raises:
             HostFault: the kernel refused.
         """
-        plan = self._plan
-        assert plan.pool_v6 is not None
-        assert plan.gateway_v6 is not None
-        _step("network.forget_pool", partial(self._delete_unreachable, plan.pool_v6))
-        link = self._netlink.find_link(plan.anchor_link)
+        gateway = replace(self._plan, pool_v6=pool).gateway_v6
+        assert gateway is not None
+        _step("network.forget_pool", partial(self._delete_unreachable, pool))
+        link = self._netlink.find_link(self._plan.anchor_link)
         if link is not None:
-            _step("network.forget_pool", partial(self._delete_address, link.index, plan.gateway_v6))
+            _step("network.forget_pool", partial(self._delete_address, link.index, gateway))
 
     def survey(self) -> Survey:
         """Everything of this server instance's tag that is on the host, in detail.
@@ -217,7 +224,7 @@ class HostNetwork:
                 request["nft"] = attachment.container_rules
             self._inject("network.container", userns_fd, netns_fd, request)
             if userns_fd is None:
-                self._forget_connections(link, Side.ORIGINAL)
+                self._forget_connections(link, Side.ORIGINAL, Side.REPLY)
             self._run_nft("network.attach", attachment.host_rules)
         except HostFault as fault:
             try:
@@ -266,9 +273,9 @@ class HostNetwork:
             if had_ports:
                 self._forget_connections(link, Side.REPLY)
 
-    def _forget_connections(self, link: LinkPlan, side: Side) -> None:
+    def _forget_connections(self, link: LinkPlan, *sides: Side) -> None:
         for address in filter(None, (link.address, link.address_v6)):
-            _step("network.connections", partial(forget_connections, ip_address(address), (side,)))
+            _step("network.connections", partial(forget_connections, ip_address(address), sides))
 
     def replace_egress(
         self, container_rules: str, netns_fd: int, userns_fd: int | None, link: LinkPlan | None = None
@@ -505,11 +512,18 @@ class HostNetwork:
                 raise HostFault("network.link_delete", str(error)) from error
 
     def _delete_unreachable(self, network: IPv4Network | IPv6Network) -> None:
+        # By name alone, IPv6 would also delete a route of another kind to the same network (ip6_route_del).
+        if network.version == 6 and not self._has_unreachable(network):
+            return
         try:
             self._netlink.delete_unreachable(network)
         except RtnetlinkError as error:
             if error.errno != errno.ESRCH:
                 raise
+
+    def _has_unreachable(self, network: IPv4Network | IPv6Network) -> bool:
+        found = self._netlink.routes(socket.AF_INET6)
+        return any(each.type == RTN_UNREACHABLE and each.destination == network for each in found)
 
     def _delete_address(self, index: int, address: IPv6Address) -> None:
         try:

@@ -83,9 +83,12 @@ _FAMILIES = {4: ("ip", "ipv4"), 6: ("ip6", "ipv6")}
 
 NEIGHBOUR_TALK = (
     "icmpv6 type { mld-listener-query, mld-listener-report, mld-listener-done, nd-router-solicit, nd-router-advert, "
-    "nd-neighbor-solicit, nd-neighbor-advert, nd-redirect, mld2-listener-report } drop"
+    "nd-neighbor-solicit, nd-neighbor-advert, nd-redirect, mld2-listener-report, 151-153 } drop"
 )
-"""What IPv6 stacks say of their own accord (RFC 3810, RFC 4861). Here everything that it asks for is fixed."""
+"""What IPv6 stacks say of their own accord (RFC 3810, RFC 4861, RFC 4286). Here all that it asks for is fixed.
+
+The kernel does not track it, so what would leave would leave untranslated.
+"""
 
 _LINK_TABLE = f"netdev {CONTAINER_TABLE}"
 _LINK_HOOK = f'type filter hook egress device "{CONTAINER_LINK}" priority filter; policy drop;'
@@ -185,10 +188,13 @@ def _guard_link(policy: EgressPolicy, denied: Sequence[AddressRange], *, has_ipv
 
 
 def compile_host_side_chain(
-    policy: EgressPolicy, log: LogTarget, *, denied: Sequence[AddressRange] = (), has_ipv6: bool = False
+    policy: EgressPolicy, log: LogTarget, *, denied: Sequence[AddressRange] = ()
 ) -> list[str]:
-    """The statements of a privileged container's chain, which sees every packet that it sends."""
-    rules = compile_policy(policy, log, denied=denied, has_ipv6=has_ipv6)
+    """The statements of a privileged container's chain, which sees every packet that it sends.
+
+    Always of both versions: a container that loses its IPv6 address must not get past a rule that speaks of it.
+    """
+    rules = compile_policy(policy, log, denied=denied, has_ipv6=True)
     return [*_accept_established(policy), *rules]
 
 

@@ -174,6 +174,12 @@ def compile_host_removal(host: HostPlan) -> str:
     return f"add table inet {host.table}\ndelete table inet {host.table}\n"
 
 
+def compile_forget_v6(host: HostPlan) -> str:
+    """Empty the sets and maps of IPv6; the table is there."""
+    kinds = (("set", "members6"), ("map", "portmap6"), ("map", "egress6"))
+    return "".join(f"flush {kind} inet {host.table} {name}\n" for kind, name in kinds)
+
+
 def compile_attach(
     host: HostPlan,
     link: LinkPlan,
@@ -208,7 +214,7 @@ def compile_host_side_policy(
 ) -> str:
     """Fill a privileged container's chain, replacing what it held, in one transaction."""
     name = egress_chain(link)
-    rules = compile_host_side_chain(policy, log_target(host), denied=denied, has_ipv6=bool(link.address_v6))
+    rules = compile_host_side_chain(policy, log_target(host), denied=denied)
     body = chain(name, "", rules)
     lines = [
         f"add chain inet {host.table} {name}",
@@ -378,7 +384,7 @@ def _from_container(host: HostPlan, ours: str, policy: HostPolicy) -> list[str]:
         "ct state established,related accept",
         # A packet that connection tracking cannot place is not translated either: it would leave with a
         # source address of the pool.
-        "ct state invalid counter drop",
+        "ct state { invalid, untracked } counter drop",
         "ct status dnat accept",
     ]
     if policy.reach is Reach.SUBNET and policy.subnets:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from ipaddress import IPv4Network, ip_address
+from ipaddress import IPv4Network, IPv6Network, ip_address
 from typing import Any
 
 from garden_py.backend.net.apply import HostNetwork
@@ -59,8 +59,8 @@ def remove_host(net: HostNetwork, params: dict[str, Any], fds: list[int]) -> dic
 
 
 def forget_pool(net: HostNetwork, params: dict[str, Any], fds: list[int]) -> dict[str, Any]:
-    """Give up the IPv6 pool that the `host` plan has."""
-    net.forget_pool()
+    """Give up an IPv6 pool that the server had."""
+    net.forget_pool(IPv6Network(params["pool_v6"]))
     return {}
 
 

@@ -41,13 +41,16 @@ def build_resolv_conf(
     lines = [line for line in host_text.splitlines() if line.strip()]
     if dns_servers:
         lines = [f"nameserver {server}" for server in dns_servers]
-    elif len(lines) == 1 and _is_loopback_server(lines[0]):
+    elif len(lines) == 1 and _is_the_hosts_own(lines[0]):
         lines = [f"nameserver {gateway}"]
     else:
-        lines = [line for line in lines if not _is_loopback_server(line)]
+        lines = [line for line in lines if not _is_the_hosts_own(line)]
     return "".join(f"{line}\n" for line in (*lines, *more))
 
 
-def _is_loopback_server(line: str) -> bool:
+def _is_the_hosts_own(line: str) -> bool:
+    """A name server on the host's loopback, or link-local: a container's packets do not get there."""
     words = line.split()
-    return len(words) > 1 and words[0] == "nameserver" and (words[1].startswith("127.") or words[1] == "::1")
+    if len(words) < 2 or words[0] != "nameserver":
+        return False
+    return words[1].startswith("127.") or words[1] == "::1" or words[1].lower().startswith("fe80:")

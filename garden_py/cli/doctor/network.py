@@ -190,6 +190,15 @@ def check_ipv6(pool: ipaddress.IPv6Network) -> Finding:
             "ipv6.disable=0",
         )
         return Finding("ipv6", Level.FAIL, "the kernel has none, or it is off", cost, remedy)
+    off = [
+        name for name in ("all", "default", "lo") if (conf / name / "disable_ipv6").read_text().strip() == "1"
+    ]
+    if off:
+        cost = (
+            "containers reach each other by IPv6, and perhaps nobody else; what cannot be reached is not told"
+        )
+        remedy = " ".join(f"sysctl net.ipv6.conf.{name}.disable_ipv6=0" for name in off)
+        return Finding("ipv6", Level.WARN, f"it is turned off for {', '.join(off)}", cost, remedy)
     with Rtnetlink() as netlink:
         routes = netlink.routes(socket.AF_INET6)
     taken = [r.destination for r in routes if r.destination.prefixlen and r.destination.overlaps(pool)]
