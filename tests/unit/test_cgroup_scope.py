@@ -14,7 +14,7 @@ from garden_py.backend.cgroup.scope import HOLDER, Scope, slice_path
 from garden_py.backend.linux import cgroup_driver
 from garden_py.backend.linux.cgroup_driver import CgroupDriver, check_cgroup_driver
 from garden_py.config import Config, load_config
-from garden_py.model.errors import InvalidField, InvalidRequest
+from garden_py.model.errors import HostFault, InvalidField, InvalidRequest
 from garden_py.model.handle import name_problem
 
 
@@ -105,3 +105,49 @@ def test_holder_alone_is_nobody(tmp_path: Path) -> None:
     assert (found.containers(found.path), found.is_held) == ([], False)
     (found.directory / HOLDER / "cgroup.procs").write_text("77\n")
     assert (found.containers(found.path), found.is_held) == ([], True)
+
+
+def put_tools(place: Path, monkeypatch: pytest.MonkeyPatch, **scripts: str) -> None:
+    """Programs that stand in for those of the same name."""
+    place.mkdir()
+    for name, script in scripts.items():
+        (place / name).write_text(f"#!/bin/sh\n{script}\n")
+        (place / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{place}:{os.environ['PATH']}")
+
+
+def test_scope_is_made_once_and_passes_controllers_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is held is left as it is."""
+    found = Scope(hierarchies_at(tmp_path / "cgroup"), "garden.slice", "3fa1")
+    calls = tmp_path / "calls"
+    put_tools(
+        tmp_path / "tools",
+        monkeypatch,
+        systemctl="exit 0",
+        setsid=f'echo "$*" >>{calls}; mkdir -p {found.directory}; while [ "$1" != sh ]; do shift; done; exec "$@"',
+        sleep="exit 0",
+    )
+    for _ in range(2):
+        found.hold()
+        assert found.is_held
+        assert (found.directory / "cgroup.subtree_control").read_text() == "+cpu +memory +pids"
+    (call,) = calls.read_text().splitlines()
+    assert call.startswith(
+        "--fork systemd-run --scope --quiet --collect --unit garden-3fa1.scope --slice garden.slice "
+    )
+    assert " --property Delegate=yes --property TasksMax=infinity " in call
+
+
+def test_what_systemd_says_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its words, not those of this server's guess."""
+    monkeypatch.setattr(scope, "_PATIENCE_S", 0)
+    put_tools(tmp_path / "tools", monkeypatch, systemctl="exit 0", setsid="echo Access denied >&2")
+    with pytest.raises(HostFault, match=r"scope garden-3fa1.scope: Access denied"):
+        Scope(hierarchies_at(tmp_path), "garden.slice", "3fa1").hold()
+    put_tools(
+        tmp_path / "broken", monkeypatch, systemctl="echo Transport endpoint is not connected >&2; exit 1"
+    )
+    with pytest.raises(HostFault, match="systemctl: Transport endpoint is not connected"):
+        Scope(hierarchies_at(tmp_path), "garden.slice", "3fa1").find()

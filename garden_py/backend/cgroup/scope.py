@@ -22,7 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from garden_py.backend.cgroup.groups import pass_controllers_on
+from garden_py.backend.cgroup.groups import pass_controllers_on, pids_below
 from garden_py.backend.cgroup.layout import Hierarchies, remove_tree
 from garden_py.model.errors import HostFault
 
@@ -89,9 +89,8 @@ class Scope:
 
     def find(self) -> str:
         """The cgroup that systemd has for the unit, relative to the mount point; empty if it knows no such unit."""
-        return (
-            _run("systemctl", "show", "--property", "ControlGroup", "--value", self.unit).strip().lstrip("/")
-        )
+        told = _run("systemctl", "show", "--property", "ControlGroup", "--value", self.unit)
+        return told.strip().lstrip("/")
 
     def containers(self, path: str) -> list[str]:
         """Names of the groups in a scope besides the holder's; none if it is not there."""
@@ -119,10 +118,10 @@ class Scope:
 
     def _start(self) -> str:
         """Have systemd make it of a process that holds it; why that failed."""
-        with suppress(
-            OSError
-        ):  # groups of containers that died with an earlier one keep processes out (EBUSY)
-            remove_tree(self.directory)
+        if not pids_below(self.directory):
+            # Groups of containers that died with an earlier one would keep every process out (EBUSY, cgroups(7)).
+            with suppress(OSError):
+                remove_tree(self.directory)
         return self._spawn_holder(
             *("systemd-run", "--scope", "--quiet", "--collect", "--unit", self.unit, "--slice", self._slice),
             *("--description", "containers of a garden server"),
