@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,6 +32,8 @@ ENV_PREFIX = "GARDEN_"
 # systemd leaves 0x70000000 to 0x7fffffff unassigned (UIDS-GIDS.md), above its own and subuid(5)'s ranges.
 UID_POOL_START = 0x7000_0000
 UIDS_PER_CONTAINER = 65_536
+_UNIT_NAME_MAX = 255  # systemd.unit(5)
+_SLICE = re.compile(r"(-|[A-Za-z0-9:_.\\@]+(-[A-Za-z0-9:_.\\@]+)*)\.slice", re.ASCII)
 
 
 def _parse_bytes(value: Any) -> Any:
@@ -219,6 +222,18 @@ class Config(BaseModel):
     uid_pool_size: Annotated[
         int, Field(ge=1, le=4096, description="Number of uid ranges (65536 ids each).")
     ] = 4096
+
+    # -- cgroups: backend/linux/cgroup_driver.py
+    cgroup_driver: Annotated[
+        Literal["cgroupfs", "systemd"],
+        Field(
+            description="Who makes the cgroup that containers are in: the server, or systemd, as a scope "
+            "(cgroup v2 only). Containers stay in the one that they were made in."
+        ),
+    ] = "cgroupfs"
+    cgroup_slice: Annotated[
+        str, Field(description="Slice of systemd that the scope is in, with --cgroup-driver systemd.")
+    ] = "garden.slice"
 
     # -- processor time: service/containers.py, service/throttling.py
     cpu_quota_per_share: Annotated[
@@ -468,6 +483,14 @@ class Config(BaseModel):
         if any(pool.overlaps(other) for other in _NO_POOLS_V6):
             raise ValueError("must be a network of unicast addresses, e.g. of fd00::/8")
         return pool
+
+    @field_validator("cgroup_slice")
+    @classmethod
+    def _slice(cls, name: str) -> str:
+        # systemd.slice(5): "-" stands between the names of a slice and of those that it is in; "-.slice" is the root.
+        if not _SLICE.fullmatch(name) or len(name) > _UNIT_NAME_MAX:
+            raise ValueError("must be the name of a slice of systemd, such as garden.slice")
+        return name
 
     @field_validator("socket_mode", "garden_http_mode")
     @classmethod

@@ -19,6 +19,7 @@ from garden_py.backend.depot import Depot
 from garden_py.backend.disk.store import LoopStore
 from garden_py.backend.disk.volumes import Volumes, find_driver
 from garden_py.backend.journal import read_journal
+from garden_py.backend.linux.cgroup_driver import CgroupDriver
 from garden_py.backend.linux.hands import StoppedHands
 from garden_py.backend.linux.leaks import Ledger, places_of
 from garden_py.backend.net.plan import HostPlan
@@ -92,9 +93,16 @@ def check_stopped(state_dir: Path, *, remove: bool) -> list[LeakReport]:
 
 
 def _config_of(state_dir: Path, settings: dict[str, Any]) -> Config:
-    names = ("network_pool", "network_pool_v6", "run_dir", "runtime")
-    found = {name: settings[name] for name in names if name in settings}
-    return load_config({"state_dir": state_dir, **found}, environ={})
+    names = (
+        "network_pool",
+        "network_pool_v6",
+        "run_dir",
+        "runtime",
+        "cgroup_driver",
+        "cgroup_slice",
+    )
+    known = {name: settings[name] for name in names if name in settings}  # not all of them by an older server
+    return load_config({"state_dir": state_dir, **known}, environ={})
 
 
 async def _check(config: Config, rows: list[ContainerRow], *, remove: bool) -> list[LeakReport]:
@@ -106,7 +114,7 @@ async def _check(config: Config, rows: list[ContainerRow], *, remove: bool) -> l
     depot = Depot(config.state_dir, config.run_dir, store.root if store.root.is_mount() else None)
     volumes = Volumes(root, find_driver(root, turn_on=False), depot.throw_away)
     hierarchies = probe_hierarchies(probe_host_facts().cgroup_version)
-    places = places_of(config, host, depot, volumes, hierarchies)
+    places = places_of(config, host, depot, volumes, CgroupDriver(config, hierarchies))
     ledger = Ledger(places, StoppedHands(host))
     janitor = Janitor(ledger, _Rows(rows), Guard(), EventHub(), Metrics())
     try:

@@ -301,7 +301,7 @@ def lock_state_dir(state_dir: Path) -> int:
 
 def remember_settings(journal: Journal, config: Config, inherited: socket.socket | None) -> None:
     """Write down what somebody who has only the state directory must know to find the rest; see stopped.py."""
-    names = ("backend", "network_pool", "run_dir", "runtime")
+    names = ("backend", "network_pool", "run_dir", "runtime", "cgroup_driver", "cgroup_slice")
     address = config.listen_address if inherited is None else f"unix:{inherited.getsockname()}"
     found = {name: str(getattr(config, name)) for name in names}
     if config.network_pool_v6 is not None:

@@ -70,7 +70,7 @@ def details_of(error: grpc.RpcError) -> tuple[str, set[str]]:
 def cgroups_of(handle: str) -> list[Path]:
     """A container's cgroup directories, in every hierarchy."""
     root = Path("/sys/fs/cgroup")
-    places = ("*/garden-*", "garden-*", "*/garden-throttled-*/*")
+    places = ("garden-*", "*/garden-*", "*/*/garden-*.scope", "*/garden-throttled-*/*")
     return [path for place in places for path in root.glob(f"{place}/{handle}")]
 
 

@@ -33,9 +33,8 @@ def _mounts() -> set[str]:
 
 
 def _cgroups() -> list[Path]:
-    return [p for root in Path("/sys/fs/cgroup").glob("*") for p in root.glob("garden-*")] + list(
-        Path("/sys/fs/cgroup").glob("garden-*")
-    )
+    places = ("garden-*", "*/garden-*", "*/*/garden-*.scope")
+    return [path for place in places for path in Path("/sys/fs/cgroup").glob(place)]
 
 
 def _lines(argv: list[str], column: int | None = None) -> set[str]:

@@ -94,7 +94,9 @@ def test_spinning_one_is_throttled_and_an_idle_one_can_spike(no_trace: None) -> 
         second = used_ns(spinner, idle)
         of_spinner, of_idle = (b - a for a, b in zip(first, second, strict=True))
         assert of_idle > 5 * of_spinner
-        # what starts now starts on the right side, and is limited as ever
+        # what starts now starts on the right side, and is limited as ever; it may have rested beside the idle one
+        idle.stop(kill=True)
+        wait_until(lambda: is_bad(spinner), "throttling", 60)
         spinner.start(sh("sleep 1000; true"))
         if not V2:
             assert cpu_path(pid_on_host(spinner, "sleep 1000; true")).endswith(f"bad/{spinner.handle}")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from garden_py.backend.cgroup.layout import Hierarchies
 from garden_py.backend.depot import why_foreign
 from garden_py.backend.host.pids import ProcessIdentity
 from garden_py.backend.ledger import cgroups, files, leases, mounts, network, processes
@@ -326,3 +327,20 @@ def test_places_of_throttled_containers() -> None:
     assert found == [("cgroup", f"{bad}/lost"), ("process", "9")]
     del seen.groups[f"{good}/web"]
     assert any(leak.direction is Direction.MISSING for leak in cgroups.judge(book, seen))
+
+
+def test_scope_of_systemd_is_a_place_as_well(tmp_path: Path) -> None:
+    """Whatever the driver is, containers of the other one are seen; its holder is none; empty, a scope is an orphan."""
+    scope = "garden.slice/garden-3fa1.scope"
+    for name in ("@holder", "web", "lost"):
+        (tmp_path / scope / name).mkdir(parents=True)
+    hierarchies = Hierarchies(2, dict.fromkeys(("cpu", "memory", "pids"), tmp_path))
+    for parent in (scope, "garden-3fa1"):
+        places = cgroups.Places("3fa1", parent, scope)
+        seen = cgroups.look(hierarchies, places, {"web"})
+        assert seen.groups == {f"{scope}/web": {tmp_path}, f"{scope}/lost": {tmp_path}}
+        found = cgroups.judge(Book([WEB], [WEB], Shared.ALLOWED), seen)
+        assert [(leak.kind.value, leak.name) for leak in found] == [("cgroup", f"{scope}/lost")]
+        orphans = cgroups.judge(Book([], [], Shared.ORPHANED), replace(seen, groups={}))
+        assert [leak.name for leak in orphans] == [scope]
+    assert cgroups.judge(Book([], [], Shared.REQUIRED), replace(seen, groups={}))[0].name == "garden-3fa1"

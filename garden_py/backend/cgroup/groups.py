@@ -33,13 +33,18 @@ def ensure_parent(hierarchies: Hierarchies, tag: str, *, throttling: bool = Fals
         parent = mount_point / parent_of(tag)
         parent.mkdir(exist_ok=True)
         if hierarchies.version == 2:
-            enable = f"{_ENABLE_V2} +io" if hierarchies.io else _ENABLE_V2  # on containers, not below them
-            (mount_point / "cgroup.subtree_control").write_text(enable)
-            (parent / "cgroup.subtree_control").write_text(enable)
+            pass_controllers_on(hierarchies, mount_point)
+            pass_controllers_on(hierarchies, parent)
         elif throttling:
             (mount_point / throttled_parent_of(tag) / GOOD).mkdir(parents=True, exist_ok=True)
     if throttling and hierarchies.version == 1:
         (hierarchies.mount_points["cpu"] / throttled_parent_of(tag) / BAD).mkdir(exist_ok=True)
+
+
+def pass_controllers_on(hierarchies: Hierarchies, directory: Path) -> None:
+    """v2: give those of containers to the children of a group; block I/O is limited on containers, not below them."""
+    enable = f"{_ENABLE_V2} +io" if hierarchies.io else _ENABLE_V2
+    (directory / "cgroup.subtree_control").write_text(enable)
 
 
 def remove_parent(hierarchies: Hierarchies, tag: str) -> None:

@@ -16,6 +16,8 @@ hierarchy alone it has a twin, where its processes are while it is over its enti
     /garden-throttled-<tag>/bad/<handle>        those of `work`, with the container's weight and `work`'s quota
     /garden-throttled-<tag>/bad/<handle>/p-<id> those of `work/p-<id>`
 
+With --cgroup-driver systemd, on v2, `/garden-<tag>` is `/garden.slice/garden-<tag>.scope` (cgroup/scope.py).
+
 The limits are on `work`, which the agent is not in: running out of memory takes the workload, never PID 1. The CPU
 weight is on the container, where it competes with other containers. Nothing in the container can write any of these
 directories: the server opens `cgroup.procs` and hands descriptors to the agent, and the kernel checks the opener's

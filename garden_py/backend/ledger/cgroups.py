@@ -1,4 +1,4 @@
-"""Cgroups below `garden-<tag>` in every hierarchy, and the processes in those that belong to nobody."""
+"""Cgroups of a server's containers in every hierarchy, and the processes in those that belong to nobody."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from garden_py.backend.cgroup.layout import (
     remove_tree,
     throttled_parent_of,
 )
+from garden_py.backend.cgroup.scope import HOLDER
 from garden_py.backend.host.pids import read_wait_channel
 from garden_py.backend.ledger.book import Book, Shared
 from garden_py.model.errors import HostFault
@@ -31,15 +32,45 @@ REMOVE_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
+class Places:
+    """Where containers are, relative to each hierarchy's mount point (cgroup/layout.py).
+
+    Attributes:
+        tag: of the server.
+        parent: where new ones go, by the driver in use: one of the following two.
+        scope: of systemd (cgroup/scope.py).
+    """
+
+    tag: str
+    parent: str
+    scope: str
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """What containers' own groups are directly in."""
+        throttled = throttled_parent_of(self.tag)
+        return parent_of(self.tag), f"{throttled}/{GOOD}", f"{throttled}/{BAD}", self.scope
+
+    @property
+    def tops(self) -> dict[str, tuple[str, ...]]:
+        """What all containers of a driver share, by the name that it has as a leak."""
+        return {
+            parent_of(self.tag): (parent_of(self.tag), throttled_parent_of(self.tag)),
+            self.scope: (self.scope,),
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class Sight:
     """What was seen. Paths are relative to each hierarchy's mount point; their last part is a handle.
 
     Attributes:
-        parent: `garden-<tag>`.
+        parent: what new containers go into.
         parents: hierarchies that have it, or what stands beside it for containers that can be throttled.
         required: hierarchies that a container must be in.
         groups: of containers: path to the hierarchies that have it.
         pids: of those that were not claimed when the look began, by path.
+        others: what containers of the other driver go into, if it is there.
     """
 
     parent: str
@@ -47,31 +78,31 @@ class Sight:
     parents: frozenset[Path] = frozenset()
     groups: dict[str, set[Path]] = field(default_factory=dict)
     pids: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    others: tuple[str, ...] = ()
 
 
-def look(hierarchies: Hierarchies, tag: str, handles: set[str]) -> Sight:
+def look(hierarchies: Hierarchies, places: Places, handles: set[str]) -> Sight:
     """Read the directories. `handles`: claimed when the look began."""
     points = groups.all_hierarchies(hierarchies)
-    tops = (parent_of(tag), throttled_parent_of(tag))
+    having = {
+        name: frozenset(point for point in points if any((point / top).is_dir() for top in tops))
+        for name, tops in places.tops.items()
+    }
+    parents = having.pop(places.parent)
     seen = Sight(
-        parent_of(tag),
+        places.parent,
         frozenset(hierarchies.distinct()),
-        frozenset(point for point in points if any((point / top).is_dir() for top in tops)),
+        parents,
+        others=tuple(name for name, found in having.items() if found),
     )
-    for point in seen.parents:
-        for place in _places(tag):
+    for point in parents.union(*having.values()):
+        for place in places.groups:
             for name in _directories(point / place):
                 seen.groups.setdefault(f"{place}/{name}", set()).add(point)
     for path in seen.groups:
         if _handle_of(path) not in handles:
             seen.pids[path] = tuple(_pids(hierarchies, path))
     return seen
-
-
-def _places(tag: str) -> tuple[str, ...]:
-    """Where containers are (cgroup/layout.py)."""
-    throttled = throttled_parent_of(tag)
-    return parent_of(tag), f"{throttled}/{GOOD}", f"{throttled}/{BAD}"
 
 
 def _handle_of(path: str) -> str:
@@ -81,7 +112,8 @@ def _handle_of(path: str) -> str:
 def _directories(directory: Path) -> list[str]:
     try:
         with os.scandir(directory) as entries:
-            return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+            names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+            return [name for name in names if name != HOLDER]
     except FileNotFoundError:
         return []
 
@@ -119,21 +151,23 @@ def judge(book: Book, seen: Sight) -> list[Leak]:
 
 
 def _judge_parent(book: Book, seen: Sight) -> list[Leak]:
-    if book.shared is Shared.ORPHANED and seen.parents:
-        return [Leak(LeakKind.CGROUP, Direction.ORPHAN, seen.parent, detail="shared by all containers")]
+    if book.shared is Shared.ORPHANED:
+        names = ((seen.parent,) if seen.parents else ()) + seen.others
+        detail = "shared by all containers"
+        return [Leak(LeakKind.CGROUP, Direction.ORPHAN, name, detail=detail) for name in names]
     if book.shared is Shared.REQUIRED and (lacking := seen.required - seen.parents):
-        names = ", ".join(sorted(str(point) for point in lacking))
-        return [Leak(LeakKind.CGROUP, Direction.MISSING, seen.parent, detail=f"in {names}")]
+        where = ", ".join(sorted(str(point) for point in lacking))
+        return [Leak(LeakKind.CGROUP, Direction.MISSING, seen.parent, detail=f"in {where}")]
     return []
 
 
-def holds_process(tag: str, name: str, pid: int) -> bool:
+def holds_process(places: Places, name: str, pid: int) -> bool:
     """Whether a process is in the group of that name, in any hierarchy. proc_pid_cgroup(5)."""
     try:
         lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):
         return False
-    paths = tuple(f"/{place}/{name}/" for place in _places(tag))
+    paths = tuple(f"/{place}/{name}/" for place in places.groups)
     return any(f"{line.split(':', 2)[2]}/".startswith(paths) for line in lines)
 
 

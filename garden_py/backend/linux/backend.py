@@ -149,13 +149,12 @@ class LinuxBackend:
         self._demolition = Demolition(self._site, self._launcher, self._network, self._disk)
         site = self._site
         self._ledger = Ledger(
-            places_of(self._config, self._network.host, site.depot, site.volumes, site.hierarchies),
+            places_of(self._config, self._network.host, site.depot, site.volumes, site.driver),
             ServerHands(site, self._launcher, self._network),
         )
         self._hold_leases(rows)
         await self._network.ensure_host()
-        throttling = self._config.enable_cpu_throttling
-        groups.ensure_parent(self._site.hierarchies, self._config.tag, throttling=throttling)
+        await self._site.driver.open({scope for row in rows if (scope := row.facts.get("scope"))})
         self._site.block_io.open()
         self._discard_orphans({row.handle for row in rows})
         self._hold_images()
@@ -232,7 +231,7 @@ class LinuxBackend:
     def _keep_broken(self, row: ContainerRow, reason: str) -> None:
         """A container that can only be destroyed; until then its processes' exits and output can be asked for."""
         facts, site = ContainerFacts.from_json(row.facts), self._site
-        cgroup = site.cgroup(row.handle, throttleable=facts.throttleable)
+        cgroup = site.cgroup(row.handle, facts)
         container = LinuxContainer(row.handle, facts, cgroup, site.depot.directory(row.handle), self._events)
         container.broken_because = reason
         self._containers[row.handle] = container
@@ -245,7 +244,7 @@ class LinuxBackend:
         if pidfd is None:
             return "its PID 1 is gone"
         site = self._site
-        cgroup = site.cgroup(row.handle, throttleable=facts.throttleable)
+        cgroup = site.cgroup(row.handle, facts)
         container = LinuxContainer(row.handle, facts, cgroup, site.depot.directory(row.handle), self._events)
         spec = load_container_spec(row.spec)
         container.image, container.disk_scope = spec.image, spec.limits.disk_scope
@@ -322,12 +321,7 @@ class LinuxBackend:
         await self._site.depot.settle()
         if not self._containers and not self._site.depot.handles():
             await self._network.remove_host()
-            try:
-                groups.remove_parent(self._site.hierarchies, self._config.tag)
-            except (
-                OSError
-            ) as error:  # something is in it that no row knows: the ledger's affair, no reason to fail
-                log.warning("cgroup.parent_kept", error=str(error))
+            await self._site.driver.close()
         await self._launcher.close()
         if self._store is not None and not self._containers and not self._site.depot.handles():
             await asyncio.to_thread(self._store.close)

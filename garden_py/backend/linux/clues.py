@@ -55,7 +55,7 @@ class LinuxClues:
             container: None: it is being made or destroyed.
         """
         directory = self._site.depot.directory(handle)
-        cgroup = self._site.cgroup(handle, throttleable=facts is not None and facts.throttleable)
+        cgroup = self._site.cgroup(handle, facts)
         clues = [
             _file("oci/config.json", partial(_read_config, directory / "config.json")),
             _file("oci/runtime.log", partial(_read_tail, directory / "runtime.log")),

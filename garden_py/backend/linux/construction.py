@@ -78,6 +78,7 @@ class Construction:
             slot,
             isolation=isolation,
             throttleable=self._site.config.enable_cpu_throttling and self._site.hierarchies.version == 1,
+            scope=self._site.driver.parent if self._site.driver.uses_systemd else "",
         )
 
     async def build(
@@ -93,8 +94,9 @@ class Construction:
         Whatever was made when a step fails is found by `demolition` from the facts alone, which were recorded.
         """
         site = self._site
+        await site.driver.hold()
         directory = site.depot.claim(spec.handle)
-        cgroup = site.cgroup(spec.handle, throttleable=facts.throttleable)
+        cgroup = site.cgroup(spec.handle, facts)
         container = LinuxContainer(spec.handle, facts, cgroup, directory, events)
         if rootfs.used is not None:
             self._images.store.hold(spec.handle, directory, rootfs.used)
@@ -164,7 +166,7 @@ class Construction:
             image=rootfs.name,
             isolation=facts.isolation,
             hostname=spec.hostname or hostname_for(spec.handle),
-            cgroup_path=site.cgroup(spec.handle, throttleable=facts.throttleable).runtime_path,
+            cgroup_path=site.cgroup(spec.handle, facts).runtime_path,
             bind_mounts=spec.bind_mounts,
             fail_points=failpoints.hand_over(Point.CREATE_MOUNT, Point.CREATE_RUN),
             host_network=facts.lease.mode is NetworkMode.HOST,

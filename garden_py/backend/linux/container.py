@@ -52,6 +52,7 @@ class ContainerFacts:
         boot: the boot of the machine that pid and pid_start are of.
         isolation: what it was made with; None: by a server that did not take it down.
         throttleable: its cgroups are where --enable-cpu-throttling puts them on cgroup v1.
+        scope: the cgroup of systemd's scope that it is in; empty: --cgroup-driver was cgroupfs.
     """
 
     runtime_id: str
@@ -63,6 +64,7 @@ class ContainerFacts:
     boot: str = field(default_factory=read_boot_id)
     isolation: Isolation | None = None
     throttleable: bool = False
+    scope: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """For the journal."""

@@ -42,7 +42,7 @@ class Demolition:
             Unkillable: not done within the configured deadline; call again later. The leases are still held.
         """
         deadline = time.monotonic() + self._site.config.destroy_timeout_s
-        cgroup = self._site.cgroup(handle, throttleable=facts.throttleable)
+        cgroup = self._site.cgroup(handle, facts)
         with step(Step.KILL):
             await self._kill(handle, facts, cgroup, deadline)
         failpoints.reach(Point.DESTROY_KILL)

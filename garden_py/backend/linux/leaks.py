@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from garden_py.backend.cgroup import groups
-from garden_py.backend.cgroup.layout import ContainerCgroup, Hierarchies, parent_of
+from garden_py.backend.cgroup.layout import ContainerCgroup, parent_of
 from garden_py.backend.depot import Depot
 from garden_py.backend.disk.store import LoopStore
 from garden_py.backend.disk.volumes import Volumes
 from garden_py.backend.host.pids import ProcessIdentity, kill_and_wait, read_start_time, read_wait_channel
+from garden_py.backend.host.threads import in_thread
 from garden_py.backend.ledger import cgroups, files, leases, mounts, network, processes
 from garden_py.backend.ledger.book import Book, Holding, Mapping, Shared
 from garden_py.backend.ledger.compare import Sight, compare
+from garden_py.backend.linux.cgroup_driver import CgroupDriver
 from garden_py.backend.linux.container import ContainerFacts
 from garden_py.backend.net.plan import HostPlan, address_of_link
 from garden_py.backend.net.survey import Survey, compile_forget, compile_forget_chain
@@ -72,9 +74,14 @@ class Places:
     depot: Depot
     volumes: Volumes
     store: Path
-    hierarchies: Hierarchies
+    driver: CgroupDriver
     mount_dir: Path
     runtime_roots: tuple[Path, ...]
+
+    @property
+    def cgroups(self) -> cgroups.Places:
+        """Where containers' groups are, by whichever driver they were made."""
+        return cgroups.Places(self.tag, self.driver.parent, self.driver.scope.path)
 
     @property
     def private(self) -> tuple[Path, ...]:
@@ -83,14 +90,12 @@ class Places:
         return (depot.containers, depot.trash, depot.agents, self.mount_dir, *self.runtime_roots)
 
 
-def places_of(
-    config: Config, host: HostPlan, depot: Depot, volumes: Volumes, hierarchies: Hierarchies
-) -> Places:
+def places_of(config: Config, host: HostPlan, depot: Depot, volumes: Volumes, driver: CgroupDriver) -> Places:
     """The places that settings lead to; those of a runtime used by an earlier server included."""
     names = dict.fromkeys((Path(config.runtime).name, "runc", "crun"))
     roots = tuple(config.run_dir / name for name in names)
     store = config.state_dir / "store"
-    return Places(config.tag, host, depot, volumes, store, hierarchies, config.run_dir / "mnt", roots)
+    return Places(config.tag, host, depot, volumes, store, driver, config.run_dir / "mnt", roots)
 
 
 def holding_of(claim: Claim) -> Holding:
@@ -140,7 +145,7 @@ class Ledger:
         addresses = {holding.address for holding in known}
         return Sight(
             files=files.look(places.depot, places.runtime_roots, places.volumes.place, handles),
-            cgroups=cgroups.look(places.hierarchies, places.tag, handles),
+            cgroups=cgroups.look(places.driver.hierarchies, places.cgroups, handles),
             processes=processes.look(places.mount_dir, self._hands.launcher_session(), known),
             network=network.look(places.host, survey, addresses),
             mounts=mounts.look(staged, places.private, places.store),
@@ -183,7 +188,7 @@ class Ledger:
         pid = int(leak.name)
         identity = ProcessIdentity(pid, read_start_time(pid) or 0)
         if leak.handle:
-            is_it = cgroups.holds_process(self._places.tag, leak.handle, pid)
+            is_it = cgroups.holds_process(self._places.cgroups, leak.handle, pid)
         else:
             own = self._hands.launcher_session()
             is_it = pid in processes.look(self._places.mount_dir, own, ()).strangers
@@ -191,9 +196,11 @@ class Ledger:
             raise HostFault("kill", f"process {pid} does not end: {read_wait_channel(pid)}")
 
     async def _remove_cgroup(self, leak: Leak) -> None:
-        hierarchies, tag = self._places.hierarchies, self._places.tag
+        hierarchies, tag, scope = self._places.driver.hierarchies, self._places.tag, self._places.driver.scope
         if leak.name == parent_of(tag):
             groups.remove_parent(hierarchies, tag)
+        elif leak.name == scope.path:
+            await in_thread(scope.stop)
         else:
             await cgroups.remove(ContainerCgroup(hierarchies, leak.name))
 

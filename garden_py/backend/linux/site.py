@@ -24,6 +24,8 @@ from garden_py.backend.disk.store import LoopStore
 from garden_py.backend.disk.volumes import Volumes, find_driver
 from garden_py.backend.host import apparmor
 from garden_py.backend.linux.block_io import BlockIo
+from garden_py.backend.linux.cgroup_driver import CgroupDriver, check_cgroup_driver
+from garden_py.backend.linux.container import ContainerFacts
 from garden_py.backend.linux.isolation import Isolation, choose_isolation
 from garden_py.backend.oci.data import load_runc_config
 from garden_py.backend.oci.facts import HostFacts, probe_host_facts
@@ -95,6 +97,7 @@ class Site:
         filter_fd: of a sealed memfd with the program that filters unprivileged containers' system calls; -1: this host
             cannot compile it, and the runtime does for each container.
         block_io: limits on transfers with the device that store_root is on.
+        driver: of the cgroup that containers are made in.
     """
 
     config: Config
@@ -109,6 +112,7 @@ class Site:
     agent_dir: Path
     filter_fd: int
     block_io: BlockIo
+    driver: CgroupDriver
 
     @property
     def runtime_root(self) -> Path:
@@ -120,14 +124,16 @@ class Site:
         base = None if slot == NO_SLOT else self.uids.base(slot)
         return choose_isolation(self.config, privileged=privileged, id_base=base)
 
-    def cgroup(self, handle: str, *, throttleable: bool) -> ContainerCgroup:
+    def cgroup(self, handle: str, facts: ContainerFacts | None) -> ContainerCgroup:
         """The cgroups of a container.
 
         Args:
             handle: of the container.
-            throttleable: as its ContainerFacts have it.
+            facts: None: it has none yet, so there are no cgroups either.
         """
-        if throttleable:
+        if facts is not None and facts.scope:
+            return ContainerCgroup(self.hierarchies, f"{facts.scope}/{handle}")
+        if facts is not None and facts.throttleable:
             parent = throttled_parent_of(self.config.tag)
             return ContainerCgroup(self.hierarchies, f"{parent}/{GOOD}/{handle}", f"{parent}/{BAD}/{handle}")
         return ContainerCgroup(self.hierarchies, f"{parent_of(self.config.tag)}/{handle}")
@@ -167,12 +173,15 @@ def open_site(config: Config, store: LoopStore | None = None) -> Site:
     mount_dir, agent_dir = make_mount_dir(config), config.state_dir / "agent"
     config.state_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
     agent_dir.mkdir(mode=0o755, exist_ok=True)
+    check_cgroup_driver(config, facts.cgroup_version)
     hierarchies = probe_hierarchies(facts.cgroup_version)
+    driver = CgroupDriver(config, hierarchies)
     return Site(
         config=config,
         facts=facts,
         hierarchies=hierarchies,
-        block_io=BlockIo(hierarchies, parent_of(config.tag), root, config),
+        block_io=BlockIo(hierarchies, driver.parent, root, config),
+        driver=driver,
         depot=depot,
         volumes=Volumes(root, find_driver(root), depot.throw_away),
         store_root=root,

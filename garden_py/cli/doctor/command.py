@@ -133,6 +133,7 @@ def run_checks(plan: Plan) -> list[Finding]:
         lambda: kernel.check_idmapped_mounts(plan.state_dir),
         lambda: kernel.check_idmapped_overlay(plan.state_dir),
         kernel.check_cgroups,
+        kernel.check_systemd,
         kernel.check_seccomp,
         kernel.check_apparmor,
         kernel.check_pidfd,

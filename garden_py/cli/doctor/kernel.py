@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Final
 
+from garden_py.backend.cgroup import scope
 from garden_py.backend.host import apparmor, syscalls
 from garden_py.cli.doctor.finding import Doubt, Finding, Level, judge
 from garden_py.cli.doctor.trial import TRIAL_UID, attempt, scratch_directory, user_namespace
@@ -161,6 +162,17 @@ def check_apparmor() -> Finding:
         "kernel with CONFIG_SECURITY_APPARMOR, booted with apparmor=1 security=apparmor",
     )
     return judge("apparmor", apparmor.find_obstacle(), "processes can be confined", doubt)
+
+
+def check_systemd() -> Finding:
+    """Only asked for by `garden server --cgroup-driver systemd`."""
+    doubt = Doubt(
+        Level.WARN,
+        "`garden server --cgroup-driver systemd` refuses to start",
+        "boot with systemd as PID 1 and systemd.unified_cgroup_hierarchy=1",
+    )
+    version = 2 if Path("/sys/fs/cgroup/cgroup.controllers").exists() else 1
+    return judge("systemd", scope.find_obstacle(version), "can make scopes", doubt)
 
 
 def check_cgroups() -> Finding:
