@@ -22,6 +22,8 @@ _MIB = 1 << 20
 # And a quota of half a processor: part of what the kernel does for packets and for tasks that come and go is outside of
 # any weight, and only a quota bounds how much of it there is. Without one, p95 was 4 to 12 times the quiet one.
 LIMITS = Limits(memory_bytes=128 * _MIB, pids=100, cpu_weight=10, cpu_quota_us=50_000)
+# Packets are received in softirq, for whoever happens to run: only a limit on bandwidth bounds how many there are.
+_SENDER_LIMITS = replace(LIMITS, network_tx_bytes_per_s=50 * _MIB)
 _WRITER_LIMITS = replace(LIMITS, io_write_bytes_per_s=20 * _MIB, io_read_bytes_per_s=20 * _MIB)
 _QUIET = "the same, neighbour idle"
 # The agent's own interpreter, the only one in an image of busybox that has threads, and goes on when fork(2) fails.
@@ -83,6 +85,7 @@ ATTACKS = (
     Attack(
         "network flood",
         _sh("while :; do nc $0 9999 </dev/zero >/dev/null; done"),
+        _SENDER_LIMITS,
         copies=4,
         needs_sink=True,
     ),
