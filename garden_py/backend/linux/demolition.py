@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import shutil
 import time
 
@@ -52,8 +53,7 @@ class Demolition:
         # The runtime's record of a container whose processes, cgroups and mounts are gone is this directory and
         # nothing else; `runc delete` would do the same, 20 ms later (docs/decisions/0004-no-runc-delete.md).
         with step(Step.RECORD):
-            for record in self._site.runtime_root.glob(f"{facts.runtime_id}*"):  # its own and its sidecars'
-                shutil.rmtree(record, ignore_errors=False, onerror=_missing_is_fine)
+            self._remove_records(facts.runtime_id)
         failpoints.reach(Point.DESTROY_RUNTIME)
         with step(Step.DISK):
             await self._disk.remove(facts.runtime_id)
@@ -63,6 +63,13 @@ class Demolition:
         with step(Step.RELEASE):
             self._network.release(facts.lease)
             self._site.uids.release(facts.uid_slot)
+
+    def _remove_records(self, runtime_id: str) -> None:
+        """The container's own and its sidecars'."""
+        root = self._site.runtime_root
+        for name in os.listdir(root) if root.exists() else ():
+            if name.startswith(runtime_id):
+                shutil.rmtree(root / name, ignore_errors=False, onerror=_missing_is_fine)
 
     async def _kill(
         self, handle: str, facts: ContainerFacts, cgroup: ContainerCgroup, deadline: float
