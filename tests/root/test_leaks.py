@@ -15,6 +15,7 @@ from contextlib import ExitStack
 import pytest
 from kit import plant
 from kit.garden import events_of, text_of, wait_until
+from kit.patience import FACTOR
 from kit.plant import Site
 from kit.server import ServerProcess, running_server
 from kit.trace import assert_no_trace, snapshot
@@ -30,7 +31,7 @@ from garden_py.client import (
 )
 
 pytestmark = pytest.mark.root
-STORM_S = 6.0
+STORM_S = 6.0 * FACTOR
 
 
 @pytest.fixture
