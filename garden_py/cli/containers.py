@@ -73,6 +73,7 @@ def create(
     io_write: opt.IoWriteOption = None,
     io_read_ops: opt.IoReadOpsOption = None,
     io_write_ops: opt.IoWriteOpsOption = None,
+    rlimits: opt.RlimitOption = None,
     grace_time: Annotated[
         str | None,
         typer.Option(
@@ -156,6 +157,7 @@ def create(
             io,
             bandwidth_in,
             bandwidth_out,
+            rlimits,
         ),
         grace_time=opt.given("--grace-time", parse.parse_grace_time, grace_time),
         port_mappings=tuple(parse.parse_port(text) for text in publish or []),

@@ -46,10 +46,7 @@ def run(
         str,
         typer.Option("--request-id", metavar="ID", help="Makes a repeated run with the same --id harmless."),
     ] = "",
-    rlimits: Annotated[
-        list[str] | None,
-        typer.Option("--rlimit", metavar="NAME=N", help="e.g. nofile=1024, core=unlimited; repeat."),
-    ] = None,
+    rlimits: opt.RlimitOption = None,
     image: Annotated[
         str,
         typer.Option(

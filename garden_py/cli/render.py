@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from enum import Enum, StrEnum
 from typing import TYPE_CHECKING, Any
 
-from garden_py.cli.parse import CPU_PERIOD_US, format_size
+from garden_py.cli.parse import CPU_PERIOD_US, format_rlimits, format_size
 
 if TYPE_CHECKING:
     from garden_py.client import Limits
@@ -97,6 +97,7 @@ def limits_text(limits: Limits) -> str:
         "io weight": "" if not limits.io_weight else str(limits.io_weight),
         "reads": _rate_text(limits.io_read_bytes_per_s, limits.io_read_ops_per_s),
         "writes": _rate_text(limits.io_write_bytes_per_s, limits.io_write_ops_per_s),
+        "rlimits": format_rlimits(limits.rlimits),
     }
     return ", ".join(f"{name} {text}" for name, text in parts.items() if text) or "none"
 

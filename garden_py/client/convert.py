@@ -38,6 +38,7 @@ def limits_to_pb(limits: v.Limits) -> pb.Limits:
         io_write_bytes_per_s=limits.io_write_bytes_per_s,
         io_read_ops_per_s=limits.io_read_ops_per_s,
         io_write_ops_per_s=limits.io_write_ops_per_s,
+        rlimits=limits.rlimits,
     )
 
 
@@ -66,6 +67,7 @@ def limits_from_pb(message: pb.Limits) -> v.Limits:
         else None,
         io_read_ops_per_s=message.io_read_ops_per_s if message.HasField("io_read_ops_per_s") else None,
         io_write_ops_per_s=message.io_write_ops_per_s if message.HasField("io_write_ops_per_s") else None,
+        rlimits=dict(message.rlimits),
     )
 
 

@@ -181,6 +181,9 @@ class Limits:
         io_weight: of a container, relative share of the writable layer's block device under contention, 1 to 10000.
         io_read_bytes_per_s, io_write_bytes_per_s, io_read_ops_per_s, io_write_ops_per_s: of a container, transfers with
             that device. On cgroup v1 only writes that bypass the page cache count.
+        rlimits: as ProcessSpec.rlimits; a resource that is not named has no statement. Of a container: for all its
+            processes but those that state the resource themselves. Of a process that is to be started: not here, but in
+            ProcessSpec.rlimits.
     """
 
     memory_bytes: int | None = None
@@ -199,6 +202,7 @@ class Limits:
     io_write_bytes_per_s: int | None = None
     io_read_ops_per_s: int | None = None
     io_write_ops_per_s: int | None = None
+    rlimits: Mapping[str, int] = field(default_factory=lambda: dict[str, int]())
 
 
 @dataclass(frozen=True, slots=True)

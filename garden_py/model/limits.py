@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 
@@ -26,6 +27,29 @@ IO_FLOOR_BYTES_PER_S = 4096  # a page: less would hold up a single fault for sec
 NO_PROCESS_DISK = "only containers and sidecars have disk space of their own"
 NO_PROCESS_IO = "only the transfers of a whole container can be limited"
 UINT63_MAX = (1 << 63) - 1
+RLIMIT_NAMES = frozenset(
+    (
+        "as",
+        "core",
+        "cpu",
+        "data",
+        "fsize",
+        "locks",
+        "memlock",
+        "msgqueue",
+        "nice",
+        "nofile",
+        "nproc",
+        "rss",
+        "rtprio",
+        "rttime",
+        "sigpending",
+        "stack",
+    )
+)
+RLIM_INFINITY = (1 << 64) - 1
+Rlimits = tuple[tuple[str, int], ...]
+_CPU_SHARE = frozenset(("cpu_weight", "cpu_shares"))
 NO_PROCESS_NETWORK = "a process has the bandwidth of its container"
 NETWORK_RATE_RANGE = (1 << 10, 1 << 40)
 NETWORK_BURST_RANGE = (4 << 10, 1 << 30)  # a whole packet must fit
@@ -58,6 +82,8 @@ class Limits:
         network_burst_bytes: how much of either may pass at once after a pause; None or 0: the server's choice.
         io_weight: share of the writable layer's block device under contention, 1 to 10000, as cgroup v2's io.weight.
         io_read_bytes_per_s, io_write_bytes_per_s, io_read_ops_per_s, io_write_ops_per_s: transfers with that device.
+        rlimits: resource name in lower case (getrlimit(2) without RLIMIT_) to soft and hard value, in order of names; a
+            resource that is not named has no statement. Of a container: for processes that do not state it themselves.
     """
 
     memory_bytes: int | None = None
@@ -77,15 +103,23 @@ class Limits:
     io_write_bytes_per_s: int | None = None
     io_read_ops_per_s: int | None = None
     io_write_ops_per_s: int | None = None
+    rlimits: Rlimits = ()
 
     def over(self, older: Limits) -> Limits:
         """These limits, with older's value wherever this has no statement."""
         stated = {
             each.name: value for each in fields(self) if (value := getattr(self, each.name)) is not None
         }
-        if "cpu_weight" in stated or "cpu_shares" in stated:  # two ways to say one thing
+        if not _CPU_SHARE.isdisjoint(stated):  # two ways to say one thing
             older = replace(older, cpu_weight=None, cpu_shares=None)
-        return replace(older, **stated)
+        return replace(older, **{**stated, "rlimits": rlimits_over(self.rlimits, older.rlimits)})
+
+    def those_of(self, older: Limits) -> Limits:
+        """Of older, what this makes a statement about; of rlimits nothing."""
+        stated = {each.name for each in fields(self) if getattr(self, each.name) is not None} - {"rlimits"}
+        if not stated.isdisjoint(_CPU_SHARE):  # two ways to say one thing
+            stated.update(_CPU_SHARE)
+        return Limits(**{name: getattr(older, name) for name in stated})
 
     @property
     def states_disk(self) -> bool:
@@ -100,6 +134,10 @@ class Limits:
     def only_io(self) -> Limits:
         """Of these, those of transfers with the block device."""
         return Limits(**{name: getattr(self, name) for name in ("io_weight", *IO_RATES)})
+
+    def without_rlimits(self) -> Limits:
+        """The same without resource limits."""
+        return replace(self, rlimits=())
 
     def without_disk(self) -> Limits:
         """The same without a word about disk space: what is left is the processes'."""
@@ -122,6 +160,23 @@ class Limits:
     def empty(self) -> bool:
         """Whether no field states anything."""
         return self == Limits()
+
+
+def rlimits_over(rlimits: Rlimits, older: Rlimits) -> Rlimits:
+    """Resource limits, with older's where these name none; in order of names."""
+    return tuple(sorted({**dict(older), **dict(rlimits)}.items()))
+
+
+def rlimit_violations(rlimits: Iterable[tuple[str, int]], prefix: str) -> list[FieldViolation]:
+    """Resources that there are not, and values that are none, named as `prefix[name]`."""
+    found: list[FieldViolation] = []
+    for name, value in rlimits:
+        if name not in RLIMIT_NAMES:
+            problem = f"unknown; known: {', '.join(sorted(RLIMIT_NAMES))}"
+            found.append(FieldViolation(f"{prefix}[{name}]", problem))
+        elif not 0 <= value <= RLIM_INFINITY:
+            found.append(FieldViolation(f"{prefix}[{name}]", "must be 0 to 2^64-1 (unlimited)"))
+    return found
 
 
 def limit_violations(limits: Limits, prefix: str) -> list[FieldViolation]:
@@ -152,11 +207,11 @@ def limit_violations(limits: Limits, prefix: str) -> list[FieldViolation]:
         check(name, getattr(limits, name), low, high, zero_is_unlimited=True)
     if limits.disk_scope is not None and limits.disk_bytes is None:
         found.append(FieldViolation(f"{prefix}.disk_scope", "needs disk_bytes"))
-    return found
+    return found + rlimit_violations(limits.rlimits, f"{prefix}.rlimits")
 
 
 def process_limit_violations(limits: Limits, prefix: str) -> list[FieldViolation]:
-    """As limit_violations, for limits of a running process: of memory, CPU, tasks, and of a sidecar disk space."""
+    """As limit_violations, for a running process: memory, CPU, tasks, rlimits, and a sidecar's disk space."""
     found = limit_violations(limits, prefix)
     if limits.states_io:
         found.append(FieldViolation(f"{prefix}.io_weight", NO_PROCESS_IO))

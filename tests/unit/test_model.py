@@ -118,6 +118,12 @@ def test_limits_over_older_ones() -> None:
     """A field without a statement keeps the older value; zero is a statement."""
     older = Limits(memory_bytes=1, cpu_weight=2, pids=3)
     assert Limits(memory_bytes=0, pids=9).over(older) == Limits(memory_bytes=0, cpu_weight=2, pids=9)
+    named, other = (("core", 1), ("nofile", 2)), (("nofile", 3), ("as", 4))
+    assert Limits(rlimits=other).over(Limits(rlimits=named)).rlimits == (
+        ("as", 4),
+        ("core", 1),
+        ("nofile", 3),
+    )
     assert Limits().empty()
     assert not Limits(pids=0).empty()
 
@@ -176,6 +182,10 @@ def mounts(*pairs: tuple[str, str]) -> tuple[BindMount, ...]:
         ({"port_mappings": (PortMapping(5, 1), PortMapping(5, 2))}, {"spec.port_mappings[1].host_port"}),
         ({"port_mappings": (PortMapping(5, 1), PortMapping(5, 1, Transport.UDP))}, set()),
         ({"port_mappings": (PortMapping(0, 1), PortMapping(0, 1))}, set()),
+        (
+            {"limits": Limits(rlimits=(("files", 1), ("core", -1), ("as", 9)))},
+            {"spec.limits.rlimits[files]", "spec.limits.rlimits[core]"},
+        ),
     ],
 )  # fmt: skip
 def test_container_specs(changes: dict[str, Any], fields: set[str]) -> None:
@@ -198,6 +208,7 @@ def test_container_specs(changes: dict[str, Any], fields: set[str]) -> None:
         ({"dir": "relative"}, {"spec.dir"}),
         ({"user": "a\0"}, {"spec.user"}),
         ({"tty": WindowSize(70_000, 1)}, {"spec.tty"}),
+        ({"limits": Limits(rlimits=(("nofile", 1),))}, {"spec.limits.rlimits"}),
         ({"rlimits": (("files", 1),)}, {"spec.rlimits[files]"}),
         ({"rlimits": (("nofile", -1),)}, {"spec.rlimits[nofile]"}),
         ({"rlimits": (("nofile", 1 << 64),)}, {"spec.rlimits[nofile]"}),

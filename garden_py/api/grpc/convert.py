@@ -78,6 +78,7 @@ def limits_from(message: pb.Limits) -> Limits:
         else None,
         io_read_ops_per_s=message.io_read_ops_per_s if message.HasField("io_read_ops_per_s") else None,
         io_write_ops_per_s=message.io_write_ops_per_s if message.HasField("io_write_ops_per_s") else None,
+        rlimits=tuple(sorted(message.rlimits.items())),
     )
 
 
@@ -106,6 +107,7 @@ def limits_to(limits: Limits) -> pb.Limits:
         io_write_bytes_per_s=limits.io_write_bytes_per_s,
         io_read_ops_per_s=limits.io_read_ops_per_s,
         io_write_ops_per_s=limits.io_write_ops_per_s,
+        rlimits=dict(limits.rlimits),
     )
 
 

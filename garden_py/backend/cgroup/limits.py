@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from garden_py.backend.cgroup.layout import WORK, ContainerCgroup
@@ -143,12 +143,10 @@ def change_limits(cgroup: ContainerCgroup, limits: Limits, *, leaf: tuple[str, .
     """
     before = read_limits(cgroup, leaf=leaf)
     limits = limits.over(_period_of(limits, before))
-    asked = {name for name, value in asdict(limits).items() if value is not None}
     try:
         write_limits(cgroup, limits, leaf=leaf)
     except (LimitRefused, HostFault):
-        earlier = Limits(**{name: value for name, value in asdict(before).items() if name in asked})
-        write_limits(cgroup, earlier, leaf=leaf)
+        write_limits(cgroup, limits.those_of(before), leaf=leaf)
         raise
     return read_limits(cgroup, leaf=leaf)
 
