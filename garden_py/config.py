@@ -214,6 +214,15 @@ class Config(BaseModel):
         int, Field(ge=1, le=4096, description="Number of uid ranges (65536 ids each).")
     ] = 4096
 
+    # -- memory: backend/cgroup/limits.py
+    disable_swap_limit: Annotated[
+        bool,
+        Field(
+            description="Let containers and processes with a memory limit use as much swap as there is, unless they "
+            "state how much; else they get none."
+        ),
+    ] = False
+
     # -- processor time: service/containers.py, service/throttling.py
     cpu_quota_per_share: Annotated[
         int,

@@ -97,6 +97,7 @@ def limits_of(
     bandwidth_in: str | None = None,
     bandwidth_out: str | None = None,
     rlimits: Sequence[str] | None = None,
+    swap: str | None = None,
 ) -> Limits:
     """Limits from the shared limit options."""
     from garden_py.client.values import DiskScope, Limits
@@ -118,6 +119,7 @@ def limits_of(
         cpu_quota_us=given("--cpu-quota", parse.parse_cpu_quota, cpu_quota),
         pids=pids,
         rlimits=parse.parse_rlimits(rlimits or ()),
+        swap_bytes=given("--swap", parse.parse_swap, swap),
     )
 
 
@@ -170,6 +172,15 @@ MemoryOption = Annotated[
         "-m",
         metavar="SIZE",
         help="Memory limit of all processes together, e.g. 64M or 1GiB; 0: unlimited.",
+        show_default=False,
+    ),
+]
+SwapOption = Annotated[
+    str | None,
+    typer.Option(
+        "--swap",
+        metavar="SIZE",
+        help="Swap on top of --memory, e.g. 64M, or unlimited.  [default: none]",
         show_default=False,
     ),
 ]

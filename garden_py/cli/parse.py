@@ -17,6 +17,7 @@ _DURATION_PART: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 _DURATION_UNITS_S: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 RLIM_INFINITY: Final = (1 << 64) - 1
+SWAP_UNLIMITED: Final = (1 << 64) - 1
 CPU_PERIOD_US: Final = 100_000
 """The kernel's default CFS period, against which percents count. Source: kernel docs, sched-bwc.rst."""
 
@@ -31,6 +32,11 @@ def parse_size(text: str) -> int:
         return size.parse_size(text)
     except ValueError as error:
         raise BadInput(str(error)) from error
+
+
+def parse_swap(text: str) -> int:
+    """Bytes of swap; `unlimited` is SWAP_UNLIMITED."""
+    return SWAP_UNLIMITED if text == "unlimited" else parse_size(text)
 
 
 def parse_duration(text: str) -> timedelta:

@@ -16,6 +16,7 @@ def limits(
     context: typer.Context,
     handle: opt.HandleArgument,
     memory: opt.MemoryOption = None,
+    swap: opt.SwapOption = None,
     cpu_weight: opt.CpuWeightOption = None,
     cpu_quota: opt.CpuQuotaOption = None,
     pids: opt.PidsOption = None,
@@ -67,6 +68,7 @@ def limits(
         bandwidth_in,
         bandwidth_out,
         rlimits,
+        swap,
     )
     with opt.connect(context, address) as garden:
         container = garden.container(handle)

@@ -168,7 +168,9 @@ class Limits:
     """Limits of a container or of one process; None is "no statement", 0 "unlimited" where that is allowed.
 
     Attributes:
-        memory_bytes: all processes together; floor 4 MiB.
+        memory_bytes: all processes together, without swap; floor 4 MiB.
+        swap_bytes: swap on top of that; here 0 is none, and 2^64-1 unlimited. Not stated with a new memory limit: the
+            server's default, none. None in answers: there is no memory limit, or the kernel does not count swap.
         cpu_weight: relative share under contention, 1 to 10000.
         cpu_quota_us: CPU time per period, at least 1000 µs.
         cpu_period_us: 1000 to 1000000 µs.
@@ -203,6 +205,7 @@ class Limits:
     io_read_ops_per_s: int | None = None
     io_write_ops_per_s: int | None = None
     rlimits: Mapping[str, int] = field(default_factory=lambda: dict[str, int]())
+    swap_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from .limits import (
     NO_PROCESS_NETWORK,
     Limits,
     Rlimits,
+    incomplete_limits,
     limit_violations,
     rlimit_violations,
 )
@@ -173,8 +174,7 @@ def check_process(spec: ProcessSpec, prefix: str = "spec") -> None:
     if spec.limits.rlimits:
         bad("limits.rlimits", f"a process states them in {prefix}.rlimits")
     found += limit_violations(spec.limits, f"{prefix}.limits")
-    if spec.limits.cpu_period_us is not None and spec.limits.cpu_quota_us is None:
-        bad("limits.cpu_period_us", "needs cpu_quota_us")
+    found += incomplete_limits(spec.limits, f"{prefix}.limits")
     if spec.limits.states_network:
         found.append(FieldViolation("spec.limits.network_tx_bytes_per_s", NO_PROCESS_NETWORK))
     if spec.limits.states_disk and spec.sidecar is None:

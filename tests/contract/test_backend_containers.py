@@ -15,7 +15,7 @@ from kit.rights import may_raise_limits
 from kit.stage import Stage, chunks_of, eventually, exit_of, full_spec, output_of
 
 from garden_py.model import errors
-from garden_py.model.limits import IO_RATES, Limits
+from garden_py.model.limits import IO_RATES, SWAP_UNLIMITED, Limits
 from garden_py.model.netrule import DefaultAction, EgressPolicy, parse_egress_rule
 from garden_py.model.process import OutputStream
 from garden_py.model.spec import PortMapping, Transport
@@ -153,13 +153,38 @@ async def test_limits_are_read_back(stage: Stage) -> None:
     asked = Limits(memory_bytes=64 << 20, cpu_weight=50, cpu_quota_us=50_000, pids=40)
     handle = await stage.create(limits=asked)
     now = await stage.backend.limits(handle)
-    assert replace(now, **dict.fromkeys(("io_weight", *IO_RATES))) == replace(
+    assert now.swap_bytes in (0, None)  # some kernels do not count it
+    assert replace(now, swap_bytes=None, **dict.fromkeys(("io_weight", *IO_RATES))) == replace(
         asked, cpu_period_us=100_000, cpu_shares=now.cpu_shares, disk_bytes=0, disk_inodes=0
     )
     assert now.cpu_shares in (None, 512)  # cgroup v1 keeps nothing but shares
     changed = await stage.backend.update_limits(handle, Limits(memory_bytes=128 << 20, pids=0))
     assert changed == replace(now, memory_bytes=128 << 20, pids=0)
     assert await stage.backend.limits(handle) == changed
+
+
+async def test_swap_goes_with_a_memory_limit(stage: Stage) -> None:
+    """It stays on top of it when that changes, and goes with it; alone it makes no sense."""
+    handle = await stage.create(limits=Limits(memory_bytes=64 << 20))
+    if (await stage.backend.limits(handle)).swap_bytes is None:
+        pytest.skip("this kernel does not count swap")
+    for change, expected in (
+        (Limits(swap_bytes=32 << 20), (64 << 20, 32 << 20)),
+        (Limits(memory_bytes=48 << 20), (48 << 20, 32 << 20)),
+        (Limits(memory_bytes=96 << 20, swap_bytes=4 << 20), (96 << 20, 4 << 20)),
+        (Limits(swap_bytes=SWAP_UNLIMITED), (96 << 20, SWAP_UNLIMITED)),
+        (Limits(memory_bytes=64 << 20, swap_bytes=0), (64 << 20, 0)),
+        (Limits(memory_bytes=0), (0, None)),
+        (Limits(memory_bytes=64 << 20), (64 << 20, 0)),
+    ):
+        now = await stage.backend.update_limits(handle, change)
+        assert (now.memory_bytes, now.swap_bytes) == expected
+        assert await stage.backend.limits(handle) == now
+    await stage.backend.update_limits(handle, Limits(memory_bytes=0))
+    with pytest.raises(errors.InvalidField) as refused:
+        await stage.backend.update_limits(handle, Limits(pids=3, swap_bytes=1 << 20))
+    assert refused.value.field == "limits.swap_bytes"
+    assert (await stage.backend.limits(handle)).pids == 0
 
 
 async def test_limits_of_a_process(stage: Stage) -> None:

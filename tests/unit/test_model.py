@@ -13,7 +13,13 @@ from garden_py.model.errors import InvalidRequest
 from garden_py.model.files import BindMount
 from garden_py.model.handle import hostname_for, hostname_problem, make_name, name_problem
 from garden_py.model.lifecycle import FOLLOWERS, State, may_follow
-from garden_py.model.limits import MEMORY_FLOOR_BYTES, Limits, shares_from_weight, weight_from_shares
+from garden_py.model.limits import (
+    MEMORY_FLOOR_BYTES,
+    SWAP_UNLIMITED,
+    Limits,
+    shares_from_weight,
+    weight_from_shares,
+)
 from garden_py.model.process import (
     ARG_MAX_BYTES,
     ExitStatus,
@@ -104,6 +110,11 @@ def test_destroying_is_reachable_from_every_state_and_left_only_for_unkillable()
         (Limits(cpu_quota_us=5000, cpu_period_us=1_000_001), {"spec.limits.cpu_period_us"}),
         (Limits(cpu_period_us=50_000), {"spec.limits.cpu_period_us"}),
         (Limits(pids=4_194_305), {"spec.limits.pids"}),
+        (Limits(memory_bytes=1 << 30, swap_bytes=1 << 63), {"spec.limits.swap_bytes"}),
+        (Limits(memory_bytes=0, swap_bytes=0), {"spec.limits.swap_bytes"}),
+        (Limits(swap_bytes=1), {"spec.limits.swap_bytes"}),
+        (Limits(memory_bytes=1 << 30, swap_bytes=0), set()),
+        (Limits(memory_bytes=1 << 30, swap_bytes=SWAP_UNLIMITED), set()),
         (Limits(memory_bytes=MEMORY_FLOOR_BYTES, cpu_weight=1, cpu_quota_us=1000, pids=1), set()),
         (Limits(memory_bytes=0, cpu_quota_us=0, pids=0), set()),
     ],
@@ -124,6 +135,11 @@ def test_limits_over_older_ones() -> None:
         ("core", 1),
         ("nofile", 3),
     )
+    limited = Limits(memory_bytes=1, swap_bytes=2)
+    assert Limits(memory_bytes=3).over(limited) == Limits(memory_bytes=3, swap_bytes=2)
+    assert Limits(memory_bytes=0).over(limited) == Limits(
+        memory_bytes=0
+    )  # there is nothing it could be on top of
     assert Limits().empty()
     assert not Limits(pids=0).empty()
 

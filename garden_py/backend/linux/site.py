@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import resource
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import structlog
@@ -32,6 +32,7 @@ from garden_py.backend.oci.seccomp_filter import NoFilter, compile_filter
 from garden_py.backend.rootfs.runtime_bundle import RuntimeBundle, build_runtime_bundle
 from garden_py.config import UIDS_PER_CONTAINER, Config
 from garden_py.model.errors import InvalidField, PoolExhausted
+from garden_py.model.limits import SWAP_UNLIMITED
 
 log = structlog.get_logger()
 AGENT_TARGET = "/dev/.garden"
@@ -168,6 +169,8 @@ def open_site(config: Config, store: LoopStore | None = None) -> Site:
     config.state_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
     agent_dir.mkdir(mode=0o755, exist_ok=True)
     hierarchies = probe_hierarchies(facts.cgroup_version)
+    if config.disable_swap_limit:
+        hierarchies = replace(hierarchies, unstated_swap=SWAP_UNLIMITED)
     return Site(
         config=config,
         facts=facts,
