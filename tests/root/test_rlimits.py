@@ -6,10 +6,12 @@ test_resource_limits.py.
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+import tarfile
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -230,11 +232,24 @@ def test_starts_under_way_get_them_too(garden: GardenClient) -> None:
 
 
 def test_copies_are_not_held_to_them(garden: GardenClient) -> None:
-    """The files are the caller's, and who copies them is the server's."""
+    """The files are the caller's, and who copies them is the server's; nor does a change reach a copy under way."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name in ("before", "after"):
+            entry = tarfile.TarInfo(name)
+            entry.size = 100_000
+            tar.addfile(entry, io.BytesIO(b"x" * entry.size))
+    archive = buffer.getvalue()
+
     with garden.create(ContainerSpec(limits=rlimits(fsize=4096))) as box:
-        box.write_file("/before", b"x" * 100_000)
-        box.update_limits(rlimits(fsize=2048))
-        box.write_file("/after", b"x" * 100_000)
+
+        def chunks() -> Iterator[bytes]:
+            yield archive[:101_000]
+            wait_until(lambda: files_of(box), "the archiver to be there")
+            box.update_limits(rlimits(fsize=2048))
+            yield archive[101_000:]
+
+        box.stream_in(chunks(), path="/")
         assert text_of(box, "wc -c < /before; wc -c < /after").split() == ["100000"] * 2
         assert box.run(sh("cat /before > /copy")).output().exit.shell_code == 128 + 25  # SIGXFSZ
 

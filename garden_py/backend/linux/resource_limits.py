@@ -231,7 +231,7 @@ async def _change(wanted: Callable[[], Mapping[int, Rlimits]]) -> Callable[[], N
     child can be seen; so who was changed is watched until it cannot be in the middle of that, or _PAUSES_S are over.
     """
     former: dict[int, dict[str, _Pair]] = {}
-    undo = partial(_put_back, former)
+    undo = partial(_put_back, former, wanted)
     pauses, forking = iter(_PAUSES_S), set[int]()
     try:
         for _ in range(_LOOKS_MAX):
@@ -312,8 +312,10 @@ def _set(pid: int, name: str, limit: _Pair) -> None:
         ) from error
 
 
-def _put_back(former: Mapping[int, Mapping[str, _Pair]]) -> None:
-    for pid, limits in former.items():
-        for name, limit in limits.items():
-            with suppress(LimitRefused):  # a hard limit that was lowered stays, without CAP_SYS_RESOURCE
-                _set(pid, name, limit)
+def _put_back(former: Mapping[int, Mapping[str, _Pair]], wanted: Callable[[], Mapping[int, Rlimits]]) -> None:
+    """Set former limits of those that are still there: of others, the number may be anybody's by now."""
+    with suppress(ContainerBroken):
+        for pid in wanted().keys() & former.keys():
+            for name, limit in former[pid].items():
+                with suppress(LimitRefused):  # a hard limit that was lowered stays, without CAP_SYS_RESOURCE
+                    _set(pid, name, limit)
