@@ -235,6 +235,15 @@ class Config(BaseModel):
         str, Field(description="Slice of systemd that the scope is in, with --cgroup-driver systemd.")
     ] = "garden.slice"
 
+    # -- memory: backend/cgroup/limits.py
+    disable_swap_limit: Annotated[
+        bool,
+        Field(
+            description="Let containers and processes with a memory limit use as much swap as there is, unless they "
+            "state how much; else they get none."
+        ),
+    ] = False
+
     # -- processor time: service/containers.py, service/throttling.py
     cpu_quota_per_share: Annotated[
         int,

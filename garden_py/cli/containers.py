@@ -60,6 +60,7 @@ def create(
         ),
     ] = None,
     memory: opt.MemoryOption = None,
+    swap: opt.SwapOption = None,
     cpu_weight: opt.CpuWeightOption = None,
     cpu_quota: opt.CpuQuotaOption = None,
     pids: opt.PidsOption = None,
@@ -73,6 +74,7 @@ def create(
     io_write: opt.IoWriteOption = None,
     io_read_ops: opt.IoReadOpsOption = None,
     io_write_ops: opt.IoWriteOpsOption = None,
+    rlimits: opt.RlimitOption = None,
     grace_time: Annotated[
         str | None,
         typer.Option(
@@ -156,6 +158,8 @@ def create(
             io,
             bandwidth_in,
             bandwidth_out,
+            rlimits,
+            swap,
         ),
         grace_time=opt.given("--grace-time", parse.parse_grace_time, grace_time),
         port_mappings=tuple(parse.parse_port(text) for text in publish or []),

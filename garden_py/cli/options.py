@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -96,6 +96,8 @@ def limits_of(
     io: Io | None = None,
     bandwidth_in: str | None = None,
     bandwidth_out: str | None = None,
+    rlimits: Sequence[str] | None = None,
+    swap: str | None = None,
 ) -> Limits:
     """Limits from the shared limit options."""
     from garden_py.client.values import DiskScope, Limits
@@ -116,6 +118,8 @@ def limits_of(
         cpu_weight=cpu_weight,
         cpu_quota_us=given("--cpu-quota", parse.parse_cpu_quota, cpu_quota),
         pids=pids,
+        rlimits=parse.parse_rlimits(rlimits or ()),
+        swap_bytes=given("--swap", parse.parse_swap, swap),
     )
 
 
@@ -168,6 +172,15 @@ MemoryOption = Annotated[
         "-m",
         metavar="SIZE",
         help="Memory limit of all processes together, e.g. 64M or 1GiB; 0: unlimited.",
+        show_default=False,
+    ),
+]
+SwapOption = Annotated[
+    str | None,
+    typer.Option(
+        "--swap",
+        metavar="SIZE",
+        help="Swap on top of --memory, e.g. 64M, or unlimited.  [default: none]",
         show_default=False,
     ),
 ]
@@ -281,6 +294,15 @@ IoWriteOpsOption = Annotated[
         metavar="N",
         min=0,
         help="Writes to disk per second; 0: unlimited.",
+        show_default=False,
+    ),
+]
+RlimitOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--rlimit",
+        metavar="NAME=N",
+        help="Resource limit, setrlimit(2), e.g. nofile=1024, core=unlimited; repeat.",
         show_default=False,
     ),
 ]

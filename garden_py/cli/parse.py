@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Final
 
@@ -15,6 +16,8 @@ _DURATION: Final = re.compile(r"(?:(\d+(?:\.\d+)?)(ms|s|m|h|d))+")
 _DURATION_PART: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 _DURATION_UNITS_S: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
+RLIM_INFINITY: Final = (1 << 64) - 1
+SWAP_UNLIMITED: Final = (1 << 64) - 1
 CPU_PERIOD_US: Final = 100_000
 """The kernel's default CFS period, against which percents count. Source: kernel docs, sched-bwc.rst."""
 
@@ -29,6 +32,11 @@ def parse_size(text: str) -> int:
         return size.parse_size(text)
     except ValueError as error:
         raise BadInput(str(error)) from error
+
+
+def parse_swap(text: str) -> int:
+    """Bytes of swap; `unlimited` is SWAP_UNLIMITED."""
+    return SWAP_UNLIMITED if text == "unlimited" else parse_size(text)
 
 
 def parse_duration(text: str) -> timedelta:
@@ -55,7 +63,7 @@ def parse_cpu_quota(text: str) -> int:
     return int(float(match[1]) * CPU_PERIOD_US / 100) if match[2] else int(match[1])
 
 
-def parse_pairs(texts: list[str], what: str) -> dict[str, str]:
+def parse_pairs(texts: Sequence[str], what: str) -> dict[str, str]:
     """`K=V` texts as a mapping; the last one wins.
 
     Args:
@@ -71,17 +79,24 @@ def parse_pairs(texts: list[str], what: str) -> dict[str, str]:
     return pairs
 
 
-def parse_rlimits(texts: list[str]) -> dict[str, int]:
+def parse_rlimits(texts: Sequence[str]) -> dict[str, int]:
     """`nofile=1024` texts by name; `unlimited` is the largest value, RLIM_INFINITY (getrlimit(2))."""
     limits: dict[str, int] = {}
     for name, value in parse_pairs(texts, "rlimit").items():
         if value == "unlimited":
-            limits[name] = (1 << 64) - 1
+            limits[name] = RLIM_INFINITY
         elif value.isdecimal():
             limits[name] = int(value)
         else:
             raise BadInput(f"rlimit {name}={value!r} is neither a number nor unlimited")
     return limits
+
+
+def format_rlimits(limits: Mapping[str, int]) -> str:
+    """`core=unlimited nofile=1024`, in order of names."""
+    return " ".join(
+        f"{name}={'unlimited' if value == RLIM_INFINITY else value}" for name, value in sorted(limits.items())
+    )
 
 
 def parse_mount(text: str) -> BindMount:

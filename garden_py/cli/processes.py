@@ -46,10 +46,7 @@ def run(
         str,
         typer.Option("--request-id", metavar="ID", help="Makes a repeated run with the same --id harmless."),
     ] = "",
-    rlimits: Annotated[
-        list[str] | None,
-        typer.Option("--rlimit", metavar="NAME=N", help="e.g. nofile=1024, core=unlimited; repeat."),
-    ] = None,
+    rlimits: opt.RlimitOption = None,
     image: Annotated[
         str,
         typer.Option(
@@ -81,6 +78,7 @@ def run(
         bool, typer.Option("--own-limits", help="With --image: limits beside the container's, not within.")
     ] = False,
     memory: opt.MemoryOption = None,
+    swap: opt.SwapOption = None,
     cpu_weight: opt.CpuWeightOption = None,
     cpu_quota: opt.CpuQuotaOption = None,
     pids: opt.PidsOption = None,
@@ -140,7 +138,7 @@ def run(
         user=user,
         tty=Tty(rows, columns) if tty else None,
         rlimits=parse.parse_rlimits(rlimits or []),
-        limits=opt.limits_of(memory, cpu_weight, cpu_quota, pids, disk, disk_inodes, disk_scope),
+        limits=opt.limits_of(memory, cpu_weight, cpu_quota, pids, disk, disk_inodes, disk_scope, swap=swap),
         output_retention_bytes=opt.given("--retention", parse.parse_size, retention) or 0,
         id=process_id,
         sidecar=sidecar,

@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from enum import Enum, StrEnum
 from typing import TYPE_CHECKING, Any
 
-from garden_py.cli.parse import CPU_PERIOD_US, format_size
+from garden_py.cli.parse import CPU_PERIOD_US, SWAP_UNLIMITED, format_rlimits, format_size
 
 if TYPE_CHECKING:
     from garden_py.client import Limits
@@ -86,6 +86,7 @@ def limits_text(limits: Limits) -> str:
     """The limits that are set, in words."""
     parts = {
         "memory": "" if not limits.memory_bytes else format_size(limits.memory_bytes),
+        "swap": _swap_text(limits.swap_bytes),
         "cpu weight": "" if limits.cpu_weight is None else str(limits.cpu_weight),
         "cpu quota": "" if not limits.cpu_quota_us else f"{limits.cpu_quota_us} µs",
         "cpu period": "" if not limits.cpu_quota_us else f"{limits.cpu_period_us or CPU_PERIOD_US} µs",
@@ -97,8 +98,13 @@ def limits_text(limits: Limits) -> str:
         "io weight": "" if not limits.io_weight else str(limits.io_weight),
         "reads": _rate_text(limits.io_read_bytes_per_s, limits.io_read_ops_per_s),
         "writes": _rate_text(limits.io_write_bytes_per_s, limits.io_write_ops_per_s),
+        "rlimits": format_rlimits(limits.rlimits),
     }
     return ", ".join(f"{name} {text}" for name, text in parts.items() if text) or "none"
+
+
+def _swap_text(swap_bytes: int | None) -> str:
+    return "unlimited" if swap_bytes == SWAP_UNLIMITED else format_size(swap_bytes) if swap_bytes else ""
 
 
 def _rate_text(bytes_per_s: int | None, ops_per_s: int | None) -> str:

@@ -16,6 +16,7 @@ def limits(
     context: typer.Context,
     handle: opt.HandleArgument,
     memory: opt.MemoryOption = None,
+    swap: opt.SwapOption = None,
     cpu_weight: opt.CpuWeightOption = None,
     cpu_quota: opt.CpuQuotaOption = None,
     pids: opt.PidsOption = None,
@@ -29,12 +30,13 @@ def limits(
     io_write: opt.IoWriteOption = None,
     io_read_ops: opt.IoReadOpsOption = None,
     io_write_ops: opt.IoWriteOpsOption = None,
+    rlimits: opt.RlimitOption = None,
     process: Annotated[
         str,
         typer.Option(
             "--process",
             metavar="PROCESS",
-            help="Of this process alone, which has an image or was started with limits of its own.",
+            help="Of this process alone: its --rlimit, and the rest if it has an image or was started with limits.",
         ),
     ] = "",
     output: opt.FormatOption = render.OutputFormat.TABLE,
@@ -42,17 +44,31 @@ def limits(
 ) -> None:
     """Show or change limits, as the kernel has them.
 
+    An --rlimit is in force in what runs already, too: in the whole container but where a process was given its own, or
+    in a process and its children.
+
     garden limits web
 
     garden limits web --memory 512M --cpu-quota 150% --bandwidth-out 10M
 
-    garden limits web --process worker --memory 64M
+    garden limits web --process worker --memory 64M --rlimit nofile=4096
     """
     from garden_py.client.values import Limits
 
     io = opt.Io(io_weight, io_read, io_write, io_read_ops, io_write_ops)
     changed = opt.limits_of(
-        memory, cpu_weight, cpu_quota, pids, disk, disk_inodes, disk_scope, io, bandwidth_in, bandwidth_out
+        memory,
+        cpu_weight,
+        cpu_quota,
+        pids,
+        disk,
+        disk_inodes,
+        disk_scope,
+        io,
+        bandwidth_in,
+        bandwidth_out,
+        rlimits,
+        swap,
     )
     with opt.connect(context, address) as garden:
         container = garden.container(handle)

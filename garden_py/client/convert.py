@@ -38,6 +38,8 @@ def limits_to_pb(limits: v.Limits) -> pb.Limits:
         io_write_bytes_per_s=limits.io_write_bytes_per_s,
         io_read_ops_per_s=limits.io_read_ops_per_s,
         io_write_ops_per_s=limits.io_write_ops_per_s,
+        rlimits=limits.rlimits,
+        swap_bytes=limits.swap_bytes,
     )
 
 
@@ -66,6 +68,8 @@ def limits_from_pb(message: pb.Limits) -> v.Limits:
         else None,
         io_read_ops_per_s=message.io_read_ops_per_s if message.HasField("io_read_ops_per_s") else None,
         io_write_ops_per_s=message.io_write_ops_per_s if message.HasField("io_write_ops_per_s") else None,
+        rlimits=dict(message.rlimits),
+        swap_bytes=message.swap_bytes if message.HasField("swap_bytes") else None,
     )
 
 

@@ -168,7 +168,9 @@ class Limits:
     """Limits of a container or of one process; None is "no statement", 0 "unlimited" where that is allowed.
 
     Attributes:
-        memory_bytes: all processes together; floor 4 MiB.
+        memory_bytes: all processes together, without swap; floor 4 MiB.
+        swap_bytes: swap on top of that; here 0 is none, and 2^64-1 unlimited. Not stated with a new memory limit: the
+            server's default, none. None in answers: there is no memory limit, or the kernel does not count swap.
         cpu_weight: relative share under contention, 1 to 10000.
         cpu_quota_us: CPU time per period, at least 1000 µs.
         cpu_period_us: 1000 to 1000000 µs.
@@ -181,6 +183,9 @@ class Limits:
         io_weight: of a container, relative share of the writable layer's block device under contention, 1 to 10000.
         io_read_bytes_per_s, io_write_bytes_per_s, io_read_ops_per_s, io_write_ops_per_s: of a container, transfers with
             that device. On cgroup v1 only writes that bypass the page cache count.
+        rlimits: as ProcessSpec.rlimits; a resource that is not named has no statement. Of a container: for all its
+            processes but those that state the resource themselves. Of a process that is to be started: not here, but in
+            ProcessSpec.rlimits.
     """
 
     memory_bytes: int | None = None
@@ -199,6 +204,8 @@ class Limits:
     io_write_bytes_per_s: int | None = None
     io_read_ops_per_s: int | None = None
     io_write_ops_per_s: int | None = None
+    rlimits: Mapping[str, int] = field(default_factory=lambda: dict[str, int]())
+    swap_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

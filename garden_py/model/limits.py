@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 
@@ -23,9 +24,35 @@ IO_WEIGHT_RANGE = (1, 10_000)
 IO_RATES = ("io_read_bytes_per_s", "io_write_bytes_per_s", "io_read_ops_per_s", "io_write_ops_per_s")
 IO_OPS_MAX = (1 << 32) - 2  # UINT_MAX stands for "no limit" (block/blk-throttle.c)
 IO_FLOOR_BYTES_PER_S = 4096  # a page: less would hold up a single fault for seconds
+SWAP_NEEDS_MEMORY = "needs a memory limit (memory_bytes), and stands for swap on top of that"
 NO_PROCESS_DISK = "only containers and sidecars have disk space of their own"
 NO_PROCESS_IO = "only the transfers of a whole container can be limited"
 UINT63_MAX = (1 << 63) - 1
+RLIMIT_NAMES = frozenset(
+    (
+        "as",
+        "core",
+        "cpu",
+        "data",
+        "fsize",
+        "locks",
+        "memlock",
+        "msgqueue",
+        "nice",
+        "nofile",
+        "nproc",
+        "rss",
+        "rtprio",
+        "rttime",
+        "sigpending",
+        "stack",
+    )
+)
+RLIM_INFINITY = (1 << 64) - 1
+SWAP_UNLIMITED = (1 << 64) - 1  # for 0 is no swap
+Rlimits = tuple[tuple[str, int], ...]
+_CPU_SHARE = frozenset(("cpu_weight", "cpu_shares"))
+_MEMORY = frozenset(("memory_bytes", "swap_bytes"))
 NO_PROCESS_NETWORK = "a process has the bandwidth of its container"
 NETWORK_RATE_RANGE = (1 << 10, 1 << 40)
 NETWORK_BURST_RANGE = (4 << 10, 1 << 30)  # a whole packet must fit
@@ -43,7 +70,8 @@ class Limits:
     """Limits of a container or of one process tree in it. None means "no statement"; 0 means "unlimited".
 
     Attributes:
-        memory_bytes: all processes together, swap included.
+        memory_bytes: all processes together, without swap.
+        swap_bytes: how much swap may be used on top of that; 2^64-1 is unlimited, 0 none. Only with a memory limit.
         cpu_weight: share under contention, 1 to 10000, as cgroup v2's cpu.weight; the kernel's default is 100.
         cpu_shares: the same as cgroup v1's cpu.shares, 2 to 262144, whose default is 1024; goes before cpu_weight. What
             is not asked for in shares is not told in them, except by v1, which keeps nothing else.
@@ -58,6 +86,8 @@ class Limits:
         network_burst_bytes: how much of either may pass at once after a pause; None or 0: the server's choice.
         io_weight: share of the writable layer's block device under contention, 1 to 10000, as cgroup v2's io.weight.
         io_read_bytes_per_s, io_write_bytes_per_s, io_read_ops_per_s, io_write_ops_per_s: transfers with that device.
+        rlimits: resource name in lower case (getrlimit(2) without RLIMIT_) to soft and hard value, in order of names; a
+            resource that is not named has no statement. Of a container: for processes that do not state it themselves.
     """
 
     memory_bytes: int | None = None
@@ -77,15 +107,26 @@ class Limits:
     io_write_bytes_per_s: int | None = None
     io_read_ops_per_s: int | None = None
     io_write_ops_per_s: int | None = None
+    rlimits: Rlimits = ()
+    swap_bytes: int | None = None
 
     def over(self, older: Limits) -> Limits:
         """These limits, with older's value wherever this has no statement."""
         stated = {
             each.name: value for each in fields(self) if (value := getattr(self, each.name)) is not None
         }
-        if "cpu_weight" in stated or "cpu_shares" in stated:  # two ways to say one thing
+        if not _CPU_SHARE.isdisjoint(stated):  # two ways to say one thing
             older = replace(older, cpu_weight=None, cpu_shares=None)
-        return replace(older, **stated)
+        found = replace(older, **{**stated, "rlimits": rlimits_over(self.rlimits, older.rlimits)})
+        return replace(found, swap_bytes=None) if found.memory_bytes == 0 else found
+
+    def those_of(self, older: Limits) -> Limits:
+        """Of older, what this makes a statement about; of rlimits nothing."""
+        stated = {each.name for each in fields(self) if getattr(self, each.name) is not None} - {"rlimits"}
+        for together in (_CPU_SHARE, _MEMORY):  # a change of one can change the other
+            if not stated.isdisjoint(together):
+                stated.update(together)
+        return Limits(**{name: getattr(older, name) for name in stated})
 
     @property
     def states_disk(self) -> bool:
@@ -100,6 +141,10 @@ class Limits:
     def only_io(self) -> Limits:
         """Of these, those of transfers with the block device."""
         return Limits(**{name: getattr(self, name) for name in ("io_weight", *IO_RATES)})
+
+    def without_rlimits(self) -> Limits:
+        """The same without resource limits."""
+        return replace(self, rlimits=())
 
     def without_disk(self) -> Limits:
         """The same without a word about disk space: what is left is the processes'."""
@@ -124,6 +169,23 @@ class Limits:
         return self == Limits()
 
 
+def rlimits_over(rlimits: Rlimits, older: Rlimits) -> Rlimits:
+    """Resource limits, with older's where these name none; in order of names."""
+    return tuple(sorted({**dict(older), **dict(rlimits)}.items()))
+
+
+def rlimit_violations(rlimits: Iterable[tuple[str, int]], prefix: str) -> list[FieldViolation]:
+    """Resources that there are not, and values that are none, named as `prefix[name]`."""
+    found: list[FieldViolation] = []
+    for name, value in rlimits:
+        if name not in RLIMIT_NAMES:
+            problem = f"unknown; known: {', '.join(sorted(RLIMIT_NAMES))}"
+            found.append(FieldViolation(f"{prefix}[{name}]", problem))
+        elif not 0 <= value <= RLIM_INFINITY:
+            found.append(FieldViolation(f"{prefix}[{name}]", "must be 0 to 2^64-1 (unlimited)"))
+    return found
+
+
 def limit_violations(limits: Limits, prefix: str) -> list[FieldViolation]:
     """All fields out of range, named below prefix (for example `limits`)."""
     found: list[FieldViolation] = []
@@ -135,6 +197,12 @@ def limit_violations(limits: Limits, prefix: str) -> list[FieldViolation]:
         found.append(FieldViolation(f"{prefix}.{name}", f"is {value}; allowed: {zero}{low} to {high}"))
 
     check("memory_bytes", limits.memory_bytes, MEMORY_FLOOR_BYTES, UINT63_MAX, zero_is_unlimited=True)
+    if limits.swap_bytes is not None:
+        if not 0 <= limits.swap_bytes <= UINT63_MAX and limits.swap_bytes != SWAP_UNLIMITED:
+            problem = f"is {limits.swap_bytes}; allowed: 0 to {UINT63_MAX} or {SWAP_UNLIMITED} (unlimited)"
+            found.append(FieldViolation(f"{prefix}.swap_bytes", problem))
+        elif limits.memory_bytes == 0:
+            found.append(FieldViolation(f"{prefix}.swap_bytes", SWAP_NEEDS_MEMORY))
     check("cpu_weight", limits.cpu_weight, *CPU_WEIGHT_RANGE, zero_is_unlimited=False)
     check("cpu_shares", limits.cpu_shares, *CPU_SHARES_RANGE, zero_is_unlimited=False)
     check("cpu_quota_us", limits.cpu_quota_us, CPU_QUOTA_FLOOR_US, UINT63_MAX // 1000, zero_is_unlimited=True)
@@ -152,11 +220,21 @@ def limit_violations(limits: Limits, prefix: str) -> list[FieldViolation]:
         check(name, getattr(limits, name), low, high, zero_is_unlimited=True)
     if limits.disk_scope is not None and limits.disk_bytes is None:
         found.append(FieldViolation(f"{prefix}.disk_scope", "needs disk_bytes"))
+    return found + rlimit_violations(limits.rlimits, f"{prefix}.rlimits")
+
+
+def incomplete_limits(limits: Limits, prefix: str) -> list[FieldViolation]:
+    """What the limits of something new may not state without something else, which there is not yet."""
+    found: list[FieldViolation] = []
+    if limits.cpu_period_us is not None and limits.cpu_quota_us is None:
+        found.append(FieldViolation(f"{prefix}.cpu_period_us", "needs cpu_quota_us"))
+    if limits.swap_bytes is not None and limits.memory_bytes is None:
+        found.append(FieldViolation(f"{prefix}.swap_bytes", SWAP_NEEDS_MEMORY))
     return found
 
 
 def process_limit_violations(limits: Limits, prefix: str) -> list[FieldViolation]:
-    """As limit_violations, for limits of a running process: of memory, CPU, tasks, and of a sidecar disk space."""
+    """As limit_violations, for a running process: memory, CPU, tasks, rlimits, and a sidecar's disk space."""
     found = limit_violations(limits, prefix)
     if limits.states_io:
         found.append(FieldViolation(f"{prefix}.io_weight", NO_PROCESS_IO))

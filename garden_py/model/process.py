@@ -10,31 +10,19 @@ from .errors import FieldViolation, InvalidRequest
 from .files import BindMount, mount_violations
 from .handle import name_problem
 from .image import RegistryAuth, image_problem
-from .limits import NO_PROCESS_DISK, NO_PROCESS_IO, NO_PROCESS_NETWORK, Limits, limit_violations
+from .limits import (
+    NO_PROCESS_DISK,
+    NO_PROCESS_IO,
+    NO_PROCESS_NETWORK,
+    Limits,
+    Rlimits,
+    incomplete_limits,
+    limit_violations,
+    rlimit_violations,
+)
 
 ARG_MAX_BYTES = 512 << 10
 RETENTION_FLOOR_BYTES = 64 << 10
-RLIMIT_NAMES = frozenset(
-    (
-        "as",
-        "core",
-        "cpu",
-        "data",
-        "fsize",
-        "locks",
-        "memlock",
-        "msgqueue",
-        "nice",
-        "nofile",
-        "nproc",
-        "rss",
-        "rtprio",
-        "rttime",
-        "sigpending",
-        "stack",
-    )
-)
-RLIM_INFINITY = (1 << 64) - 1
 
 
 class OutputStream(Enum):
@@ -81,7 +69,7 @@ class ProcessSpec:
         dir: working directory; empty is the user's home.
         user: "", name, uid, or either with `:group`.
         tty: size of its terminal; None for pipes.
-        rlimits: resource name in lower case (getrlimit(2) without RLIMIT_) to soft and hard value.
+        rlimits: as Limits.rlimits; what it does not name is the container's. Follow their changes while it runs.
         limits: of this process and its children, within the container's (but see Sidecar.own_limits).
         output_retention_bytes: kept per stream; 0 is the server's default.
         sidecar: it has a root file system of its own; None: the container's.
@@ -96,7 +84,7 @@ class ProcessSpec:
     dir: str = ""
     user: str = ""
     tty: WindowSize | None = None
-    rlimits: tuple[tuple[str, int], ...] = ()
+    rlimits: Rlimits = ()
     limits: Limits = field(default_factory=Limits)
     output_retention_bytes: int = 0
     sidecar: Sidecar | None = None
@@ -182,14 +170,11 @@ def check_process(spec: ProcessSpec, prefix: str = "spec") -> None:
         bad("dir", "must be an absolute path")
     if spec.tty is not None and not (0 <= spec.tty.rows <= 0xFFFF and 0 <= spec.tty.columns <= 0xFFFF):
         bad("tty", "rows and columns must be 0 to 65535")
-    for name, value in spec.rlimits:
-        if name not in RLIMIT_NAMES:
-            bad(f"rlimits[{name}]", f"unknown; known: {', '.join(sorted(RLIMIT_NAMES))}")
-        elif not 0 <= value <= RLIM_INFINITY:
-            bad(f"rlimits[{name}]", "must be 0 to 2^64-1 (unlimited)")
+    found += rlimit_violations(spec.rlimits, f"{prefix}.rlimits")
+    if spec.limits.rlimits:
+        bad("limits.rlimits", f"a process states them in {prefix}.rlimits")
     found += limit_violations(spec.limits, f"{prefix}.limits")
-    if spec.limits.cpu_period_us is not None and spec.limits.cpu_quota_us is None:
-        bad("limits.cpu_period_us", "needs cpu_quota_us")
+    found += incomplete_limits(spec.limits, f"{prefix}.limits")
     if spec.limits.states_network:
         found.append(FieldViolation("spec.limits.network_tx_bytes_per_s", NO_PROCESS_NETWORK))
     if spec.limits.states_disk and spec.sidecar is None:

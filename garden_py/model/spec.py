@@ -9,7 +9,7 @@ from .errors import FieldViolation, InvalidRequest
 from .files import BindMount, mount_violations
 from .handle import hostname_problem, name_problem
 from .image import RegistryAuth, image_problem
-from .limits import Limits, limit_violations
+from .limits import Limits, incomplete_limits, limit_violations
 from .netrule import EgressPolicy
 from .network import NetworkMode, network_violations
 from .process import check_env
@@ -85,8 +85,7 @@ def check_container(spec: ContainerSpec) -> None:
     found += check_env(spec.env, "spec.env")
     found += property_violations(dict(spec.properties), "spec.properties")
     found += limit_violations(spec.limits, "spec.limits")
-    if spec.limits.cpu_period_us is not None and spec.limits.cpu_quota_us is None:
-        found.append(FieldViolation("spec.limits.cpu_period_us", "needs cpu_quota_us"))
+    found += incomplete_limits(spec.limits, "spec.limits")
     if spec.grace_time_s is not None and not 0 <= spec.grace_time_s <= 10 * 365 * 86_400:
         found.append(FieldViolation("spec.grace_time", "must be 0 (never) to ten years"))
     found += mount_violations(spec.bind_mounts, "spec.bind_mounts")

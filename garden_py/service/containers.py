@@ -411,40 +411,39 @@ class Containers:
 
     async def _update_process_limits(self, handle: str, process_id: str, limits: Limits) -> Limits:
         async with self._changing(handle, "limited") as container:
-            before = await self._backend.limits(handle, process_id)
-            spec = container.processes[process_id].process.spec
+            entry = container.processes.get(process_id)
+            if entry is None:
+                raise errors.ProcessNotFound(handle, process_id)
+            spec = entry.process.spec
             if limits.states_disk and spec.sidecar is None:
                 raise errors.InvalidField("limits.disk_bytes", NO_PROCESS_DISK)
             if spec.is_beside:
                 limits = with_quota(limits, self._defaults.cpu_quota_us_per_share, spec.limits)
-            now = await self._backend.update_limits(handle, limits, process_id)
-            await self._or_undo(
-                container,
-                lambda: self._registry.save_process(container, process_id),
-                lambda: self._backend.update_limits(handle, before, process_id),
+            now = await self._backend.update_limits(
+                handle,
+                limits,
+                process_id,
+                record=lambda _: self._registry.save_process(container, process_id),
             )
         self._events.publish(EventKind.LIMITS_CHANGED, handle, process_id=process_id)
         return now
 
     async def _update_limits(self, handle: str, limits: Limits) -> Limits:
         async with self._changing(handle, "limited") as container:
-            before = await self._backend.limits(handle)
             limits = with_quota(limits, self._defaults.cpu_quota_us_per_share, container.spec.limits)
-            now = await self._backend.update_limits(handle, limits)
-            wanted = limits.over(container.spec.limits)
-            if limits.states_disk:  # a limit that was taken away has no scope either
-                wanted = replace(
-                    wanted,
-                    disk_bytes=now.disk_bytes,
-                    disk_inodes=now.disk_inodes,
-                    disk_scope=now.disk_scope,
-                )
-            changed = replace(container.spec, limits=wanted)
-            await self._or_undo(
-                container,
-                lambda: self._registry.save(container, spec=changed),
-                lambda: self._backend.update_limits(handle, before),
-            )
+
+            def record(now: Limits) -> None:
+                wanted = limits.over(container.spec.limits)
+                if limits.states_disk:  # a limit that was taken away has no scope either
+                    wanted = replace(
+                        wanted,
+                        disk_bytes=now.disk_bytes,
+                        disk_inodes=now.disk_inodes,
+                        disk_scope=now.disk_scope,
+                    )
+                self._registry.save(container, spec=replace(container.spec, limits=wanted))
+
+            now = await self._backend.update_limits(handle, limits, record=record)
         self._events.publish(EventKind.LIMITS_CHANGED, handle)
         return now
 

@@ -523,16 +523,37 @@ class Backend(LeakFinder, Protocol):
     async def limits(self, handle: str, process_id: str | None = None) -> Limits:
         """The limits in force, read from the kernel, of a container or a process in it; 0 where there is none.
 
+        Rlimits: of a container as stated; of a process those that the kernel has, of resources that it or its container
+        states.
+
         Raises:
             ProcessNotFound, ProcessExited.
-            ProcessNotLimited: the process is not counted by itself (ProcessSpec.has_own_group).
+            ProcessNotLimited: the process is not counted by itself (ProcessSpec.has_own_group), and neither it nor its
+                container states rlimits.
         """
 
-    async def update_limits(self, handle: str, limits: Limits, process_id: str | None = None) -> Limits:
-        """Change limits; those in force afterwards. A process's spec says them from then on.
+    async def update_limits(
+        self,
+        handle: str,
+        limits: Limits,
+        process_id: str | None = None,
+        *,
+        record: Callable[[Limits], None] | None = None,
+    ) -> Limits:
+        """Change limits, all or none; those in force afterwards. A process's spec says them from then on.
+
+        Rlimits of a container are also those of its running processes then, but in resources that a process states
+        itself; those of a process also its descendants'. Calls of start_process may be under way meanwhile.
+
+        Args:
+            handle: of the container.
+            limits: what is not stated stays.
+            process_id: whose limits; None: the container's.
+            record: called once with those in force then; what it raises takes the change back.
 
         Raises:
-            LimitRefused: the kernel refuses; nothing has changed. And those of `limits`.
+            LimitRefused: the kernel refuses; nothing has changed. And those of `limits`; ProcessNotLimited only if they
+                are not of rlimits alone.
         """
 
     async def map_port(

@@ -11,10 +11,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from kit.rights import may_raise_limits
 from kit.stage import Stage, chunks_of, eventually, exit_of, full_spec, output_of
 
 from garden_py.model import errors
-from garden_py.model.limits import IO_RATES, Limits
+from garden_py.model.limits import IO_RATES, SWAP_UNLIMITED, Limits
 from garden_py.model.netrule import DefaultAction, EgressPolicy, parse_egress_rule
 from garden_py.model.process import OutputStream
 from garden_py.model.spec import PortMapping, Transport
@@ -152,13 +153,38 @@ async def test_limits_are_read_back(stage: Stage) -> None:
     asked = Limits(memory_bytes=64 << 20, cpu_weight=50, cpu_quota_us=50_000, pids=40)
     handle = await stage.create(limits=asked)
     now = await stage.backend.limits(handle)
-    assert replace(now, **dict.fromkeys(("io_weight", *IO_RATES))) == replace(
+    assert now.swap_bytes in (0, None)  # some kernels do not count it
+    assert replace(now, swap_bytes=None, **dict.fromkeys(("io_weight", *IO_RATES))) == replace(
         asked, cpu_period_us=100_000, cpu_shares=now.cpu_shares, disk_bytes=0, disk_inodes=0
     )
     assert now.cpu_shares in (None, 512)  # cgroup v1 keeps nothing but shares
     changed = await stage.backend.update_limits(handle, Limits(memory_bytes=128 << 20, pids=0))
     assert changed == replace(now, memory_bytes=128 << 20, pids=0)
     assert await stage.backend.limits(handle) == changed
+
+
+async def test_swap_goes_with_a_memory_limit(stage: Stage) -> None:
+    """It stays on top of it when that changes, and goes with it; alone it makes no sense."""
+    handle = await stage.create(limits=Limits(memory_bytes=64 << 20))
+    if (await stage.backend.limits(handle)).swap_bytes is None:
+        pytest.skip("this kernel does not count swap")
+    for change, expected in (
+        (Limits(swap_bytes=32 << 20), (64 << 20, 32 << 20)),
+        (Limits(memory_bytes=48 << 20), (48 << 20, 32 << 20)),
+        (Limits(memory_bytes=96 << 20, swap_bytes=4 << 20), (96 << 20, 4 << 20)),
+        (Limits(swap_bytes=SWAP_UNLIMITED), (96 << 20, SWAP_UNLIMITED)),
+        (Limits(memory_bytes=64 << 20, swap_bytes=0), (64 << 20, 0)),
+        (Limits(memory_bytes=0), (0, None)),
+        (Limits(memory_bytes=64 << 20), (64 << 20, 0)),
+    ):
+        now = await stage.backend.update_limits(handle, change)
+        assert (now.memory_bytes, now.swap_bytes) == expected
+        assert await stage.backend.limits(handle) == now
+    await stage.backend.update_limits(handle, Limits(memory_bytes=0))
+    with pytest.raises(errors.InvalidField) as refused:
+        await stage.backend.update_limits(handle, Limits(pids=3, swap_bytes=1 << 20))
+    assert refused.value.field == "limits.swap_bytes"
+    assert (await stage.backend.limits(handle)).pids == 0
 
 
 async def test_limits_of_a_process(stage: Stage) -> None:
@@ -176,6 +202,53 @@ async def test_limits_of_a_process(stage: Stage) -> None:
         await stage.backend.update_limits(handle, Limits(pids=7), "plain")
     with pytest.raises(errors.ProcessNotFound):
         await stage.backend.limits(handle, "nobody")
+
+
+async def test_rlimits_of_a_container_and_its_processes(stage: Stage) -> None:
+    """Of a container they are its processes', those under way included, unless these state the resource themselves."""
+    handle = await stage.create(limits=Limits(rlimits=(("core", 5), ("nofile", 500))))
+    await stage.start(handle, "sleep", "1000", id="plain")
+    await stage.start(handle, "sleep", "1000", id="own", rlimits=(("nofile", 100),))
+    assert await stage.backend.limits(handle, "plain") == Limits(rlimits=(("core", 5), ("nofile", 500)))
+    now = await stage.backend.update_limits(handle, Limits(rlimits=(("nofile", 400),)))
+    assert now.rlimits == (("core", 5), ("nofile", 400))
+    assert (await stage.backend.limits(handle)).rlimits == now.rlimits
+    assert (await stage.backend.limits(handle, "plain")).rlimits == now.rlimits
+    assert (await stage.backend.limits(handle, "own")).rlimits == (("core", 5), ("nofile", 100))
+    changed = await stage.backend.update_limits(handle, Limits(rlimits=(("core", 3),)), "own")
+    assert changed.rlimits == (("core", 3), ("nofile", 100))
+    assert (await stage.backend.limits(handle, "plain")).rlimits == now.rlimits
+    with pytest.raises(errors.ProcessNotLimited):
+        await stage.backend.update_limits(handle, Limits(pids=7, rlimits=(("core", 1),)), "plain")
+
+
+@pytest.mark.parametrize("process_id", [None, "own"])
+async def test_change_of_limits_that_is_not_recorded_is_not_made(
+    stage: Stage, process_id: str | None
+) -> None:
+    """Whatever `record` raises comes out, with everything as it was."""
+    handle = await stage.create(limits=Limits(pids=100, cpu_weight=50, rlimits=(("core", 5),)))
+    process = await stage.start(
+        handle, "sleep", "1000", id="own", limits=Limits(pids=9), rlimits=(("nofile", 100),)
+    )
+    before = [await stage.backend.limits(handle, each) for each in (None, "own")]
+    spec, told = process.spec, []
+
+    def record(now: Limits) -> None:
+        told.append(now)
+        raise errors.HostFault("journal", "full")
+
+    asked = Limits(pids=20, cpu_weight=70, rlimits=(("core", 4), ("nofile", 90)))
+    with pytest.raises(errors.HostFault, match="full"):
+        await stage.backend.update_limits(handle, asked, process_id, record=record)
+    assert [(now.pids, dict(now.rlimits)["nofile"]) for now in told] == [(20, 90)]
+    after = [await stage.backend.limits(handle, each) for each in (None, "own")]
+    assert process.spec == spec
+    assert after[0] == before[0]
+    # Without CAP_SYS_RESOURCE, a hard limit that was lowered cannot be raised again.
+    assert after[1].without_rlimits() == before[1].without_rlimits()
+    if may_raise_limits():
+        assert after[1] == before[1]
 
 
 async def test_container_without_limits_has_none(stage: Stage) -> None:

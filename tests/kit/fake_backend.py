@@ -20,7 +20,7 @@ from garden_py.model.cpu import Entitlement, Standing
 from garden_py.model.image import PullProgress, Transport, UsedImage, parse_image
 from garden_py.model.leak import Leak
 from garden_py.model.lifecycle import USABLE
-from garden_py.model.limits import Limits
+from garden_py.model.limits import SWAP_NEEDS_MEMORY, Limits, rlimits_over
 from garden_py.model.netrule import Decision, Destination, EgressPolicy, decide
 from garden_py.model.process import ProcessSpec
 from garden_py.model.spec import ContainerSpec, PortMapping
@@ -47,6 +47,12 @@ KNOWN_USERS = frozenset({"", "root", "nobody", "0", "65534"})
 UNLIMITED = Limits(
     memory_bytes=0, cpu_weight=100, cpu_quota_us=0, cpu_period_us=100_000, pids=0, disk_bytes=0, disk_inodes=0
 )
+
+
+def in_force(limits: Limits) -> Limits:
+    """Limits of a new thing as a kernel has them, which has no swap beside a memory limit unless it is asked for."""
+    found = limits.over(UNLIMITED)
+    return replace(found, swap_bytes=(found.swap_bytes or 0) if found.memory_bytes else None)
 
 
 @dataclass
@@ -199,7 +205,7 @@ class FakeBackend:
             self._release(_facts(address, taken))
             raise
         self.host.containers[spec.handle] = FakeContainer(
-            spec, address, tuple(taken), next(self.host.pids), spec.limits.over(UNLIMITED), spec.egress
+            spec, address, tuple(taken), next(self.host.pids), in_force(spec.limits), spec.egress
         )
         self.connected.add(spec.handle)
 
@@ -288,29 +294,57 @@ class FakeBackend:
 
     async def limits(self, handle: str, process_id: str | None = None) -> Limits:
         if process_id is not None:
-            spec = self._limited(handle, process_id).spec
-            found = spec.limits.over(UNLIMITED)
-            return found if spec.sidecar is not None else found.without_disk()
+            return self._limits_of(handle, self._limited(handle, process_id).spec)
         return self._get(handle).limits
 
-    def _limited(self, handle: str, process_id: str) -> FakeProcess:
+    def _limits_of(self, handle: str, spec: ProcessSpec) -> Limits:
+        stated = rlimits_over(spec.rlimits, () if spec.is_beside else self._get(handle).limits.rlimits)
+        found = replace(in_force(spec.limits) if spec.has_own_group else Limits(), rlimits=stated)
+        return found if spec.sidecar is not None else found.without_disk()
+
+    def _limited(self, handle: str, process_id: str, changed: Limits | None = None) -> FakeProcess:
         process = self._get(handle).processes.get(process_id)
         if process is None:
             raise errors.ProcessNotFound(handle, process_id)
         if process.exit is not None:
             raise errors.ProcessExited(process_id)
-        if not process.spec.has_own_group:
+        asked = self._limits_of(handle, process.spec) if changed is None else changed
+        if not process.spec.has_own_group and (not asked.rlimits or not asked.without_rlimits().empty()):
             raise errors.ProcessNotLimited(handle, process_id)
         return process
 
-    async def update_limits(self, handle: str, limits: Limits, process_id: str | None = None) -> Limits:
+    async def update_limits(
+        self,
+        handle: str,
+        limits: Limits,
+        process_id: str | None = None,
+        *,
+        record: Callable[[Limits], None] | None = None,
+    ) -> Limits:
+        record = record or (lambda _: None)
+        memory = limits.over(await self.limits(handle, process_id)).memory_bytes
+        if limits.swap_bytes is not None and not memory:
+            raise errors.InvalidField("limits.swap_bytes", SWAP_NEEDS_MEMORY)
         if process_id is not None:
-            process = self._limited(handle, process_id)
-            process.spec = replace(process.spec, limits=limits.over(process.spec.limits))
-            return await self.limits(handle, process_id)
+            process = self._limited(handle, process_id, limits)
+            before = process.spec
+            process.spec = replace(
+                before,
+                limits=limits.without_rlimits().over(before.limits),
+                rlimits=rlimits_over(limits.rlimits, before.rlimits),
+            )
+            now = self._limits_of(handle, process.spec)
+            try:
+                record(now)
+            except BaseException:
+                process.spec = before
+                raise
+            return now
         container = self._get(handle)
-        container.limits = limits.over(container.limits)
-        return container.limits
+        now = in_force(limits.over(container.limits))
+        record(now)
+        container.limits = now
+        return now
 
     async def map_port(self, handle: str, mapping: PortMapping, record: Record) -> PortMapping:
         container = self._get(handle)

@@ -132,10 +132,11 @@ def test_weight_decides_under_contention(garden: GardenClient) -> None:
         assert used_heavy > 3 * used_light
 
 
-def without_io(limits: Limits) -> Limits:
-    """Whether block I/O can be limited depends on the host; tests/root/test_block_io.py looks at that."""
+def without_hosts(limits: Limits) -> Limits:
+    """Without what depends on the host: block I/O (tests/root/test_block_io.py) and swap (test_swap.py)."""
     return replace(
         limits,
+        swap_bytes=None,
         io_weight=None,
         io_read_bytes_per_s=None,
         io_write_bytes_per_s=None,
@@ -148,9 +149,9 @@ def without_io(limits: Limits) -> Limits:
 def test_limits_are_read_from_the_kernel(garden: GardenClient) -> None:
     """What GetLimits says is in force."""
     with limited(garden, memory_bytes=64 * MIB, cpu_weight=50, cpu_quota_us=50_000, pids=30) as box:
-        assert without_io(box.limits()) == Limits(64 * MIB, 50, 50_000, 100_000, 30, 0, 0)
+        assert without_hosts(box.limits()) == Limits(64 * MIB, 50, 50_000, 100_000, 30, 0, 0)
     with garden.create() as box:
-        assert without_io(box.limits()) == Limits(0, 100, 0, 100_000, 0, 0, 0)
+        assert without_hosts(box.limits()) == Limits(0, 100, 0, 100_000, 0, 0, 0)
 
 
 @pytest.mark.cgroup2
@@ -158,13 +159,13 @@ def test_limits_change_on_a_running_container(garden: GardenClient) -> None:
     """Up and down, one at a time; what is not stated stays, zero lifts, and the processes live on."""
     with limited(garden, memory_bytes=64 * MIB, pids=20) as box:
         process = box.run(["sleep", "1000"])
-        assert without_io(box.update_limits(Limits(memory_bytes=128 * MIB))) == Limits(
+        assert without_hosts(box.update_limits(Limits(memory_bytes=128 * MIB))) == Limits(
             128 * MIB, 100, 0, 100_000, 20, 0, 0
         )
         assert box.update_limits(Limits(memory_bytes=16 * MIB)).memory_bytes == 16 * MIB
         assert box.run(["tail", "/dev/zero"]).output().exit.out_of_memory
         changed = box.update_limits(Limits(cpu_quota_us=30_000, cpu_period_us=50_000, cpu_weight=300))
-        assert without_io(changed) == Limits(16 * MIB, 300, 30_000, 50_000, 20, 0, 0)
+        assert without_hosts(changed) == Limits(16 * MIB, 300, 30_000, 50_000, 20, 0, 0)
         assert box.update_limits(Limits(cpu_quota_us=40_000)).cpu_period_us == 50_000
         lifted = box.update_limits(Limits(memory_bytes=0, cpu_quota_us=0, pids=0))
         assert (lifted.memory_bytes, lifted.cpu_quota_us, lifted.pids) == (0, 0, 0)

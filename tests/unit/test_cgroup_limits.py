@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from garden_py.backend.cgroup import groups
 from garden_py.backend.cgroup.layout import CgroupsMissing, ContainerCgroup, Hierarchies, parse_hierarchies
 from garden_py.backend.cgroup.limits import LimitWrite, plan_writes, read_limits, write_limits
 from garden_py.backend.cgroup.stats import parse_flat_keyed, read_oom_kills
-from garden_py.model.errors import LimitRefused
-from garden_py.model.limits import Limits
+from garden_py.model.errors import LimitRefused, NotSupported
+from garden_py.model.limits import SWAP_UNLIMITED, Limits
 
 ALL = Limits(memory_bytes=1 << 26, cpu_weight=50, cpu_quota_us=20_000, cpu_period_us=50_000, pids=10)
 NONE = Limits(memory_bytes=0, cpu_quota_us=0, pids=0)
@@ -44,6 +45,81 @@ def test_v2_plan() -> None:
         "cpu/work/cpu.max=20000 50000",
         "pids/work/pids.max=10",
     ]
+
+
+UNLIMITED = Limits(memory_bytes=0)
+
+
+@pytest.mark.parametrize(
+    ("now", "asked", "memory", "memsw"),
+    [
+        (UNLIMITED, Limits(memory_bytes=100, swap_bytes=50), 100, 150),
+        (UNLIMITED, Limits(memory_bytes=100, swap_bytes=SWAP_UNLIMITED), 100, -1),
+        (Limits(memory_bytes=100, swap_bytes=50), Limits(memory_bytes=200), 200, 250),
+        (Limits(memory_bytes=100, swap_bytes=50), Limits(memory_bytes=30), 30, 80),
+        (Limits(memory_bytes=100, swap_bytes=50), Limits(swap_bytes=0), 100, 100),
+        (Limits(memory_bytes=100, swap_bytes=50), Limits(swap_bytes=SWAP_UNLIMITED), 100, -1),
+        (Limits(memory_bytes=100, swap_bytes=SWAP_UNLIMITED), Limits(memory_bytes=200), 200, -1),
+        (Limits(memory_bytes=100, swap_bytes=SWAP_UNLIMITED), Limits(swap_bytes=1), 100, 101),
+        (Limits(memory_bytes=100, swap_bytes=900), Limits(memory_bytes=200, swap_bytes=0), 200, 200),
+        (Limits(memory_bytes=100, swap_bytes=0), Limits(memory_bytes=50, swap_bytes=900), 50, 950),
+        (Limits(memory_bytes=100, swap_bytes=50), UNLIMITED, -1, -1),
+    ],
+)
+def test_v1_memory_is_never_above_memory_and_swap(
+    now: Limits, asked: Limits, memory: int, memsw: int
+) -> None:
+    """The kernel refuses each single write after which it would be."""
+    assert now.memory_bytes is not None
+    swap = SWAP_UNLIMITED if now.swap_bytes is None else now.swap_bytes
+    values = {"memory.limit_in_bytes": now.memory_bytes or -1, "memory.memsw.limit_in_bytes": -1}
+    if now.memory_bytes and swap != SWAP_UNLIMITED:
+        values["memory.memsw.limit_in_bytes"] = now.memory_bytes + swap
+    for write in plan_writes(asked, 1, now=now):
+        values[write.file] = int(write.value)
+        low, high = (math.inf if value < 0 else value for value in values.values())
+        assert low <= high
+    assert list(values.values()) == [memory, memsw]
+
+
+def test_v2_swap_is_beside_memory() -> None:
+    """It stays when memory alone is changed; unlimited is the kernel's word for it."""
+    now = Limits(memory_bytes=100, swap_bytes=50)
+    assert texts(plan_writes(Limits(memory_bytes=200), 2, now=now)) == [
+        "memory/work/memory.max=200",
+        "memory/work/memory.swap.max=50",
+    ]
+    assert texts(plan_writes(Limits(swap_bytes=SWAP_UNLIMITED), 2, now=now)) == [
+        "memory/work/memory.max=100",
+        "memory/work/memory.swap.max=max",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("version", "files"),
+    [
+        (1, ["memory/work/memory.limit_in_bytes=9", "memory/work/memory.memsw.limit_in_bytes=-1"]),
+        (2, ["memory/work/memory.max=9", "memory/work/memory.swap.max=max"]),
+    ],
+)
+def test_server_may_leave_swap_unlimited(version: int, files: list[str]) -> None:
+    """For those who say nothing about it (--disable-swap-limit)."""
+    asked = Limits(memory_bytes=9)
+    found = plan_writes(asked, version, now=UNLIMITED, unstated_swap=SWAP_UNLIMITED)
+    assert sorted(texts(found)) == files
+    stated = plan_writes(replace(asked, swap_bytes=0), version, now=UNLIMITED, unstated_swap=SWAP_UNLIMITED)
+    assert {write.value for write in stated} == ({"9"} if version == 1 else {"9", "0"})
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_swap_that_is_not_counted_is_refused(tmp_path: Path, version: int) -> None:
+    """Before anything is written; even 0, for nothing would keep it so."""
+    cgroup = fake_cgroup(tmp_path, version)
+    memory = cgroup.directory("memory", "work")
+    (memory / SWAP_FILES[version]).unlink()
+    with pytest.raises(NotSupported, match=r"limits\.swap_bytes"):
+        write_limits(cgroup, replace(ALL, swap_bytes=0))
+    assert not cgroup.directory("pids", "work", "pids.max").exists()
 
 
 @pytest.mark.parametrize(("version", "expected"), [(1, "cpu/cpu.shares=280"), (2, "cpu/cpu.weight=37")])
@@ -86,12 +162,23 @@ def test_process_with_limits_carries_its_own_weight(version: int) -> None:
     assert {write.below for write in writes} == {leaf}
 
 
+V1_UNLIMITED = str((1 << 63) - 4096)
+SWAP_FILES = {1: "memory.memsw.limit_in_bytes", 2: "memory.swap.max"}
+FRESH = {
+    1: {"memory.limit_in_bytes": V1_UNLIMITED, SWAP_FILES[1]: V1_UNLIMITED},
+    2: {"memory.max": "max\n", SWAP_FILES[2]: "max\n", "memory.current": "4096\n"},
+}
+
+
 def fake_cgroup(root: Path, version: int) -> ContainerCgroup:
     names = ("cpu", "cpuacct", "memory", "pids") if version == 1 else ("cpu", "memory", "pids")
     points = {name: root / (name if version == 1 else "unified") for name in names}
     cgroup = ContainerCgroup(Hierarchies(version, points), "garden-test/box")
     for directory in cgroup.all_directories("work"):
         directory.mkdir(parents=True)
+    memory = cgroup.directory("memory", "work")
+    for file, text in FRESH[version].items():
+        (memory / file).write_text(text)
     return cgroup
 
 
@@ -99,20 +186,20 @@ def test_v1_limits_are_written_and_read_back(tmp_path: Path) -> None:
     """The reader understands what the writer writes."""
     cgroup = fake_cgroup(tmp_path, 1)
     memory = cgroup.directory("memory", "work")
-    (memory / "memory.limit_in_bytes").write_text(str((1 << 63) - 4096))
     write_limits(cgroup, ALL)
-    assert read_limits(cgroup) == replace(ALL, cpu_shares=512)
+    assert read_limits(cgroup) == replace(ALL, cpu_shares=512, swap_bytes=0)
     assert (memory / "memory.memsw.limit_in_bytes").read_text() == "67108864"
-    (memory / "memory.limit_in_bytes").write_text(str((1 << 63) - 4096))
+    (memory / "memory.limit_in_bytes").write_text(V1_UNLIMITED)
     assert read_limits(cgroup).memory_bytes == 0
 
 
 def test_v2_limits_are_written_and_read_back(tmp_path: Path) -> None:
     """The reader understands what the writer writes, unlimited included."""
     cgroup = fake_cgroup(tmp_path, 2)
-    (cgroup.directory("memory", "work") / "memory.current").write_text("4096")
     write_limits(cgroup, ALL)
-    assert read_limits(cgroup) == ALL
+    assert read_limits(cgroup) == replace(ALL, swap_bytes=0)
+    write_limits(cgroup, Limits(swap_bytes=SWAP_UNLIMITED))
+    assert read_limits(cgroup) == replace(ALL, swap_bytes=SWAP_UNLIMITED)
     write_limits(cgroup, NONE)
     now = read_limits(cgroup)
     assert (now.memory_bytes, now.cpu_quota_us, now.pids, now.cpu_weight) == (0, 0, 0, 50)
@@ -126,7 +213,7 @@ def test_v2_limit_below_usage_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LimitRefused) as refused:
         write_limits(cgroup, ALL)
     assert refused.value.field == "limits.memory_bytes"
-    assert not (work / "memory.max").exists()
+    assert (work / "memory.max").read_text() == "max\n"
 
 
 HYBRID = """\

@@ -214,6 +214,22 @@ def test_limits_of_block_io(garden: Garden, fake: FakeGarden) -> None:
     assert fake.containers["c"].limits == pb.Limits(io_read_bytes_per_s=0, io_weight=50, io_write_ops_per_s=9)
 
 
+def test_swap_on_top_of_memory(garden: Garden, fake: FakeGarden) -> None:
+    """A size, or as much as there is; none is not shown."""
+    garden("create", "--handle", "c", "--memory", "64M", "--swap", "32M")
+    assert fake.containers["c"].limits == pb.Limits(memory_bytes=64 << 20, swap_bytes=32 << 20)
+    assert garden("limits", "c").out == "memory 64.0M, swap 32.0M\n"
+    assert "swap unlimited" in garden("limits", "c", "--swap", "unlimited").out
+    assert garden("limits", "c", "--swap", "0").out == "memory 64.0M\n"
+
+
+def test_rlimits_of_a_container(garden: Garden, fake: FakeGarden) -> None:
+    """At create and live; the options of `run` are the process's own."""
+    garden("create", "--handle", "c", "--rlimit", "nofile=9", "--rlimit", "core=unlimited")
+    assert fake.containers["c"].limits == pb.Limits(rlimits={"nofile": 9, "core": (1 << 64) - 1})
+    assert garden("limits", "c", "--rlimit", "core=0").out == "rlimits core=0 nofile=9\n"
+
+
 def test_limits_are_changed_only_where_given(garden: Garden, fake: FakeGarden) -> None:
     """The rest stays as it is."""
     garden("create", "--handle", "c", "--memory", "64M", "--pids", "5")

@@ -97,6 +97,7 @@ def test_rlimits_are_numbers_or_unlimited() -> None:
     assert parse.parse_rlimits(["nofile=1024", "core=unlimited"]) == {"nofile": 1024, "core": 2**64 - 1}
     with pytest.raises(parse.BadInput):
         parse.parse_rlimits(["nofile=many"])
+    assert parse.format_rlimits({"nofile": 9, "core": 2**64 - 1}) == "core=unlimited nofile=9"
 
 
 @pytest.mark.parametrize(

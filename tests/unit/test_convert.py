@@ -29,6 +29,9 @@ def test_unset_limits_and_zero_limits_are_different() -> None:
     message = pb.Limits(memory_bytes=0, pids=7)
     assert convert.limits_from(message) == Limits(memory_bytes=0, pids=7)
     assert convert.limits_to(convert.limits_from(message)) == message
+    message = pb.Limits(rlimits={"nofile": 9, "core": (1 << 64) - 1})
+    assert convert.limits_from(message).rlimits == (("core", (1 << 64) - 1), ("nofile", 9))
+    assert convert.limits_to(convert.limits_from(message)) == message
 
 
 def test_container_spec_keeps_every_field() -> None:

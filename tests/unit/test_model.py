@@ -13,7 +13,13 @@ from garden_py.model.errors import InvalidRequest
 from garden_py.model.files import BindMount
 from garden_py.model.handle import hostname_for, hostname_problem, make_name, name_problem
 from garden_py.model.lifecycle import FOLLOWERS, State, may_follow
-from garden_py.model.limits import MEMORY_FLOOR_BYTES, Limits, shares_from_weight, weight_from_shares
+from garden_py.model.limits import (
+    MEMORY_FLOOR_BYTES,
+    SWAP_UNLIMITED,
+    Limits,
+    shares_from_weight,
+    weight_from_shares,
+)
 from garden_py.model.process import (
     ARG_MAX_BYTES,
     ExitStatus,
@@ -104,6 +110,11 @@ def test_destroying_is_reachable_from_every_state_and_left_only_for_unkillable()
         (Limits(cpu_quota_us=5000, cpu_period_us=1_000_001), {"spec.limits.cpu_period_us"}),
         (Limits(cpu_period_us=50_000), {"spec.limits.cpu_period_us"}),
         (Limits(pids=4_194_305), {"spec.limits.pids"}),
+        (Limits(memory_bytes=1 << 30, swap_bytes=1 << 63), {"spec.limits.swap_bytes"}),
+        (Limits(memory_bytes=0, swap_bytes=0), {"spec.limits.swap_bytes"}),
+        (Limits(swap_bytes=1), {"spec.limits.swap_bytes"}),
+        (Limits(memory_bytes=1 << 30, swap_bytes=0), set()),
+        (Limits(memory_bytes=1 << 30, swap_bytes=SWAP_UNLIMITED), set()),
         (Limits(memory_bytes=MEMORY_FLOOR_BYTES, cpu_weight=1, cpu_quota_us=1000, pids=1), set()),
         (Limits(memory_bytes=0, cpu_quota_us=0, pids=0), set()),
     ],
@@ -118,6 +129,17 @@ def test_limits_over_older_ones() -> None:
     """A field without a statement keeps the older value; zero is a statement."""
     older = Limits(memory_bytes=1, cpu_weight=2, pids=3)
     assert Limits(memory_bytes=0, pids=9).over(older) == Limits(memory_bytes=0, cpu_weight=2, pids=9)
+    named, other = (("core", 1), ("nofile", 2)), (("nofile", 3), ("as", 4))
+    assert Limits(rlimits=other).over(Limits(rlimits=named)).rlimits == (
+        ("as", 4),
+        ("core", 1),
+        ("nofile", 3),
+    )
+    limited = Limits(memory_bytes=1, swap_bytes=2)
+    assert Limits(memory_bytes=3).over(limited) == Limits(memory_bytes=3, swap_bytes=2)
+    assert Limits(memory_bytes=0).over(limited) == Limits(
+        memory_bytes=0
+    )  # there is nothing it could be on top of
     assert Limits().empty()
     assert not Limits(pids=0).empty()
 
@@ -176,6 +198,10 @@ def mounts(*pairs: tuple[str, str]) -> tuple[BindMount, ...]:
         ({"port_mappings": (PortMapping(5, 1), PortMapping(5, 2))}, {"spec.port_mappings[1].host_port"}),
         ({"port_mappings": (PortMapping(5, 1), PortMapping(5, 1, Transport.UDP))}, set()),
         ({"port_mappings": (PortMapping(0, 1), PortMapping(0, 1))}, set()),
+        (
+            {"limits": Limits(rlimits=(("files", 1), ("core", -1), ("as", 9)))},
+            {"spec.limits.rlimits[files]", "spec.limits.rlimits[core]"},
+        ),
     ],
 )  # fmt: skip
 def test_container_specs(changes: dict[str, Any], fields: set[str]) -> None:
@@ -198,6 +224,7 @@ def test_container_specs(changes: dict[str, Any], fields: set[str]) -> None:
         ({"dir": "relative"}, {"spec.dir"}),
         ({"user": "a\0"}, {"spec.user"}),
         ({"tty": WindowSize(70_000, 1)}, {"spec.tty"}),
+        ({"limits": Limits(rlimits=(("nofile", 1),))}, {"spec.limits.rlimits"}),
         ({"rlimits": (("files", 1),)}, {"spec.rlimits[files]"}),
         ({"rlimits": (("nofile", -1),)}, {"spec.rlimits[nofile]"}),
         ({"rlimits": (("nofile", 1 << 64),)}, {"spec.rlimits[nofile]"}),

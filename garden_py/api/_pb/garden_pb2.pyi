@@ -493,6 +493,26 @@ class Limits(_message.Message):
     TOTAL: Limits.DiskScope.ValueType  # 1
     """its image as well; an image larger than the limit is INVALID_ARGUMENT"""
 
+    @_typing.final
+    class RlimitsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     CPU_WEIGHT_FIELD_NUMBER: _builtins.int
     CPU_QUOTA_US_FIELD_NUMBER: _builtins.int
@@ -501,6 +521,7 @@ class Limits(_message.Message):
     DISK_BYTES_FIELD_NUMBER: _builtins.int
     DISK_INODES_FIELD_NUMBER: _builtins.int
     DISK_SCOPE_FIELD_NUMBER: _builtins.int
+    SWAP_BYTES_FIELD_NUMBER: _builtins.int
     IO_WEIGHT_FIELD_NUMBER: _builtins.int
     IO_READ_BYTES_PER_S_FIELD_NUMBER: _builtins.int
     IO_WRITE_BYTES_PER_S_FIELD_NUMBER: _builtins.int
@@ -509,8 +530,9 @@ class Limits(_message.Message):
     NETWORK_RX_BYTES_PER_S_FIELD_NUMBER: _builtins.int
     NETWORK_TX_BYTES_PER_S_FIELD_NUMBER: _builtins.int
     NETWORK_BURST_BYTES_FIELD_NUMBER: _builtins.int
+    RLIMITS_FIELD_NUMBER: _builtins.int
     memory_bytes: _builtins.int
-    """all processes together, no swap on top; 0 = unlimited; floor 4 MiB"""
+    """all processes together, without swap; 0 = unlimited; floor 4 MiB"""
     cpu_weight: _builtins.int
     """relative share under contention, 1 to 10000, default 100 (cgroups(7) cpu.weight)"""
     cpu_quota_us: _builtins.int
@@ -527,6 +549,11 @@ class Limits(_message.Message):
     """of the writable layer; 0 = unlimited; not on btrfs (UNIMPLEMENTED)"""
     disk_scope: Global___Limits.DiskScope.ValueType
     """what disk_bytes counts"""
+    swap_bytes: _builtins.int
+    """Swap on top of memory_bytes, without which it is INVALID_ARGUMENT; 2^64-1 = unlimited. Not stated: 0, or unlimited with
+    --disable-swap-limit; it stays as it is when memory_bytes alone is changed. UNIMPLEMENTED where the kernel does not count
+    swap (on cgroup v1 the boot parameter swapaccount=1); then it is unset in answers, as it is without a memory limit.
+    """
     io_weight: _builtins.int
     """Transfers to and from the block device that carries the writable layer, of containers only. UNIMPLEMENTED where the host
     cannot limit them. On cgroup v1 writes count only when they bypass the page cache (O_DIRECT); see docs/operations.md.
@@ -547,6 +574,16 @@ class Limits(_message.Message):
     """what it sends"""
     network_burst_bytes: _builtins.int
     """that may pass at once after a pause; 0: 20 ms' worth; floor 4 KiB"""
+    @_builtins.property
+    def rlimits(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Resource limits (setrlimit(2)), named and valued as ProcessSpec.rlimits: soft = hard, 2^64-1 is unlimited. Of a container:
+        what its processes have unless they state a resource themselves (ProcessSpec.rlimits; sidecars with own_limits have none of
+        it). A change is put in force in what runs as well, in the resources that it names; the others stay. Refused with
+        LIMIT_REFUSED where the server may not give it: above its own hard limit, or that of a process that runs, without
+        CAP_SYS_RESOURCE, or more files than fs.nr_open. Answers: of a container, what is stated; of a process, the soft limits that
+        it has of the resources that it or its container states. Not in ProcessSpec.limits, which has ProcessSpec.rlimits beside it.
+        """
+
     def __init__(
         self,
         *,
@@ -558,6 +595,7 @@ class Limits(_message.Message):
         disk_bytes: _builtins.int | None = ...,
         disk_inodes: _builtins.int | None = ...,
         disk_scope: Global___Limits.DiskScope.ValueType | None = ...,
+        swap_bytes: _builtins.int | None = ...,
         io_weight: _builtins.int | None = ...,
         io_read_bytes_per_s: _builtins.int | None = ...,
         io_write_bytes_per_s: _builtins.int | None = ...,
@@ -566,10 +604,11 @@ class Limits(_message.Message):
         network_rx_bytes_per_s: _builtins.int | None = ...,
         network_tx_bytes_per_s: _builtins.int | None = ...,
         network_burst_bytes: _builtins.int | None = ...,
+        rlimits: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_cpu_period_us", b"_cpu_period_us", "_cpu_quota_us", b"_cpu_quota_us", "_cpu_weight", b"_cpu_weight", "_disk_bytes", b"_disk_bytes", "_disk_inodes", b"_disk_inodes", "_disk_scope", b"_disk_scope", "_io_read_bytes_per_s", b"_io_read_bytes_per_s", "_io_read_ops_per_s", b"_io_read_ops_per_s", "_io_weight", b"_io_weight", "_io_write_bytes_per_s", b"_io_write_bytes_per_s", "_io_write_ops_per_s", b"_io_write_ops_per_s", "_memory_bytes", b"_memory_bytes", "_network_burst_bytes", b"_network_burst_bytes", "_network_rx_bytes_per_s", b"_network_rx_bytes_per_s", "_network_tx_bytes_per_s", b"_network_tx_bytes_per_s", "_pids", b"_pids", "cpu_period_us", b"cpu_period_us", "cpu_quota_us", b"cpu_quota_us", "cpu_weight", b"cpu_weight", "disk_bytes", b"disk_bytes", "disk_inodes", b"disk_inodes", "disk_scope", b"disk_scope", "io_read_bytes_per_s", b"io_read_bytes_per_s", "io_read_ops_per_s", b"io_read_ops_per_s", "io_weight", b"io_weight", "io_write_bytes_per_s", b"io_write_bytes_per_s", "io_write_ops_per_s", b"io_write_ops_per_s", "memory_bytes", b"memory_bytes", "network_burst_bytes", b"network_burst_bytes", "network_rx_bytes_per_s", b"network_rx_bytes_per_s", "network_tx_bytes_per_s", b"network_tx_bytes_per_s", "pids", b"pids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cpu_period_us", b"_cpu_period_us", "_cpu_quota_us", b"_cpu_quota_us", "_cpu_weight", b"_cpu_weight", "_disk_bytes", b"_disk_bytes", "_disk_inodes", b"_disk_inodes", "_disk_scope", b"_disk_scope", "_io_read_bytes_per_s", b"_io_read_bytes_per_s", "_io_read_ops_per_s", b"_io_read_ops_per_s", "_io_weight", b"_io_weight", "_io_write_bytes_per_s", b"_io_write_bytes_per_s", "_io_write_ops_per_s", b"_io_write_ops_per_s", "_memory_bytes", b"_memory_bytes", "_network_burst_bytes", b"_network_burst_bytes", "_network_rx_bytes_per_s", b"_network_rx_bytes_per_s", "_network_tx_bytes_per_s", b"_network_tx_bytes_per_s", "_pids", b"_pids", "_swap_bytes", b"_swap_bytes", "cpu_period_us", b"cpu_period_us", "cpu_quota_us", b"cpu_quota_us", "cpu_weight", b"cpu_weight", "disk_bytes", b"disk_bytes", "disk_inodes", b"disk_inodes", "disk_scope", b"disk_scope", "io_read_bytes_per_s", b"io_read_bytes_per_s", "io_read_ops_per_s", b"io_read_ops_per_s", "io_weight", b"io_weight", "io_write_bytes_per_s", b"io_write_bytes_per_s", "io_write_ops_per_s", b"io_write_ops_per_s", "memory_bytes", b"memory_bytes", "network_burst_bytes", b"network_burst_bytes", "network_rx_bytes_per_s", b"network_rx_bytes_per_s", "network_tx_bytes_per_s", b"network_tx_bytes_per_s", "pids", b"pids", "swap_bytes", b"swap_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cpu_period_us", b"_cpu_period_us", "_cpu_quota_us", b"_cpu_quota_us", "_cpu_weight", b"_cpu_weight", "_disk_bytes", b"_disk_bytes", "_disk_inodes", b"_disk_inodes", "_disk_scope", b"_disk_scope", "_io_read_bytes_per_s", b"_io_read_bytes_per_s", "_io_read_ops_per_s", b"_io_read_ops_per_s", "_io_weight", b"_io_weight", "_io_write_bytes_per_s", b"_io_write_bytes_per_s", "_io_write_ops_per_s", b"_io_write_ops_per_s", "_memory_bytes", b"_memory_bytes", "_network_burst_bytes", b"_network_burst_bytes", "_network_rx_bytes_per_s", b"_network_rx_bytes_per_s", "_network_tx_bytes_per_s", b"_network_tx_bytes_per_s", "_pids", b"_pids", "cpu_period_us", b"cpu_period_us", "cpu_quota_us", b"cpu_quota_us", "cpu_weight", b"cpu_weight", "disk_bytes", b"disk_bytes", "disk_inodes", b"disk_inodes", "disk_scope", b"disk_scope", "io_read_bytes_per_s", b"io_read_bytes_per_s", "io_read_ops_per_s", b"io_read_ops_per_s", "io_weight", b"io_weight", "io_write_bytes_per_s", b"io_write_bytes_per_s", "io_write_ops_per_s", b"io_write_ops_per_s", "memory_bytes", b"memory_bytes", "network_burst_bytes", b"network_burst_bytes", "network_rx_bytes_per_s", b"network_rx_bytes_per_s", "network_tx_bytes_per_s", b"network_tx_bytes_per_s", "pids", b"pids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cpu_period_us", b"_cpu_period_us", "_cpu_quota_us", b"_cpu_quota_us", "_cpu_weight", b"_cpu_weight", "_disk_bytes", b"_disk_bytes", "_disk_inodes", b"_disk_inodes", "_disk_scope", b"_disk_scope", "_io_read_bytes_per_s", b"_io_read_bytes_per_s", "_io_read_ops_per_s", b"_io_read_ops_per_s", "_io_weight", b"_io_weight", "_io_write_bytes_per_s", b"_io_write_bytes_per_s", "_io_write_ops_per_s", b"_io_write_ops_per_s", "_memory_bytes", b"_memory_bytes", "_network_burst_bytes", b"_network_burst_bytes", "_network_rx_bytes_per_s", b"_network_rx_bytes_per_s", "_network_tx_bytes_per_s", b"_network_tx_bytes_per_s", "_pids", b"_pids", "_swap_bytes", b"_swap_bytes", "cpu_period_us", b"cpu_period_us", "cpu_quota_us", b"cpu_quota_us", "cpu_weight", b"cpu_weight", "disk_bytes", b"disk_bytes", "disk_inodes", b"disk_inodes", "disk_scope", b"disk_scope", "io_read_bytes_per_s", b"io_read_bytes_per_s", "io_read_ops_per_s", b"io_read_ops_per_s", "io_weight", b"io_weight", "io_write_bytes_per_s", b"io_write_bytes_per_s", "io_write_ops_per_s", b"io_write_ops_per_s", "memory_bytes", b"memory_bytes", "network_burst_bytes", b"network_burst_bytes", "network_rx_bytes_per_s", b"network_rx_bytes_per_s", "network_tx_bytes_per_s", b"network_tx_bytes_per_s", "pids", b"pids", "rlimits", b"rlimits", "swap_bytes", b"swap_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cpu_period_us: _TypeAlias = _typing.Literal["cpu_period_us"]  # noqa: Y015
     _WhichOneofArgType__cpu_period_us: _TypeAlias = _typing.Literal["_cpu_period_us", b"_cpu_period_us"]  # noqa: Y015
@@ -603,6 +642,8 @@ class Limits(_message.Message):
     _WhichOneofArgType__network_tx_bytes_per_s: _TypeAlias = _typing.Literal["_network_tx_bytes_per_s", b"_network_tx_bytes_per_s"]  # noqa: Y015
     _WhichOneofReturnType__pids: _TypeAlias = _typing.Literal["pids"]  # noqa: Y015
     _WhichOneofArgType__pids: _TypeAlias = _typing.Literal["_pids", b"_pids"]  # noqa: Y015
+    _WhichOneofReturnType__swap_bytes: _TypeAlias = _typing.Literal["swap_bytes"]  # noqa: Y015
+    _WhichOneofArgType__swap_bytes: _TypeAlias = _typing.Literal["_swap_bytes", b"_swap_bytes"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__cpu_period_us) -> _WhichOneofReturnType__cpu_period_us | None: ...
     @_typing.overload
@@ -635,6 +676,8 @@ class Limits(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__network_tx_bytes_per_s) -> _WhichOneofReturnType__network_tx_bytes_per_s | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__pids) -> _WhichOneofReturnType__pids | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__swap_bytes) -> _WhichOneofReturnType__swap_bytes | None: ...
 
 Global___Limits: _TypeAlias = Limits  # noqa: Y015
 
@@ -1936,7 +1979,7 @@ class GetLimitsRequest(_message.Message):
     PROCESS_ID_FIELD_NUMBER: _builtins.int
     handle: _builtins.str
     process_id: _builtins.str
-    """set: of that process, which is a sidecar or was started with limits of its own"""
+    """Set: of that process. Those of memory, CPU and pids are its own if it is a sidecar or was started with any."""
     def __init__(
         self,
         *,
@@ -1960,7 +2003,9 @@ class UpdateLimitsRequest(_message.Message):
     PROCESS_ID_FIELD_NUMBER: _builtins.int
     handle: _builtins.str
     process_id: _builtins.str
-    """as in GetLimitsRequest; its memory, CPU and pids can be changed, and a sidecar's disk limits"""
+    """As in GetLimitsRequest; its memory, CPU and pids can be changed, and a sidecar's disk limits. The rlimits of any process,
+    and with them those of all its descendants.
+    """
     @_builtins.property
     def limits(self) -> Global___Limits: ...
     def __init__(

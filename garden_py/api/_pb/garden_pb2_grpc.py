@@ -290,8 +290,8 @@ class GardenServicer:
 
     def GetLimits(self, request, context):
         """The limits as they are in force, read back from the kernel, of a container or of one process in it.
-        Errors: NOT_FOUND; FAILED_PRECONDITION for a process that has exited (PROCESS_EXITED) or has no limits of its own
-        (PROCESS_NOT_LIMITED).
+        Errors: NOT_FOUND; FAILED_PRECONDITION for a process that has exited (PROCESS_EXITED) or has neither limits of its own nor
+        rlimits that it or its container states (PROCESS_NOT_LIMITED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

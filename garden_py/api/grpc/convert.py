@@ -77,6 +77,8 @@ def limits_from(message: pb.Limits) -> Limits:
         else None,
         io_read_ops_per_s=message.io_read_ops_per_s if message.HasField("io_read_ops_per_s") else None,
         io_write_ops_per_s=message.io_write_ops_per_s if message.HasField("io_write_ops_per_s") else None,
+        rlimits=tuple(sorted(message.rlimits.items())),
+        swap_bytes=message.swap_bytes if message.HasField("swap_bytes") else None,
     )
 
 
@@ -105,6 +107,8 @@ def limits_to(limits: Limits) -> pb.Limits:
         io_write_bytes_per_s=limits.io_write_bytes_per_s,
         io_read_ops_per_s=limits.io_read_ops_per_s,
         io_write_ops_per_s=limits.io_write_ops_per_s,
+        rlimits=dict(limits.rlimits),
+        swap_bytes=limits.swap_bytes,
     )
 
 

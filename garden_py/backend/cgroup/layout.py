@@ -58,12 +58,14 @@ class Hierarchies:
         unified: the v2 mount of a hybrid host, which carries no controllers we use; else None.
         io: where block I/O is limited: v1's blkio, or on v2 the same as all; None: nowhere. On v1 no group of ours is
             made there: all processes of a container stay in the one that the runtime makes.
+        unstated_swap: what groups with a memory limit get on top of it that state nothing about swap; see Limits.
     """
 
     version: int
     mount_points: dict[str, Path]
     unified: Path | None = None
     io: Path | None = None
+    unstated_swap: int = 0
 
     def distinct(self) -> list[Path]:
         """Every mount point once (cpu and cpuacct are often one hierarchy)."""

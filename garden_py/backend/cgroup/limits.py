@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import errno
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import dataclass
 from pathlib import Path
 
 from garden_py.backend.cgroup.layout import WORK, ContainerCgroup
 from garden_py.backend.cgroup.weight import is_scaled, read_weight, rescale
-from garden_py.model.errors import HostFault, LimitRefused
-from garden_py.model.limits import CPU_PERIOD_DEFAULT_US, Limits, shares_from_weight, weight_from_shares
+from garden_py.model.errors import HostFault, InvalidField, LimitRefused, NotSupported
+from garden_py.model.limits import (
+    CPU_PERIOD_DEFAULT_US,
+    SWAP_NEEDS_MEMORY,
+    SWAP_UNLIMITED,
+    Limits,
+    shares_from_weight,
+    weight_from_shares,
+)
 
 # memory.limit_in_bytes of an unlimited v1 group reads as LONG_MAX rounded down to pages (cgroup-v1/memory.rst).
 V1_UNLIMITED_BYTES = 1 << 62
 V1_DEFAULT_SHARES = 1024
+_SWAP_FILES = {1: "memory.memsw.limit_in_bytes", 2: "memory.swap.max"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,26 +43,89 @@ class LimitWrite:
     optional: bool = False
 
 
-def plan_writes(limits: Limits, version: int, *, leaf: tuple[str, ...] = (WORK,)) -> list[LimitWrite]:
-    """The writes that put limits in force; fields without a statement cause none.
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """Memory and swap of a group together, as it is to be; unlimited is math.inf."""
+
+    memory: float
+    swap: float
+    swap_field: str
+
+    @property
+    def total(self) -> float:
+        """Both."""
+        return self.memory + self.swap
+
+    @classmethod
+    def of(cls, asked: Limits, now: Limits, unstated_swap: int) -> _Memory:
+        """What is asked for, with what is in force where nothing is."""
+        memory = asked.over(now).memory_bytes
+        swap = unstated_swap if now.swap_bytes is None else now.swap_bytes
+        field = "memory_bytes"
+        if asked.swap_bytes is not None:
+            swap, field = asked.swap_bytes, "swap_bytes"
+        if not memory or swap == SWAP_UNLIMITED:
+            return cls(memory or math.inf, math.inf, field)
+        return cls(memory, swap, field)
+
+
+def plan_writes(
+    limits: Limits,
+    version: int,
+    *,
+    leaf: tuple[str, ...] = (WORK,),
+    now: Limits | None = None,
+    unstated_swap: int = 0,
+) -> list[LimitWrite]:
+    """The writes that put limits in force, in order; fields without a statement cause none.
 
     Args:
         limits: as asked for; 0 means unlimited.
         version: 1 or 2.
         leaf: directory that carries the limits; the CPU weight of a whole container goes on the container itself.
+        now: those of memory and swap that are in force; None: none.
+        unstated_swap: on top of a memory limit, if nothing was ever said about it.
     """
     weight_at: tuple[str, ...] = () if leaf == (WORK,) else leaf
-    return _plan_v1(limits, leaf, weight_at) if version == 1 else _plan_v2(limits, leaf, weight_at)
+    now = now or Limits()
+    writes: list[LimitWrite] = []
+    if limits.memory_bytes is not None or limits.swap_bytes is not None:
+        wanted = _Memory.of(limits, now, unstated_swap)
+        writes += _plan_memory_v1(wanted, now, leaf) if version == 1 else _plan_memory_v2(wanted, leaf)
+    return writes + (_plan_v1(limits, leaf, weight_at) if version == 1 else _plan_v2(limits, leaf, weight_at))
+
+
+def _plan_memory_v1(wanted: _Memory, now: Limits, leaf: tuple[str, ...]) -> list[LimitWrite]:
+    """On v1, memsw counts memory and swap together, and limit ≤ memsw must hold after every single write."""
+    both, field = wanted.total, wanted.swap_field
+    writes = [
+        LimitWrite("memory", leaf, "memory.limit_in_bytes", _v1_bytes(wanted.memory), "memory_bytes"),
+        LimitWrite("memory", leaf, "memory.memsw.limit_in_bytes", _v1_bytes(both), field, optional=True),
+    ]
+    if both >= _Memory.of(Limits(), now, SWAP_UNLIMITED).total:
+        writes.reverse()  # memsw is widened first, and narrowed last
+    return writes
+
+
+def _v1_bytes(count: float) -> str:
+    return "-1" if count == math.inf else str(count)
+
+
+def _plan_memory_v2(wanted: _Memory, leaf: tuple[str, ...]) -> list[LimitWrite]:
+    return [
+        LimitWrite("memory", leaf, "memory.max", _v2_bytes(wanted.memory), "memory_bytes"),
+        LimitWrite(
+            "memory", leaf, "memory.swap.max", _v2_bytes(wanted.swap), wanted.swap_field, optional=True
+        ),
+    ]
+
+
+def _v2_bytes(count: float) -> str:
+    return "max" if count == math.inf else str(count)
 
 
 def _plan_v1(limits: Limits, leaf: tuple[str, ...], weight_at: tuple[str, ...]) -> list[LimitWrite]:
     writes: list[LimitWrite] = []
-    if limits.memory_bytes is not None:
-        value = str(limits.memory_bytes or -1)
-        writes += [
-            LimitWrite("memory", leaf, "memory.limit_in_bytes", value, "memory_bytes"),
-            LimitWrite("memory", leaf, "memory.memsw.limit_in_bytes", value, "memory_bytes", optional=True),
-        ]
     if limits.cpu_shares is not None:
         writes.append(LimitWrite("cpu", weight_at, "cpu.shares", str(limits.cpu_shares), "cpu_shares"))
     elif limits.cpu_weight is not None:
@@ -74,12 +146,6 @@ def _plan_v1(limits: Limits, leaf: tuple[str, ...], weight_at: tuple[str, ...]) 
 
 def _plan_v2(limits: Limits, leaf: tuple[str, ...], weight_at: tuple[str, ...]) -> list[LimitWrite]:
     writes: list[LimitWrite] = []
-    if limits.memory_bytes is not None:
-        writes.append(
-            LimitWrite("memory", leaf, "memory.max", str(limits.memory_bytes or "max"), "memory_bytes")
-        )
-        swap = "0" if limits.memory_bytes else "max"
-        writes.append(LimitWrite("memory", leaf, "memory.swap.max", swap, "memory_bytes", optional=True))
     if limits.cpu_shares is not None:
         weight = str(weight_from_shares(limits.cpu_shares))
         writes.append(LimitWrite("cpu", weight_at, "cpu.weight", weight, "cpu_shares"))
@@ -99,14 +165,18 @@ def write_limits(cgroup: ContainerCgroup, limits: Limits, *, leaf: tuple[str, ..
 
     Raises:
         LimitRefused: the kernel refuses a value, for example a memory limit below what is in use.
+        InvalidField: of swap, without a limit on memory.
+        NotSupported: of swap, which the kernel does not count.
         HostFault: a file cannot be written for another reason.
     """
-    writes = plan_writes(limits, cgroup.hierarchies.version, leaf=leaf)
-    memory = cgroup.directory("memory", *leaf)
-    if cgroup.hierarchies.version == 1 and _raises_memory_limit(memory, limits):
-        # limit ≤ memsw must hold after every single write: widen memsw first, narrow it last.
-        writes.sort(key=lambda write: write.file == "memory.limit_in_bytes")
-    if cgroup.hierarchies.version == 2:
+    version, memory = cgroup.hierarchies.version, cgroup.directory("memory", *leaf)
+    now = Limits()
+    if limits.memory_bytes is not None or limits.swap_bytes is not None:
+        now = _read_memory(memory, version)
+        if limits.swap_bytes is not None:
+            _check_swap(memory, version, limits.over(now))
+    writes = plan_writes(limits, version, leaf=leaf, now=now, unstated_swap=cgroup.hierarchies.unstated_swap)
+    if version == 2:
         _refuse_below_usage(memory, limits)
     for write in writes:
         if write.file == "cpu.weight" and not write.below and is_scaled(cgroup):
@@ -139,16 +209,14 @@ def change_limits(cgroup: ContainerCgroup, limits: Limits, *, leaf: tuple[str, .
         leaf: which group of it carries them.
 
     Raises:
-        LimitRefused, HostFault: as write_limits; those in force before are again.
+        LimitRefused, InvalidField, NotSupported, HostFault: as write_limits; those in force before are again.
     """
     before = read_limits(cgroup, leaf=leaf)
     limits = limits.over(_period_of(limits, before))
-    asked = {name for name, value in asdict(limits).items() if value is not None}
     try:
         write_limits(cgroup, limits, leaf=leaf)
     except (LimitRefused, HostFault):
-        earlier = Limits(**{name: value for name, value in asdict(before).items() if name in asked})
-        write_limits(cgroup, earlier, leaf=leaf)
+        write_limits(cgroup, limits.those_of(before), leaf=leaf)
         raise
     return read_limits(cgroup, leaf=leaf)
 
@@ -160,11 +228,12 @@ def _period_of(asked: Limits, now: Limits) -> Limits:
     return Limits(cpu_quota_us=now.cpu_quota_us, cpu_period_us=now.cpu_period_us)
 
 
-def _raises_memory_limit(directory: Path, limits: Limits) -> bool:
-    if limits.memory_bytes is None:
-        return False
-    now = int((directory / "memory.limit_in_bytes").read_text())
-    return limits.memory_bytes == 0 or limits.memory_bytes > now
+def _check_swap(directory: Path, version: int, wanted: Limits) -> None:
+    if not (directory / _SWAP_FILES[version]).exists():
+        how = ", see the boot parameter swapaccount=1" if version == 1 else ""
+        raise NotSupported(f"limits.swap_bytes: this kernel does not count swap{how}")
+    if not wanted.memory_bytes:
+        raise InvalidField("limits.swap_bytes", SWAP_NEEDS_MEMORY)
 
 
 def _refuse_below_usage(directory: Path, limits: Limits) -> None:
@@ -184,25 +253,49 @@ def read_limits(cgroup: ContainerCgroup, *, leaf: tuple[str, ...] = (WORK,)) -> 
 
     weight_at: tuple[str, ...] = () if leaf == (WORK,) else leaf
     pids = parse_max(read("pids", leaf, "pids.max"))
+    memory = _read_memory(cgroup.directory("memory", *leaf), cgroup.hierarchies.version)
     if cgroup.hierarchies.version == 2:
         quota, period = read("cpu", leaf, "cpu.max").split()
         return Limits(
-            memory_bytes=parse_max(read("memory", leaf, "memory.max")),
+            memory_bytes=memory.memory_bytes,
+            swap_bytes=memory.swap_bytes,
             cpu_weight=read_weight(cgroup.directory("cpu", *weight_at)),
             cpu_quota_us=parse_max(quota),
             cpu_period_us=int(period),
             pids=pids,
         )
-    memory = int(read("memory", leaf, "memory.limit_in_bytes"))
     shares = int(read("cpu", weight_at, "cpu.shares"))
     return Limits(
-        memory_bytes=0 if memory >= V1_UNLIMITED_BYTES else memory,
+        memory_bytes=memory.memory_bytes,
+        swap_bytes=memory.swap_bytes,
         cpu_weight=max(1, round(shares * 100 / V1_DEFAULT_SHARES)),
         cpu_shares=shares,
         cpu_quota_us=max(0, int(read("cpu", leaf, "cpu.cfs_quota_us"))),
         cpu_period_us=int(read("cpu", leaf, "cpu.cfs_period_us")),
         pids=pids,
     )
+
+
+def _read_memory(directory: Path, version: int) -> Limits:
+    """Those of memory and swap; swap None: memory is not limited, or the kernel does not count swap."""
+    if version == 2:
+        memory = parse_max((directory / "memory.max").read_text().strip())
+    else:
+        memory = _parse_v1_bytes((directory / "memory.limit_in_bytes").read_text())
+    if not memory:
+        return Limits(memory_bytes=0)
+    try:
+        text = (directory / _SWAP_FILES[version]).read_text().strip()
+    except FileNotFoundError:
+        return Limits(memory_bytes=memory)
+    if version == 2:
+        return Limits(memory_bytes=memory, swap_bytes=SWAP_UNLIMITED if text == "max" else int(text))
+    both = _parse_v1_bytes(text)
+    return Limits(memory_bytes=memory, swap_bytes=both - memory if both else SWAP_UNLIMITED)
+
+
+def _parse_v1_bytes(text: str) -> int:
+    return 0 if int(text) >= V1_UNLIMITED_BYTES else int(text)
 
 
 def parse_max(text: str) -> int:

@@ -6,7 +6,7 @@ import asyncio
 import errno
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from garden_py.backend.disk.store import LoopStore
 from garden_py.backend.images.images import Images, Rootfs
 from garden_py.backend.images.store import ImageStore
 from garden_py.backend.launcher.client import Launcher
-from garden_py.backend.linux import copying, process_limits
+from garden_py.backend.linux import copying, process_limits, resource_limits
 from garden_py.backend.linux.agent_owner import AgentOwner
 from garden_py.backend.linux.clues import LinuxClues
 from garden_py.backend.linux.construction import Construction
@@ -38,6 +38,7 @@ from garden_py.backend.linux.processes import LinuxProcesses, usage_of, without_
 from garden_py.backend.linux.sidecars import Sidecars, owner_of, sidecar_directories, sidecar_layer
 from garden_py.backend.linux.site import Site, check_apparmor, disk_of, make_mount_dir, open_site, open_store
 from garden_py.backend.linux.throttling import Throttling
+from garden_py.backend.linux.undo import all_or_nothing
 from garden_py.backend.linux.upgrades import Upgrades
 from garden_py.backend.rootfs.embedded import build_embedded_rootfs
 from garden_py.config import Config
@@ -60,7 +61,7 @@ from garden_py.model.image import (
 )
 from garden_py.model.leak import Leak
 from garden_py.model.lifecycle import USABLE, State
-from garden_py.model.limits import Limits
+from garden_py.model.limits import Limits, Rlimits, rlimits_over
 from garden_py.model.netrule import Decision, Destination, EgressPolicy
 from garden_py.model.process import ProcessSpec
 from garden_py.model.spec import ContainerSpec, PortMapping
@@ -248,7 +249,8 @@ class LinuxBackend:
         container = LinuxContainer(row.handle, facts, cgroup, site.depot.directory(row.handle), self._events)
         spec = load_container_spec(row.spec)
         container.image, container.disk_scope = spec.image, spec.limits.disk_scope
-        container.policy, container.bandwidth = spec.egress, spec.limits.network_only()
+        container.policy, container.rlimits = spec.egress, spec.limits.rlimits
+        container.bandwidth = spec.limits.network_only()
         container.watch(pidfd)
         try:
             await self._throttling.adopt(container)
@@ -503,16 +505,28 @@ class LinuxBackend:
             return await process_limits.read(container, process_id, self._disk)
         with may_be_gone(handle):
             found = read_limits(container.cgroup).over(self._site.block_io.read(container.cgroup))
-        disk = await self._disk.limits(layer_of(container))
-        return found.over(disk).over(await self._read_bandwidth(container))
+        return await self._with_the_rest(container, found)
 
-    async def update_limits(self, handle: str, limits: Limits, process_id: str | None = None) -> Limits:
-        """Change limits; those in force afterwards."""
+    async def _with_the_rest(self, container: LinuxContainer, found: Limits) -> Limits:
+        """Limits of cgroups, and those in force elsewhere."""
+        disk = await self._disk.limits(layer_of(container))
+        found = found.over(disk).over(await self._read_bandwidth(container))
+        return replace(found, rlimits=container.rlimits)
+
+    async def update_limits(
+        self,
+        handle: str,
+        limits: Limits,
+        process_id: str | None = None,
+        *,
+        record: Callable[[Limits], None] | None = None,
+    ) -> Limits:
+        """Change limits; those in force afterwards. See service.ports."""
         container = self._get(handle)
         if process_id is not None:
-            return await process_limits.change(container, process_id, limits, self._disk)
-        block_io, cgroup = self._site.block_io, container.cgroup
-        async with AsyncExitStack() as undo:  # all of them or none
+            return await process_limits.change(container, process_id, limits, self._disk, record)
+        held_off = container.starts.hold_off() if limits.rlimits else nullcontext()
+        async with held_off, all_or_nothing("limits", handle) as undo:
             if limits.states_disk:
                 undo.push_async_callback(
                     self._set_disk, container, await self._disk.limits(layer_of(container))
@@ -522,13 +536,32 @@ class LinuxBackend:
                 undo.push_async_callback(self._set_bandwidth, container, container.bandwidth)
                 await self._set_bandwidth(container, limits.network_only().over(container.bandwidth))
             with may_be_gone(handle):
-                if limits.states_io:
-                    undo.callback(block_io.change, cgroup, block_io.read(cgroup))
-                block_io.change(cgroup, limits)
-                now = change_limits(cgroup, limits).over(block_io.read(cgroup))
-            undo.pop_all()
-        disk = await self._disk.limits(layer_of(container))
-        return now.over(disk).over(await self._read_bandwidth(container))
+                now = self._change_cgroup(container, limits, undo)
+            if limits.rlimits:
+                await self._change_rlimits(container, limits.rlimits, undo)
+            now = await self._with_the_rest(container, now)
+            if record is not None:
+                record(now)
+        return now
+
+    def _change_cgroup(self, container: LinuxContainer, limits: Limits, undo: AsyncExitStack) -> Limits:
+        block_io, cgroup = self._site.block_io, container.cgroup
+        if limits.states_io:
+            undo.callback(block_io.change, cgroup, block_io.read(cgroup))
+        block_io.change(cgroup, limits)
+        before = read_limits(cgroup)
+        now = change_limits(cgroup, limits)
+        undo.callback(change_limits, cgroup, limits.those_of(before))
+        return now.over(block_io.read(cgroup))
+
+    async def _change_rlimits(
+        self, container: LinuxContainer, rlimits: Rlimits, undo: AsyncExitStack
+    ) -> None:
+        """Last of all: not every limit that is lowered can be raised again."""
+        resource_limits.check(rlimits, self._site.facts.nofile_hard)
+        undo.callback(await resource_limits.change_container(container, rlimits))
+        undo.callback(setattr, container, "rlimits", container.rlimits)
+        container.rlimits = rlimits_over(rlimits, container.rlimits)
 
     async def _set_disk(self, container: LinuxContainer, wanted: Limits) -> None:
         container.disk_scope = (await self._disk.update(layer_of(container), wanted)).disk_scope

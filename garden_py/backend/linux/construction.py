@@ -13,6 +13,7 @@ from garden_py.backend.cgroup import groups
 from garden_py.backend.host import apparmor
 from garden_py.backend.host.pids import read_start_time
 from garden_py.backend.images.images import Images, Rootfs
+from garden_py.backend.linux import resource_limits
 from garden_py.backend.linux.container import ContainerFacts, LinuxContainer
 from garden_py.backend.linux.disk import ContainerDisk
 from garden_py.backend.linux.launching import AgentStarter, Launch, check_bind_sources, listen
@@ -53,13 +54,14 @@ class Construction:
         """Check what the spec points at on the host, then take what the container needs from the pools.
 
         Raises:
-            InvalidRequest, PoolExhausted, PortInUse, ProfileNotLoaded: nothing was taken.
+            InvalidRequest, LimitRefused, NotSupported, PoolExhausted, PortInUse, ProfileNotLoaded: nothing was taken.
         """
         profile = self._site.config.apparmor
         if profile and not spec.privileged and apparmor.is_known_missing(profile):
             raise ProfileNotLoaded(profile)
         self._disk.check(spec.limits)
         self._site.block_io.check(spec.limits)
+        resource_limits.check(spec.limits.rlimits, self._site.facts.nofile_hard)
         self._site.depot.refuse_foreign(spec.handle)
         check_bind_sources(spec.bind_mounts, "spec.bind_mounts")
         with at_field("spec"):
@@ -101,7 +103,7 @@ class Construction:
         if rootfs.used is not None:
             self._images.store.hold(spec.handle, directory, rootfs.used)
         container.image, container.disk_scope = spec.image, spec.limits.disk_scope
-        container.bandwidth = spec.limits.network_only()
+        container.bandwidth, container.rlimits = spec.limits.network_only(), spec.limits.rlimits
         with step(Step.DISK):
             layer = await self._disk.make(facts.runtime_id, spec.limits, rootfs, "spec.limits") or directory
         with step(Step.BUNDLE):

@@ -24,10 +24,11 @@ from garden_py.backend.linux.agent_owner import AgentOwner
 from garden_py.backend.linux.isolation import Isolation
 from garden_py.backend.linux.lease import NetworkLease
 from garden_py.backend.linux.process import LinuxProcess, OomAccount
+from garden_py.backend.linux.starts import Starts
 from garden_py.backend.streams.agent_link import AgentLink
 from garden_py.backend.streams.agent_replies import AgentExit
 from garden_py.model.errors import ContainerBroken
-from garden_py.model.limits import DiskScope, Limits
+from garden_py.model.limits import DiskScope, Limits, Rlimits, rlimits_over
 from garden_py.model.netrule import EgressPolicy
 from garden_py.model.process import ProcessSpec
 from garden_py.observe.apart import apart
@@ -99,6 +100,8 @@ class LinuxContainer(AgentOwner):
         image: as its spec has it.
         disk_scope: what its limit on disk space counts.
         bandwidth: its limits on that, as stated.
+        rlimits: of its processes, as stated.
+        helper_pids: of the agent's processes that copy files, as the container numbers them.
         policy: its egress policy when it was taken over; None: made by this server.
         sidecars: agents besides PID 1, by the process that each of them was started for (linux/sidecars.py).
         retiring: removals of sidecars under way, by process.
@@ -126,6 +129,9 @@ class LinuxContainer(AgentOwner):
         self.image = ""
         self.disk_scope: DiskScope | None = None
         self.bandwidth = Limits()
+        self.rlimits: Rlimits = ()
+        self.starts = Starts()
+        self.helper_pids: set[int] = set()
         self.policy: EgressPolicy | None = None
         self._events = events
         self.spawning: set[str] = set()
@@ -340,6 +346,10 @@ class LinuxContainer(AgentOwner):
     def leaf_of(self, spec: ProcessSpec) -> tuple[str, ...]:
         """The cgroup that a process's tasks go to."""
         return self.cgroup.leaf(spec.id if spec.has_own_group else None, beside=spec.is_beside)
+
+    def rlimits_for(self, spec: ProcessSpec) -> Rlimits:
+        """What a process and its container state together; a sidecar beside the container's limits has none of its."""
+        return rlimits_over(spec.rlimits, () if spec.is_beside else self.rlimits)
 
     def drop_process_group(self, leaf: tuple[str, ...]) -> None:
         """Remove a finished process's own cgroup, if its last child has gone too."""

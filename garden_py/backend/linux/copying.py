@@ -26,7 +26,7 @@ class _Helper:
     """A running tar-in or tar-out: our ends of its streams, and its exit to come."""
 
     def __init__(self, helper_id: str, spawned: Spawned, exited: asyncio.Future[AgentExit]) -> None:
-        self.id = helper_id
+        self.id, self.pid = helper_id, spawned.pid
         self.fds = spawned.fds
         self.exited = exited
 
@@ -111,10 +111,12 @@ async def _helper(container: LinuxContainer, program: str, path: str, user: str)
     try:
         spec = ProcessSpec(path=program, id=helper_id, user=user)
         try:
-            with container.group_fds(container.cgroup.leaf(None)) as cgroup_fds:
-                spawned = await container.link.spawn(
-                    spec, (), cgroup_fds, bounding=None, program=program, program_path=path
-                )
+            async with container.starts.begin():
+                with container.group_fds(container.cgroup.leaf(None)) as cgroup_fds:
+                    spawned = await container.link.spawn(
+                        spec, (), cgroup_fds, bounding=None, program=program, program_path=path
+                    )
+                container.helper_pids.add(spawned.pid)
         except InvalidField as error:  # the agent names the fields of a spawn; the caller has sent a path
             field = "path" if error.field == "spec.dir" else error.field.removeprefix("spec.")
             raise InvalidField(field, error.problem) from error
@@ -125,6 +127,7 @@ async def _helper(container: LinuxContainer, program: str, path: str, user: str)
     finally:
         if helper is not None:
             helper.close()
+            container.helper_pids.discard(helper.pid)
         # Also when we left before the agent had answered: it may have started the helper all the same.
         await asyncio.shield(_end(container, helper_id, exited))
         container.helpers.pop(helper_id, None)

@@ -96,8 +96,20 @@ class LinuxProcesses:
         env: tuple[str, ...],
         record: Callable[[], None],
     ) -> LinuxProcess:
+        async with container.starts.begin():
+            return await self._spawn_now(container, owner, spec, env, record)
+
+    async def _spawn_now(
+        self,
+        container: LinuxContainer,
+        owner: AgentOwner,
+        spec: ProcessSpec,
+        env: tuple[str, ...],
+        record: Callable[[], None],
+    ) -> LinuxProcess:
         image = self._config_of(container, spec)
         leaf, told = container.leaf_of(spec), run_from_image(spec, image) if spec.from_image else spec
+        told = replace(told, rlimits=container.rlimits_for(spec))
         try:
             if spec.has_own_group:
                 with may_be_gone(container.handle):

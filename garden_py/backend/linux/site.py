@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import resource
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import structlog
@@ -34,6 +34,7 @@ from garden_py.backend.oci.seccomp_filter import NoFilter, compile_filter
 from garden_py.backend.rootfs.runtime_bundle import RuntimeBundle, build_runtime_bundle
 from garden_py.config import UIDS_PER_CONTAINER, Config
 from garden_py.model.errors import InvalidField, PoolExhausted
+from garden_py.model.limits import SWAP_UNLIMITED
 
 log = structlog.get_logger()
 AGENT_TARGET = "/dev/.garden"
@@ -175,6 +176,8 @@ def open_site(config: Config, store: LoopStore | None = None) -> Site:
     agent_dir.mkdir(mode=0o755, exist_ok=True)
     check_cgroup_driver(config, facts.cgroup_version)
     hierarchies = probe_hierarchies(facts.cgroup_version)
+    if config.disable_swap_limit:
+        hierarchies = replace(hierarchies, unstated_swap=SWAP_UNLIMITED)
     driver = CgroupDriver(config, hierarchies)
     return Site(
         config=config,

@@ -85,13 +85,16 @@ class AsyncContainer:
         """The limits in force, read back from the kernel: the container's, or a process's own.
 
         Raises:
-            FailedPrecondition: the process has exited (PROCESS_EXITED), or it has no limits of its own
-                (PROCESS_NOT_LIMITED).
+            FailedPrecondition: the process has exited (PROCESS_EXITED), or it has neither limits of its own nor rlimits
+                that it or the container states (PROCESS_NOT_LIMITED).
         """
         return await self._link.unary(calls.limits(self.handle, process_id))
 
     async def update_limits(self, changed: v.Limits, process_id: str = "") -> v.Limits:
-        """Change the limits that are not None, the container's or a process's own; returns those now in force.
+        """Change the limits that are stated, the container's or a process's own; returns those now in force.
+
+        Rlimits are put in force in what runs already, too: in all of the container but where a process states the
+        resource itself, or in the process and its descendants.
 
         Raises:
             FailedPrecondition: the kernel refuses, e.g. more memory is in use (LIMIT_REFUSED); or as `limits`.
