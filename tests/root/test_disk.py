@@ -247,7 +247,9 @@ def test_limits_and_use_outlive_the_server(image: str) -> None:
         limits = container.limits("pea")
         assert (limits.disk_bytes, limits.disk_scope) == (30 * MIB, DiskScope.TOTAL)
         (metrics,) = garden.metrics([container.handle])
-        assert 5 * MIB < metrics.disk_exclusive_bytes < 6 * MIB
+        assert (
+            5 * MIB <= metrics.disk_exclusive_bytes < 6 * MIB
+        )  # with or without the file system's own, so far
         assert not write(container, "/root/b", 14)
         server.stop()
         assert store.is_mount()
