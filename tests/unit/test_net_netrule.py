@@ -204,9 +204,7 @@ def test_the_first_match_then_denied_networks_then_the_default(destination: str,
     assert decide(policy, asked, (AddressRange.parse("10.0.0.0/8"),)) == decision
 
 
-@given(
-    st.text("0123456789./-: \n%f١", max_size=20) | st.from_regex(r"[0-9.]{7,15}/[0-9]{1,3}", fullmatch=True)
-)
+@given(st.text("0123456789./- \n%١", max_size=20) | st.from_regex(r"[0-9.]{7,15}/[0-9]{1,3}", fullmatch=True))
 def test_what_is_read_quickly_is_read_as_ipaddress_reads_it(text: str) -> None:
     """The short way for plain IPv4 takes nothing that the long way refuses, and means the same."""
     try:
