@@ -330,8 +330,7 @@ class Rtnetlink:
 
     def _request_once(self, kind: int, flags: int, body: bytes, label: str) -> tuple[list[bytes], bool]:
         self._sequence += 1
-        header = struct.pack("=IHHII", 16 + len(body), kind, flags | NLM_F_REQUEST, self._sequence, 0)
-        self._socket.send(header + body)
+        self._socket.send(pack_message(kind, flags | NLM_F_REQUEST, self._sequence, body))
         answers: list[bytes] = []
         is_whole = True
         while True:
@@ -352,6 +351,12 @@ class Rtnetlink:
 
     def _receive(self) -> Iterator[tuple[int, int, int, bytes]]:
         return split_messages(self._socket.recv(_RECEIVE_BYTES))
+
+
+def pack_message(kind: int, flags: int, sequence: int, body: bytes) -> bytes:
+    """One netlink message; netlink(7)."""
+    message = struct.pack("=IHHII", 16 + len(body), kind, flags, sequence, 0) + body
+    return message.ljust(_align(len(message)), b"\0")
 
 
 def split_messages(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:

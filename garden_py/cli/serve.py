@@ -26,8 +26,8 @@ def server(**flags: Any) -> None:
     containers keep running and are taken over by the next server on the same --state-dir. A listening unix socket
     passed by systemd is served in place of --listen.
 
-    Several servers on one host need different --state-dir, --run-dir, --network-pool, --port-pool-start and
-    --uid-pool-start.
+    Several servers on one host need different --state-dir, --run-dir, --network-pool, --network-pool-v6 (if any),
+    --port-pool-start and --uid-pool-start.
     """
     import asyncio
 

@@ -10,25 +10,14 @@ Source: linux/netfilter/nfnetlink_conntrack.h, netlink(7), nfnetlink by its head
 from __future__ import annotations
 
 import errno
-import os
 import socket
 import struct
-from collections.abc import Iterator
 from enum import Enum
 from ipaddress import IPv4Address, IPv6Address
 
-from garden_py.agent.rtnetlink import (
-    NLM_F_ACK,
-    NLM_F_DUMP,
-    NLM_F_REQUEST,
-    NLMSG_DONE,
-    NLMSG_ERROR,
-    pack_attribute,
-    parse_attributes,
-    split_messages,
-)
+from garden_py.agent.rtnetlink import NLM_F_ACK, NLM_F_DUMP, pack_attribute, parse_attributes
+from garden_py.backend.net.nfnetlink import open_socket, pack_request, read_answers
 
-_NETLINK_NETFILTER = 12  # linux/netlink.h
 _SUBSYS_CTNETLINK = 1
 _GET, _DELETE = 1, 2  # IPCTNL_MSG_CT_*
 _TUPLE_IP = 1
@@ -36,7 +25,6 @@ _IP_V4_SRC, _IP_V6_SRC = 1, 3
 _ID, _ZONE, _FILTER = 12, 18, 25
 _FILTER_IP_SRC = 1  # CTA_FILTER_FLAG(CTA_IP_SRC)
 _NESTED = 0x8000
-_RECEIVE_BYTES = 1 << 17
 _TIMEOUT_S = 10.0
 _DELETES_AT_ONCE = 64
 _LAST = 2  # sequence number of the last message of a batch
@@ -54,7 +42,7 @@ def forget_connections(address: IPv4Address | IPv6Address, sides: tuple[Side, ..
 
     Those in other zones than the default one are not ours: somebody keeps equal addresses apart by them.
 
-    Costs a walk through the kernel's table for each side, some 10 ms if little is in it (262,144 buckets).
+    Costs a walk through the kernel's table, of IPv4 one for each side, some 10 ms if little is in it (262,144 buckets).
 
     Args:
         address: of a container whose link is gone, so that nothing is added meanwhile.
@@ -64,8 +52,8 @@ def forget_connections(address: IPv4Address | IPv6Address, sides: tuple[Side, ..
     Raises:
         OSError: the kernel refused, or has no ctnetlink.
     """
-    with _open() as opened:
-        found = {entry for side in sides for entry in _list(opened, address, side)}
+    with open_socket(_TIMEOUT_S) as opened:
+        found = _list(opened, address, sides)
         _delete(opened, address, sorted(found))
         return len(found)
 
@@ -76,26 +64,24 @@ def probe() -> None:
     Raises:
         OSError: it has no ctnetlink (CONFIG_NF_CT_NETLINK), or refused.
     """
-    with _open() as opened:
-        _list(opened, IPv4Address(0), Side.ORIGINAL)
+    with open_socket(_TIMEOUT_S) as opened:
+        _list(opened, IPv4Address(0), (Side.ORIGINAL,))
 
 
-def _open() -> socket.socket:
-    opened = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER)
-    opened.settimeout(_TIMEOUT_S)
-    return opened
-
-
-def _list(opened: socket.socket, address: IPv4Address | IPv6Address, side: Side) -> list[bytes]:
+def _list(opened: socket.socket, address: IPv4Address | IPv6Address, sides: tuple[Side, ...]) -> set[bytes]:
     """What identifies each connection: its tuple in the original direction, and its number."""
     source = _IP_V4_SRC if address.version == 4 else _IP_V6_SRC
-    opened.send(_message(_GET, NLM_F_DUMP, address, _filter(address, side)))
-    entries = []
-    for payload in _answers(opened, address.packed):
-        attributes = dict(parse_attributes(payload[4:]))
-        if _ZONE not in attributes and _source_of(attributes[side.value], source) == address.packed:
-            named = pack_attribute(Side.ORIGINAL.value | _NESTED, attributes[Side.ORIGINAL.value])
-            entries.append(named + pack_attribute(_ID, attributes[_ID]))
+    entries = set()
+    for wanted in {_filter(address, side) for side in sides}:
+        opened.send(_request(_GET, NLM_F_DUMP, address, wanted))
+        for payload in read_answers(opened):
+            if address.packed not in payload:  # there may be many, and these need not be taken apart
+                continue
+            found = dict(parse_attributes(payload[4:]))
+            is_its_own = any(_source_of(found[side.value], source) == address.packed for side in sides)
+            if is_its_own and _ZONE not in found:
+                named = pack_attribute(Side.ORIGINAL.value | _NESTED, found[Side.ORIGINAL.value])
+                entries.add(named + pack_attribute(_ID, found[_ID]))
     return entries
 
 
@@ -113,46 +99,18 @@ def _filter(address: IPv4Address | IPv6Address, side: Side) -> bytes:
 
 def _delete(opened: socket.socket, address: IPv4Address | IPv6Address, entries: list[bytes]) -> None:
     for start in range(0, len(entries), _DELETES_AT_ONCE):
-        batch = entries[start : start + _DELETES_AT_ONCE]
-        messages = [_message(_DELETE, 0, address, entry) for entry in batch[:-1]]
-        opened.send(b"".join([*messages, _message(_DELETE, NLM_F_ACK, address, batch[-1], last=True)]))
-        while not _read_acknowledgement(opened):
+        *others, last = entries[start : start + _DELETES_AT_ONCE]
+        requests = [_request(_DELETE, 0, address, entry) for entry in others]
+        opened.send(b"".join(requests) + _request(_DELETE, NLM_F_ACK, address, last, sequence=_LAST))
+        for _ in read_answers(opened, _LAST, ignored=(errno.ENOENT,)):  # one that has timed out
             pass
 
 
-def _read_acknowledgement(opened: socket.socket) -> bool:
-    """Whether the last one of a batch has been answered; those before it answer only if they are refused."""
-    done = False
-    for _kind, _flags, sequence, payload in split_messages(opened.recv(_RECEIVE_BYTES)):
-        (code,) = struct.unpack_from("=i", payload)
-        if code and -code != errno.ENOENT:  # that one has timed out
-            raise OSError(-code, os.strerror(-code), "ctnetlink")
-        done = done or sequence == _LAST
-    return done
-
-
-def _message(
-    kind: int, flags: int, address: IPv4Address | IPv6Address, body: bytes, *, last: bool = False
+def _request(
+    message: int, flags: int, address: IPv4Address | IPv6Address, body: bytes, sequence: int = 1
 ) -> bytes:
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
-    body = struct.pack(">BBH", family, 0, 0) + body
-    number = _SUBSYS_CTNETLINK << 8 | kind
-    header = struct.pack("=IHHII", 16 + len(body), number, flags | NLM_F_REQUEST, _LAST if last else 1, 0)
-    return header + body
-
-
-def _answers(opened: socket.socket, wanted: bytes) -> Iterator[bytes]:
-    """Payloads of a dump that have these bytes somewhere; others are not taken apart, there may be many."""
-    while True:
-        data = opened.recv(_RECEIVE_BYTES)
-        for kind, _flags, _sequence, payload in split_messages(data):
-            if kind in (NLMSG_DONE, NLMSG_ERROR):
-                (code,) = struct.unpack_from("=i", payload)
-                if code:
-                    raise OSError(-code, os.strerror(-code), "ctnetlink")
-                return
-            if wanted in payload:
-                yield payload
+    return pack_request(_SUBSYS_CTNETLINK, message, body, flags=flags, family=family, sequence=sequence)
 
 
 def _source_of(tuple_attribute: bytes, kind: int) -> bytes:

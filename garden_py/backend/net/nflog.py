@@ -15,17 +15,10 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from threading import Thread
 
-from garden_py.agent.rtnetlink import (
-    NLM_F_ACK,
-    NLM_F_REQUEST,
-    NLMSG_ERROR,
-    pack_attribute,
-    parse_attributes,
-    split_messages,
-)
+from garden_py.agent.rtnetlink import NLM_F_ACK, pack_attribute, parse_attributes, split_messages
+from garden_py.backend.net.nfnetlink import open_socket, pack_request, read_answers
 from garden_py.model.connection import Flow
 
-_NETLINK_NETFILTER = 12  # linux/netlink.h
 _SUBSYS_ULOG = 4  # NFNL_SUBSYS_ULOG
 _MSG_PACKET, _MSG_CONFIG = 0, 1
 _CFG_CMD, _CFG_MODE, _CFG_TIMEOUT = 1, 2, 4
@@ -94,10 +87,8 @@ def _join(netns_fd: int) -> None:
 
 
 def _open_here(group: int) -> socket.socket:
-    opened = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER)
+    opened = open_socket(_ANSWER_S)
     try:
-        opened.bind((0, 0))
-        opened.settimeout(_ANSWER_S)
         mode = struct.pack(">IBB", _COPY_BYTES, _COPY_PACKET, 0)
         _configure(opened, group, pack_attribute(_CFG_CMD, bytes([_CMD_BIND])))
         _configure(opened, group, pack_attribute(_CFG_MODE, mode))
@@ -110,16 +101,9 @@ def _open_here(group: int) -> socket.socket:
 
 
 def _configure(opened: socket.socket, group: int, attribute: bytes) -> None:
-    body = struct.pack(">BBH", socket.AF_UNSPEC, 0, group) + attribute
-    kind = _SUBSYS_ULOG << 8 | _MSG_CONFIG
-    opened.send(struct.pack("=IHHII", 16 + len(body), kind, NLM_F_REQUEST | NLM_F_ACK, 1, 0) + body)
-    while True:
-        for message_kind, _flags, _sequence, payload in split_messages(opened.recv(65536)):
-            if message_kind == NLMSG_ERROR:
-                (code,) = struct.unpack_from("=i", payload)
-                if code:
-                    raise OSError(-code, os.strerror(-code), f"NFLOG group {group}")
-                return
+    opened.send(pack_request(_SUBSYS_ULOG, _MSG_CONFIG, attribute, flags=NLM_F_ACK, resource=group))
+    for _ in read_answers(opened):
+        pass
 
 
 def parse_messages(data: bytes) -> list[LoggedPacket]:

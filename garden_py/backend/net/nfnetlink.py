@@ -1,0 +1,73 @@
+"""nfnetlink: sockets, and requests of the subsystems that libnftables does not speak with.
+
+Source: netlink(7); linux/netfilter/nfnetlink.h.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections.abc import Iterator
+
+from garden_py.agent.rtnetlink import NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, pack_message, split_messages
+
+_NETLINK_NETFILTER = 12  # linux/netlink.h
+_RECEIVE_BYTES = 1 << 17
+
+
+def open_socket(timeout_s: float) -> socket.socket:
+    """Of the network namespace of the calling thread; an answer that takes longer is a TimeoutError."""
+    opened = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER)
+    opened.settimeout(timeout_s)
+    return opened
+
+
+def pack_request(
+    subsystem: int,
+    message: int,
+    body: bytes,
+    *,
+    flags: int,
+    family: int = socket.AF_UNSPEC,
+    resource: int = 0,
+    sequence: int = 1,
+) -> bytes:
+    """One request; several can be sent together.
+
+    Args:
+        subsystem: NFNL_SUBSYS_*.
+        message: of that subsystem.
+        body: its attributes.
+        flags: NLM_F_* besides REQUEST.
+        family: AF_*.
+        resource: what the subsystem takes it for, such as a group.
+        sequence: that its answer has.
+    """
+    payload = struct.pack(">BBH", family, 0, resource) + body
+    return pack_message(subsystem << 8 | message, flags | NLM_F_REQUEST, sequence, payload)
+
+
+def read_answers(
+    opened: socket.socket, sequence: int = 1, *, ignored: tuple[int, ...] = ()
+) -> Iterator[bytes]:
+    """Payloads of what the kernel answers, until it has acknowledged or listed all of a request.
+
+    Args:
+        opened: by open_socket.
+        sequence: of the request. Those before it answer here, too, if they are refused.
+        ignored: errnos that are none.
+
+    Raises:
+        OSError: refused.
+    """
+    while True:
+        for kind, _flags, answered, payload in split_messages(opened.recv(_RECEIVE_BYTES)):
+            if kind not in (NLMSG_DONE, NLMSG_ERROR):
+                yield payload
+                continue
+            (code,) = struct.unpack_from("=i", payload)
+            if code and -code not in ignored:
+                raise OSError(-code, os.strerror(-code))
+            if answered == sequence:
+                return
