@@ -177,6 +177,26 @@ class Config(BaseModel):
     no_image_plugin: Annotated[
         bool, Field(description="Make containers of directories only; other kinds of images are refused.")
     ] = False
+    image_plugin: Annotated[
+        str,
+        Field(
+            description="Program that makes the root file systems of unprivileged containers, in place of the server; "
+            "but of directories, and of images in the server's store."
+        ),
+    ] = ""
+    image_plugin_extra_arg: Annotated[
+        tuple[str, ...], Field(description="Argument for it, before all others; repeatable.")
+    ] = ()
+    privileged_image_plugin: Annotated[
+        str, Field(description="As --image-plugin, for privileged containers.")
+    ] = ""
+    privileged_image_plugin_extra_arg: Annotated[
+        tuple[str, ...], Field(description="Argument for it, before all others; repeatable.")
+    ] = ()
+    image_plugin_timeout_s: Annotated[
+        float,
+        Field(gt=0, description="Seconds until an image plugin that makes a root file system is killed."),
+    ] = 600.0
     docker_registry: Annotated[
         str, Field(description="Registry that stands for Docker Hub in docker:///repository.")
     ] = "docker.io"
@@ -396,6 +416,16 @@ class Config(BaseModel):
         tuple[str, ...],
         Field(description="Line for containers' /etc/hosts, e.g. '10.0.0.1 name'; repeatable."),
     ] = ()
+    network_plugin: Annotated[
+        str,
+        Field(
+            description="Program that connects containers to a network, opens destinations and maps ports, in place of "
+            "the server, which then makes no links, addresses and rules of its own."
+        ),
+    ] = ""
+    network_plugin_extra_arg: Annotated[
+        tuple[str, ...], Field(description="Argument for it, before all others; repeatable.")
+    ] = ()
     mtu: Annotated[int, Field(ge=0, le=65_535, description="MTU of containers' links; 0: the uplink's.")] = 0
 
     # -- observe: api/pages.py, service/janitor.py
@@ -522,6 +552,18 @@ class Config(BaseModel):
     def _ipv6_fits(self) -> Config:
         if self.network_pool_v6 is not None and 0 < self.mtu < 1280:
             raise ValueError("mtu must be 1280 or more with network_pool_v6 (RFC 8200)")
+        return self
+
+    @model_validator(mode="after")
+    def _plugins_fit(self) -> Config:
+        for name in ("image_plugin", "privileged_image_plugin", "network_plugin"):
+            program, arguments = getattr(self, name), getattr(self, f"{name}_extra_arg")
+            if program and not program.startswith("/"):
+                raise ValueError(f"{name} must be an absolute path")
+            if arguments and not program:
+                raise ValueError(f"{name}_extra_arg goes with {name}")
+        if self.no_image_plugin and (self.image_plugin or self.privileged_image_plugin):
+            raise ValueError("no_image_plugin contradicts image_plugin and privileged_image_plugin")
         return self
 
     @model_validator(mode="after")

@@ -186,6 +186,8 @@ class UsedImage:
         name: the reference as it was given.
         diff_ids: of its layers, lowest first.
         bytes: of all layers on disk.
+        made_by: image plugins that it is to be removed by, if the store has nothing of it; each a program and its
+            extra arguments.
     """
 
     id: str
@@ -193,6 +195,7 @@ class UsedImage:
     diff_ids: tuple[str, ...]
     config: ImageConfig
     bytes: int
+    made_by: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

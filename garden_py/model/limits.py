@@ -150,6 +150,10 @@ class Limits:
         """The same without a word about disk space: what is left is the processes'."""
         return replace(self, disk_bytes=None, disk_inodes=None, disk_scope=None)
 
+    def disk_only(self) -> Limits:
+        """What it says about disk space, and nothing else."""
+        return Limits(disk_bytes=self.disk_bytes, disk_inodes=self.disk_inodes, disk_scope=self.disk_scope)
+
     @property
     def states_network(self) -> bool:
         """Whether anything is said about bandwidth."""

@@ -221,8 +221,11 @@ class Containers:
                 raise errors.ShuttingDown from error
             raise
         try:
-            ports = self._backend.facts_of_network(container.handle).mapped_ports
-            made = replace(container.spec, port_mappings=ports)
+            network = self._backend.facts_of_network(container.handle)
+            properties = tuple(
+                sorted({**dict(container.spec.properties), **dict(network.properties)}.items())
+            )
+            made = replace(container.spec, port_mappings=network.mapped_ports, properties=properties)
             failpoints.reach(Point.CREATE_DONE)
             with steps.step(Step.JOURNAL):
                 self._registry.save(container, state=State.ACTIVE, spec=made)
@@ -497,12 +500,23 @@ class Containers:
                 raise errors.EtagMismatch(etag, current)
             former = self._complete(container.spec.egress)
             wanted = replace(wanted, generation=former.generation + int(cut))
-            await self._change_egress(container, former, wanted)
+            await self._change_egress(container, former, wanted, _rules_put_to(former, wanted))
         return wanted
 
-    async def _change_egress(self, container: Container, former: EgressPolicy, wanted: EgressPolicy) -> None:
+    async def _change_egress(
+        self,
+        container: Container,
+        former: EgressPolicy,
+        wanted: EgressPolicy,
+        opened: tuple[EgressRule, ...] | None = None,
+        *,
+        bulk: bool = True,
+    ) -> None:
         handle = container.handle
-        await self._backend.set_egress(handle, wanted)
+        if opened is None:
+            await self._backend.set_egress(handle, wanted)
+        else:
+            await self._backend.open_egress(handle, wanted, opened, bulk=bulk)
         changed = replace(container.spec, egress=wanted)
         await self._or_undo(
             container,
@@ -512,14 +526,21 @@ class Containers:
         container.egress_etag = egress_etag(wanted)
         self._events.publish(EventKind.EGRESS_CHANGED, handle, etag=container.egress_etag)
 
-    async def open_egress(self, handle: str, rules: tuple[EgressRule, ...]) -> None:
-        """Put rules before those there are, in one step; Garden's NetOut (statement N22)."""
-        await self._guard.complete("egress", self._open_egress(handle, rules))
+    async def open_egress(self, handle: str, rules: tuple[EgressRule, ...], *, bulk: bool = True) -> None:
+        """Put rules before those there are, in one step; Garden's NetOut (statement N22).
 
-    async def _open_egress(self, handle: str, rules: tuple[EgressRule, ...]) -> None:
+        Args:
+            handle: of the container.
+            rules: that allow.
+            bulk: they were given as a list.
+        """
+        await self._guard.complete("egress", self._open_egress(handle, rules, bulk=bulk))
+
+    async def _open_egress(self, handle: str, rules: tuple[EgressRule, ...], *, bulk: bool) -> None:
         async with self._changing(handle, "given an egress policy") as container:
             former = self._complete(container.spec.egress)
-            await self._change_egress(container, former, replace(former, rules=(*rules, *former.rules)))
+            wanted = replace(former, rules=(*rules, *former.rules))
+            await self._change_egress(container, former, wanted, rules, bulk=bulk)
 
     def egress_etag(self, handle: str) -> str:
         """The etag of the policy in force."""
@@ -691,6 +712,16 @@ async def _until_free(lock: asyncio.Lock) -> None:
             return
     except TimeoutError:
         return
+
+
+def _rules_put_to(former: EgressPolicy, wanted: EgressPolicy) -> tuple[EgressRule, ...] | None:
+    """The rules that one policy has before or behind those of another; None: that is not all the difference."""
+    if replace(wanted, rules=()) != replace(former, rules=()):
+        return None
+    kept, count = len(former.rules), len(wanted.rules)
+    if count >= kept and wanted.rules[count - kept :] == former.rules:
+        return wanted.rules[: count - kept]
+    return wanted.rules[kept:] if wanted.rules[:kept] == former.rules else None
 
 
 def _fetching(container: Container, progress: PullProgress) -> None:

@@ -16,7 +16,7 @@ from garden_py.model.image import ImageInfo, ImageRef, PullProgress, RegistryAut
 from garden_py.model.leak import Leak
 from garden_py.model.lifecycle import State
 from garden_py.model.limits import Limits
-from garden_py.model.netrule import Decision, Destination, EgressPolicy
+from garden_py.model.netrule import Decision, Destination, EgressPolicy, EgressRule
 from garden_py.model.process import ExitStatus, OutputStream, ProcessSpec, WindowSize
 from garden_py.model.spec import ContainerSpec, PortMapping
 
@@ -82,7 +82,13 @@ class Records(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class HostCapacity:
-    """What the host offers; bytes and counts. `containers` is what the backend's pools allow."""
+    """What the host offers; bytes and counts.
+
+    Attributes:
+        containers: what the backend's pools allow.
+        ports: 0: the backend has no pool of them.
+        schedulable_disk_bytes: of disk_bytes, what containers and images can take together; 0: that is not known.
+    """
 
     memory_bytes: int
     disk_bytes: int
@@ -92,6 +98,7 @@ class HostCapacity:
     ports: int
     ports_in_use: int
     cpus: int
+    schedulable_disk_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,13 +124,18 @@ class Clue:
 
 @dataclass(frozen=True, slots=True)
 class NetworkFacts:
-    """A container's addresses; empty where there is none."""
+    """A container's addresses; empty where there is none.
+
+    Attributes:
+        properties: what else whoever connected the container says of it; kept with its own ones.
+    """
 
     container_ip: str = ""
     host_ip: str = ""
     external_ip: str = ""
     mapped_ports: tuple[PortMapping, ...] = ()
     container_ipv6: str = ""
+    properties: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -563,6 +575,21 @@ class Backend(LeakFinder, Protocol):
 
     async def set_egress(self, handle: str, policy: EgressPolicy) -> None:
         """Replace the egress policy in one step; established connections go on if its generation is the former's."""
+
+    async def open_egress(
+        self, handle: str, policy: EgressPolicy, opened: tuple[EgressRule, ...], *, bulk: bool
+    ) -> None:
+        """As `set_egress`, of a policy that is the one in force with rules put before or behind its own.
+
+        Args:
+            handle: of the container.
+            policy: as it is then.
+            opened: the rules put there.
+            bulk: the caller gave a list, if only of one.
+
+        Raises:
+            NotSupported, HostFault.
+        """
 
     async def explain_egress(self, handle: str, policy: EgressPolicy, destination: Destination) -> Decision:
         """What would become of a new connection under the policy, which is the container's."""

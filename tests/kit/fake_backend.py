@@ -21,7 +21,7 @@ from garden_py.model.image import PullProgress, Transport, UsedImage, parse_imag
 from garden_py.model.leak import Leak
 from garden_py.model.lifecycle import USABLE
 from garden_py.model.limits import SWAP_NEEDS_MEMORY, Limits, rlimits_over
-from garden_py.model.netrule import Decision, Destination, EgressPolicy, decide
+from garden_py.model.netrule import Decision, Destination, EgressPolicy, EgressRule, decide
 from garden_py.model.process import ProcessSpec
 from garden_py.model.spec import ContainerSpec, PortMapping
 from garden_py.service.ports import (
@@ -358,6 +358,11 @@ class FakeBackend:
         return leased
 
     async def set_egress(self, handle: str, policy: EgressPolicy) -> None:
+        self._get(handle).policy = policy
+
+    async def open_egress(
+        self, handle: str, policy: EgressPolicy, opened: tuple[EgressRule, ...], *, bulk: bool
+    ) -> None:
         self._get(handle).policy = policy
 
     async def explain_egress(self, handle: str, policy: EgressPolicy, destination: Destination) -> Decision:

@@ -157,7 +157,7 @@ def capacity_json(host: HostCapacity, most: int) -> dict[str, int]:
     found = {
         "memory_in_bytes": host.memory_bytes,
         "disk_in_bytes": host.disk_bytes,
-        "schedulable_disk_in_bytes": host.disk_bytes,
+        "schedulable_disk_in_bytes": host.schedulable_disk_bytes,
         "max_containers": most,
     }
     return {key: value for key, value in found.items() if value}

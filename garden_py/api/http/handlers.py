@@ -208,7 +208,7 @@ class GardenHandlers:
     async def net_out(self, match: Match, request: Request) -> Answer:
         """Route 17."""
         rule = decode.egress_rule(parse_object(await request.body(self._body_max)))
-        await self._core.containers.open_egress(match.captures["handle"], (rule,))
+        await self._core.containers.open_egress(match.captures["handle"], (rule,), bulk=False)
         return json_reply(_NOTHING)
 
     async def bulk_net_out(self, match: Match, request: Request) -> Answer:

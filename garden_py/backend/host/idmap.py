@@ -15,6 +15,11 @@ class IdMap:
 
     ranges: tuple[IdRange, ...]
 
+    @property
+    def size(self) -> int:
+        """How many ids are mapped."""
+        return sum(count for _, _, count in self.ranges)
+
     def host_id(self, inside: int) -> int:
         """The host's id for one of the namespace; root's for those that are not mapped."""
         for first, host, count in self.ranges:

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -35,11 +36,15 @@ class Rootfs:
         name: the reference.
         directories: on the host, lowest first.
         used: the image in the store; None for a plain directory.
+        ready: one that an image plugin has made, which is written to as it is; else None.
+        mounts: of the OCI's runtime-spec, to be made in it before all others.
     """
 
     name: str
     directories: tuple[Path, ...]
     used: UsedImage | None = None
+    ready: Path | None = None
+    mounts: tuple[dict[str, Any], ...] = ()
 
 
 class Images:
@@ -77,7 +82,7 @@ class Images:
             ImageNotFound, ImageUnknown, ImageAccessDenied, ImageUnreachable, ImageInvalid, ImageTooLarge, HostFault,
             NotSupported: there is nothing to make a container of.
         """
-        text = text or self._default
+        text = self.name_of(text)
         ref = parse_image(text)
         if ref.transport is Transport.PATH and not is_tar(ref.path, field):
             yield Rootfs(text, (Path(ref.path),))
@@ -88,6 +93,21 @@ class Images:
             pins.enter_context(self.store.pinned(image.diff_ids))
             yield Rootfs(text, self.store.directories(image.diff_ids), self.store.use(image, text))
         self._collect()
+
+    def name_of(self, text: str) -> str:
+        """The reference itself; the default's for an empty one."""
+        return text or self._default
+
+    def is_for_plugin(self, text: str, field: str) -> bool:
+        """Whether an image plugin would make a container of this image: not of a directory, nor of one in the store.
+
+        Raises:
+            ImageNotFound: it is a path that leads to nothing.
+        """
+        ref = parse_image(self.name_of(text))
+        if ref.transport is Transport.STORE:
+            return False
+        return ref.transport is not Transport.PATH or is_tar(ref.path, field)
 
     def _allow_images(self) -> None:
         if self._config.no_image_plugin:  # the reference's words come first (statement M1)

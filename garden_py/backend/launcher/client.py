@@ -24,14 +24,23 @@ class Launcher:
     """A launcher process and `workers` workers. A worker or launcher that dies is replaced at the next job.
 
     Args:
-        mount_dir: where it puts its private tmpfs.
+        mount_dir: where it puts its private tmpfs; a name beside it is its lock's.
         workers: jobs done at the same time; further ones wait their turn.
-        without_hybrid_cgroup: see launcher/main.py.
+        without_hybrid_cgroup, host_mounts: see launcher/main.py.
     """
 
-    def __init__(self, mount_dir: Path, *, workers: int, without_hybrid_cgroup: bool = False) -> None:
+    def __init__(
+        self,
+        mount_dir: Path,
+        *,
+        workers: int,
+        without_hybrid_cgroup: bool = False,
+        host_mounts: bool = False,
+    ) -> None:
         self._mount_dir = mount_dir
-        self._without_hybrid = without_hybrid_cgroup
+        self._flags = ["--without-hybrid-cgroup"] if without_hybrid_cgroup else []
+        if host_mounts:
+            self._flags.append("--host-mounts")
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._idle: list[FramedLink] = []
@@ -65,9 +74,8 @@ class Launcher:
             str(theirs.fileno()),
             str(self._mount_dir),
             str(self._mount_dir.with_suffix(".lock")),
+            *self._flags,
         ]
-        if self._without_hybrid:
-            argv.append("--without-hybrid-cgroup")
         with theirs:
             self._process = subprocess.Popen(
                 argv, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True

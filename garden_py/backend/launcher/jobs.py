@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from garden_py.backend.host import syscalls
 from garden_py.backend.host.idmap import IdMap
 from garden_py.backend.launcher.rules import list_in_child
 from garden_py.backend.net import jobs as net_jobs
+from garden_py.backend.plugin.program import run_program
 from garden_py.backend.rootfs import mounts
 from garden_py.backend.runtime.command import AGENT_FDS, Runtime, cause_of_failure
 from garden_py.model.errors import HostFault, NotSupported
@@ -118,19 +119,38 @@ def list_rules(bench: Bench, params: dict[str, Any], fds: list[int]) -> dict[str
     return {"text": list_in_child(params["command"], fds[0] if fds else None)}
 
 
+def run_plugin(bench: Bench, params: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+    """Run a program of somebody else's; see plugin/program.py.
+
+    Args:
+        bench: of this worker.
+        params: `argv`, `timeout_ms`.
+        fds: its standard input, and what is at its end when nobody waits for the program any more.
+
+    Returns:
+        `status`, `stdout`, `stderr`, `gave_up`.
+    """
+    stdin, caller = fds
+    ended = run_program(params["argv"], stdin=stdin, caller=caller, timeout_s=params["timeout_ms"] / 1000)
+    return asdict(ended)
+
+
 def _parse_plan(value: dict[str, Any]) -> mounts.MountPlan:
     binds = tuple(mounts.BindSource(**bind) for bind in value["binds"])
-    ranges = value["id_map"]
-    id_map = None if ranges is None else IdMap(tuple((first, host, count) for first, host, count in ranges))
     return mounts.MountPlan(
         **{
             **value,
             "directory": Path(value["directory"]),
             "layers": tuple(value["layers"]),
             "binds": binds,
-            "id_map": id_map,
+            "id_map": _parse_id_map(value["id_map"]),
+            "ready_map": _parse_id_map(value["ready_map"]),
         }
     )
+
+
+def _parse_id_map(ranges: list[list[int]] | None) -> IdMap | None:
+    return None if ranges is None else IdMap(tuple((first, host, count) for first, host, count in ranges))
 
 
 def _call_runtime(runtime: Runtime, argv: list[str], *, log: Path, stderr: Path) -> None:
@@ -183,5 +203,6 @@ JOBS: dict[str, Job] = {
     "container.release_mounts": release_mounts,
     "container.list_mounts": list_mounts,
     "container.list_rules": list_rules,
+    "plugin.run": run_plugin,
     **{name: _net_job(job) for name, job in net_jobs.JOBS.items()},
 }

@@ -1,6 +1,9 @@
 """The launcher process: takes a private mount namespace, forks workers on request.
 
-Run as `python -m garden_py.backend.launcher.main CONTROL_FD MOUNT_DIR LOCK_FILE [--without-hybrid-cgroup]`.
+Run as `python -m garden_py.backend.launcher.main CONTROL_FD MOUNT_DIR LOCK_FILE [FLAG…]`, with flags
+
+    --host-mounts             stay in the host's mount namespace: for programs whose mounts others are to see
+    --without-hybrid-cgroup   see enter_private_mounts
 """
 
 from __future__ import annotations
@@ -36,7 +39,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C on the terminal is the server's to handle
     lift_namespace_ceilings()  # of containers' user namespaces; PID 1 starts with the server's limits all the same
     syscalls.adopt_orphans()  # containers' PID 1, so that they leave no zombies where the host's init is slow
-    enter_private_mounts(mount_dir, without_hybrid="--without-hybrid-cgroup" in sys.argv[4:])
+    if "--host-mounts" not in sys.argv[4:]:
+        enter_private_mounts(mount_dir, without_hybrid="--without-hybrid-cgroup" in sys.argv[4:])
     outlive_predecessor(lock_path)
     control.send(b"ready")
     while control.recv(16):

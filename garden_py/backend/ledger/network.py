@@ -21,17 +21,23 @@ _SHARED = "shared by all containers"
 
 @dataclass(frozen=True, slots=True)
 class Sight:
-    """What was seen. `aliases` of links: the handles that they were made for."""
+    """What was seen.
+
+    Attributes:
+        aliases: of links: the handles that they were made for.
+        is_needed: false: a running server's containers are connected by a plugin, all of them.
+    """
 
     host: HostPlan
     survey: Survey
     aliases: dict[str, str] = field(default_factory=dict)
+    is_needed: bool = True
 
 
-def look(host: HostPlan, survey: Survey, addresses: set[str]) -> Sight:
-    """Add to a survey the aliases of links whose address was not claimed when the look began."""
+def look(host: HostPlan, survey: Survey, addresses: set[str], *, is_needed: bool = True) -> Sight:
+    """Add to a survey the aliases of links whose address was not claimed when the look began; see Sight."""
     strangers = [name for name in survey.links if str(address_of_link(host, name)) not in addresses]
-    return Sight(host, survey, {name: _read_alias(name) for name in strangers})
+    return Sight(host, survey, {name: _read_alias(name) for name in strangers}, is_needed)
 
 
 def _read_alias(link: str) -> str:
@@ -140,7 +146,7 @@ def _judge_shared(book: Book, seen: Sight) -> list[Leak]:
         (LeakKind.LINK, seen.host.anchor_link): seen.survey.anchor,
         (LeakKind.NFT_CHAIN, f"table inet {seen.host.table}"): seen.survey.table,
     }
-    match book.shared:
+    match book.shared if seen.is_needed else Shared.ORPHANED:
         case Shared.REQUIRED:
             return [
                 Leak(k, Direction.MISSING, n, detail=_SHARED)

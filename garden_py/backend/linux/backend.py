@@ -31,15 +31,23 @@ from garden_py.backend.linux.hands import ServerHands
 from garden_py.backend.linux.heartbeat import Heartbeat
 from garden_py.backend.linux.launching import AgentStarter
 from garden_py.backend.linux.leaks import Ledger, places_of
+from garden_py.backend.linux.lease import PluginLease
 from garden_py.backend.linux.network import LinuxNetwork, check_dns_servers
-from garden_py.backend.linux.pools import pool_levels
+from garden_py.backend.linux.plugin_network import PluginNetwork, facts_of
+from garden_py.backend.linux.plugin_roots import PluginRoots
+from garden_py.backend.linux.plugin_settings import check_plugins, image_commands
+from garden_py.backend.linux.pools import UNLIMITED, pool_levels
 from garden_py.backend.linux.process import LinuxProcess
 from garden_py.backend.linux.processes import LinuxProcesses, usage_of, without_sidecars
 from garden_py.backend.linux.sidecars import Sidecars, owner_of, sidecar_directories, sidecar_layer
 from garden_py.backend.linux.site import Site, check_apparmor, disk_of, make_mount_dir, open_site, open_store
 from garden_py.backend.linux.throttling import Throttling
+from garden_py.backend.linux.traffic import LinkTraffic, read_inside
 from garden_py.backend.linux.undo import all_or_nothing
 from garden_py.backend.linux.upgrades import Upgrades
+from garden_py.backend.plugin.caller import PluginCaller
+from garden_py.backend.plugin.image import ImagePlugins
+from garden_py.backend.plugin.network import INTERFACE
 from garden_py.backend.rootfs.embedded import build_embedded_rootfs
 from garden_py.config import Config
 from garden_py.model.codec import load_container_spec
@@ -51,6 +59,7 @@ from garden_py.model.errors import (
     HostFault,
     InvalidField,
     NoLink,
+    NotSupported,
     Unkillable,
 )
 from garden_py.model.image import (
@@ -62,7 +71,7 @@ from garden_py.model.image import (
 from garden_py.model.leak import Leak
 from garden_py.model.lifecycle import USABLE, State
 from garden_py.model.limits import Limits, Rlimits, rlimits_over
-from garden_py.model.netrule import Decision, Destination, EgressPolicy
+from garden_py.model.netrule import Decision, Destination, EgressPolicy, EgressRule
 from garden_py.model.process import ProcessSpec
 from garden_py.model.spec import ContainerSpec, PortMapping
 from garden_py.observe import failpoints
@@ -79,6 +88,7 @@ from garden_py.service.ports import (
     NetworkFacts,
     PoolLevel,
     ProcessRow,
+    RuleCount,
     Usage,
     Witness,
 )
@@ -108,6 +118,11 @@ class LinuxBackend:
         self._clues: LinuxClues
         self._processes: LinuxProcesses
         self._store: LoopStore | None = None
+        self._plugin_caller = PluginCaller(config.run_dir)
+        self._plugged = PluginNetwork(config, self._plugin_caller)
+        self._image_plugins = ImagePlugins(
+            image_commands(config), self._plugin_caller, create_timeout_s=config.image_plugin_timeout_s
+        )
         self._disk: ContainerDisk
         self._construction: Construction
         self._images: Images
@@ -124,6 +139,7 @@ class LinuxBackend:
         servers = (*self._config.dns_server, *self._config.additional_dns_server)
         check_dns_servers(servers, self._config.network_pool_v6)
         check_apparmor(self._config.apparmor)
+        check_plugins(self._config)
         self._events = events
         self._store = await asyncio.to_thread(open_store, self._config)
         self._launcher = Launcher(
@@ -140,14 +156,19 @@ class LinuxBackend:
         self._site.depot.open()
         default_image = await asyncio.to_thread(self._default_image)
         self._images = self._open_images(default_image)
-        self._disk = ContainerDisk(self._site.volumes, self._images, default_image)
+        self._disk = ContainerDisk(self._site.volumes, self._images, default_image, self._image_plugins)
+        roots = PluginRoots(self._images, self._image_plugins)
         starter = AgentStarter(self._site, self._launcher)
-        self._construction = Construction(self._site, starter, self._network, self._images, self._disk)
-        self._processes = LinuxProcesses(self._site, starter, self._images, self._disk, self._events)
+        self._construction = Construction(
+            self._site, starter, self._network, self._images, self._disk, roots, self._plugged
+        )
+        self._processes = LinuxProcesses(self._site, starter, self._images, self._disk, roots, self._events)
         self._sidecars = self._processes.sidecars
         self._clues = LinuxClues(self._site, self._network, self._launcher)
         self._throttling = Throttling(self._site)
-        self._demolition = Demolition(self._site, self._launcher, self._network, self._disk)
+        self._demolition = Demolition(
+            self._site, self._launcher, self._network, self._disk, roots, self._plugged
+        )
         site = self._site
         self._ledger = Ledger(
             places_of(self._config, self._network.host, site.depot, site.volumes, site.driver),
@@ -248,7 +269,7 @@ class LinuxBackend:
         cgroup = site.cgroup(row.handle, facts)
         container = LinuxContainer(row.handle, facts, cgroup, site.depot.directory(row.handle), self._events)
         spec = load_container_spec(row.spec)
-        container.image, container.disk_scope = spec.image, spec.limits.disk_scope
+        container.image, container.disk = spec.image, spec.limits.disk_only()
         container.policy, container.rlimits = spec.egress, spec.limits.rlimits
         container.bandwidth = spec.limits.network_only()
         container.watch(pidfd)
@@ -324,6 +345,8 @@ class LinuxBackend:
         if not self._containers and not self._site.depot.handles():
             await self._network.remove_host()
             await self._site.driver.close()
+        await self._image_plugins.close()
+        await self._plugin_caller.close()
         await self._launcher.close()
         if self._store is not None and not self._containers and not self._site.depot.handles():
             await asyncio.to_thread(self._store.close)
@@ -344,22 +367,24 @@ class LinuxBackend:
     def capacity(self) -> HostCapacity:
         """What host and pools offer."""
         size, free = disk_of(self._site.store_root)
-        addresses = self._network.addresses.size
+        addresses = UNLIMITED if self._plugged.is_used else self._network.addresses.size
         uids = addresses if self._config.compat == "garden" else self._site.uids.size
+        schedulable = self._image_plugins.capacity_bytes() or size
         return HostCapacity(
             memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             disk_bytes=size,
             disk_free_bytes=free,
             containers=min(addresses, uids),
             containers_limited_by="--network-pool" if addresses <= uids else "--uid-pool-size",
-            ports=self._config.port_pool_size,
+            ports=0 if self._plugged.is_used else self._config.port_pool_size,
             ports_in_use=self._network.ports_in_use,
             cpus=len(os.sched_getaffinity(0)),
+            schedulable_disk_bytes=0 if self._config.no_image_plugin else schedulable,
         )
 
     def pools(self) -> dict[str, PoolLevel]:
         """How full they are."""
-        return pool_levels(self._network, self._site.uids)
+        return pool_levels(self._network, self._site.uids, has_network=not self._plugged.is_used)
 
     async def create(
         self,
@@ -368,15 +393,22 @@ class LinuxBackend:
         report: Callable[[PullProgress], None],
     ) -> None:
         """Make a container; on failure nothing of it is left."""
+        if self._construction.image_plugins_of(spec):
+            await self._create(spec, None, record, report)
+            return
         async with AsyncExitStack() as held:
             with step(Step.IMAGE):
                 rootfs = await held.enter_async_context(
                     self._images.prepared(spec.image, spec.image_auth, "spec.image", report)
                 )
-            await self._create(spec, rootfs, record)
+            await self._create(spec, rootfs, record, report)
 
     async def _create(
-        self, spec: ContainerSpec, rootfs: Rootfs, record: Callable[[dict[str, Any]], None]
+        self,
+        spec: ContainerSpec,
+        rootfs: Rootfs | None,
+        record: Callable[[dict[str, Any]], None],
+        report: Callable[[PullProgress], None],
     ) -> None:
         with step(Step.LEASE):
             facts = self._construction.lease(spec)
@@ -384,8 +416,9 @@ class LinuxBackend:
             with step(Step.JOURNAL):
                 record(facts.to_json())
             failpoints.reach(Point.CREATE_LEASE)
-            async with asyncio.timeout(self._config.create_timeout_s):
-                container = await self._construction.build(spec, facts, rootfs, record, self._events)
+            if rootfs is None:
+                report(PullProgress("pulling"))  # how far it is, plugins do not tell
+            container = await self._construction.build(spec, facts, rootfs, record, self._events)
         except BaseException as failure:
             await self._undo(spec.handle, facts, failure)
             raise _as_garden_error("create", failure) from failure
@@ -433,8 +466,18 @@ class LinuxBackend:
         return container
 
     def _get_linked(self, handle: str) -> LinuxContainer:
-        """A container that has a link: without one there is nothing that rules or ports could be about."""
+        """A container that has a link of ours: without one there is nothing that rules or ports could be about.
+
+        Raises:
+            ContainerNotFound, NoLink.
+            NotSupported: its link is a network plugin's, who is not asked for this.
+        """
         container = self._get(handle)
+        if container.facts.lease.plugin is not None:
+            raise NotSupported(
+                f"the network of container {handle!r} is a plugin's: rules that allow can be added, and ports, "
+                "and that is all"
+            )
         if container.facts.lease.address is None:
             raise NoLink(handle, container.facts.lease.mode.value)
         return container
@@ -449,6 +492,8 @@ class LinuxBackend:
     def facts_of_network(self, handle: str) -> NetworkFacts:
         """A container's addresses."""
         lease = self._get_whole(handle).facts.lease
+        if lease.plugin is not None:
+            return facts_of(lease.plugin)
         return NetworkFacts(
             container_ip=lease.shown,
             container_ipv6=lease.shown_v6 if self._network.has_ipv6(lease) else "",
@@ -478,7 +523,7 @@ class LinuxBackend:
             return found if layer is None else with_disk(found, await self._disk.usage(layer))
         with may_be_gone(handle):
             found = without_sidecars(container, read_usage(container.cgroup))
-            traffic = self._network.read_traffic(handle, container.facts.lease)
+            traffic = self._read_traffic(container.facts)
         return replace(
             with_disk(found, await self._disk.usage(layer_of(container))),
             network_rx_bytes=traffic.rx_bytes,
@@ -486,6 +531,11 @@ class LinuxBackend:
             network_rx_packets=traffic.rx_packets,
             network_tx_packets=traffic.tx_packets,
         )
+
+    def _read_traffic(self, facts: ContainerFacts) -> LinkTraffic:
+        if facts.lease.plugin is None:
+            return self._network.read_traffic(facts.lease)
+        return read_inside(facts.pid, facts.lease.plugin.property(INTERFACE))
 
     def cpu_usage_ns(self, handle: str) -> int:
         """CPU time of a container, without that of sidecars beside its limits."""
@@ -525,6 +575,10 @@ class LinuxBackend:
         container = self._get(handle)
         if process_id is not None:
             return await process_limits.change(container, process_id, limits, self._disk, record)
+        if limits.states_disk:
+            self._disk.require_changeable(layer_of(container))
+        if container.facts.lease.plugin is not None:
+            self._plugged.refuse_bandwidth(limits)
         held_off = container.starts.hold_off() if limits.rlimits else nullcontext()
         async with held_off, all_or_nothing("limits", handle) as undo:
             if limits.states_disk:
@@ -564,7 +618,7 @@ class LinuxBackend:
         container.rlimits = rlimits_over(rlimits, container.rlimits)
 
     async def _set_disk(self, container: LinuxContainer, wanted: Limits) -> None:
-        container.disk_scope = (await self._disk.update(layer_of(container), wanted)).disk_scope
+        container.disk = await self._disk.update(layer_of(container), wanted)
 
     async def _set_bandwidth(self, container: LinuxContainer, wanted: Limits) -> None:
         facts = self._get_linked(container.handle).facts
@@ -586,6 +640,9 @@ class LinuxBackend:
         self, handle: str, mapping: PortMapping, record: Callable[[dict[str, Any]], None]
     ) -> PortMapping:
         """Map one more port."""
+        plugin = self._get(handle).facts.lease.plugin
+        if plugin is not None:
+            return await self._map_port_by_plugin(self._get(handle), plugin, mapping, record)
         container = self._get_linked(handle)
         leased = self._network.lease_port(mapping)
         before = container.facts.lease
@@ -599,6 +656,30 @@ class LinuxBackend:
             record(container.facts.to_json())
             raise
         return leased
+
+    async def _map_port_by_plugin(
+        self,
+        container: LinuxContainer,
+        plugin: PluginLease,
+        mapping: PortMapping,
+        record: Callable[[dict[str, Any]], None],
+    ) -> PortMapping:
+        """Map one more port; a plugin cannot take it back, so it stays mapped even if it cannot be taken down."""
+        mapped = await self._plugged.map_port(container.handle, plugin, mapping)
+        ports = (*plugin.ports, mapped)
+        container.facts.lease = replace(container.facts.lease, plugin=replace(plugin, ports=ports))
+        record(container.facts.to_json())
+        return mapped
+
+    async def open_egress(
+        self, handle: str, policy: EgressPolicy, opened: tuple[EgressRule, ...], *, bulk: bool
+    ) -> None:
+        """Put rules to those in force; see service.ports."""
+        plugin = self._get(handle).facts.lease.plugin
+        if plugin is None:
+            await self.set_egress(handle, policy)
+        elif opened:
+            await self._plugged.open(handle, plugin, opened, bulk=bulk)
 
     async def set_egress(self, handle: str, policy: EgressPolicy) -> None:
         """Replace the egress policy."""
@@ -624,7 +705,9 @@ class LinuxBackend:
         return await self._network.explain(self._get_linked(handle).facts.lease, policy, destination)
 
     async def egress_counts(self, handle: str, rules: int) -> EgressCounts:
-        """What each of the policy's rules has decided."""
+        """What each of the policy's rules has decided; 0 where a network plugin does, for it does not tell."""
+        if self._get(handle).facts.lease.plugin is not None:
+            return EgressCounts((RuleCount(),) * rules, RuleCount())
         facts = self._get_linked(handle).facts
         return await self._network.egress_counts(
             handle, facts.pid, facts.lease, rules, privileged=facts.privileged

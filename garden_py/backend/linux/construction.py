@@ -6,6 +6,7 @@ import asyncio
 import os
 import secrets
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,13 @@ from garden_py.backend.linux import resource_limits
 from garden_py.backend.linux.container import ContainerFacts, LinuxContainer
 from garden_py.backend.linux.disk import ContainerDisk
 from garden_py.backend.linux.launching import AgentStarter, Launch, check_bind_sources, listen
+from garden_py.backend.linux.lease import NetworkLease, PluginLease
 from garden_py.backend.linux.network import LinuxNetwork
+from garden_py.backend.linux.plugin_network import PluginNetwork, facts_of
+from garden_py.backend.linux.plugin_roots import PluginRoots
 from garden_py.backend.linux.site import NO_SLOT, Site
+from garden_py.backend.plugin.image import Command
+from garden_py.backend.plugin.network import Connected
 from garden_py.backend.rootfs.names import build_hosts, build_resolv_conf
 from garden_py.model.errors import ProfileNotLoaded
 from garden_py.model.handle import hostname_for
@@ -28,7 +34,7 @@ from garden_py.model.spec import ContainerSpec
 from garden_py.observe import failpoints
 from garden_py.observe.failpoints import Point
 from garden_py.observe.steps import Step, step
-from garden_py.service.ports import BackendEvents
+from garden_py.service.ports import BackendEvents, NetworkFacts
 
 Record = Callable[[dict[str, Any]], None]
 
@@ -43,12 +49,24 @@ class Construction:
         network: LinuxNetwork,
         images: Images,
         disk: ContainerDisk,
+        roots: PluginRoots,
+        plugged: PluginNetwork,
     ) -> None:
         self._site = site
         self._disk = disk
+        self._roots = roots
+        self._plugged = plugged
         self._starter = starter
         self._network = network
         self._images = images
+
+    def image_plugins_of(self, spec: ContainerSpec) -> tuple[Command, ...]:
+        """The plugins that a container's root file system is to be removed by; none: they do not make it.
+
+        Raises:
+            ImageNotFound.
+        """
+        return self._roots.commands_for(spec.image, "spec.image")
 
     def lease(self, spec: ContainerSpec) -> ContainerFacts:
         """Check what the spec points at on the host, then take what the container needs from the pools.
@@ -59,14 +77,17 @@ class Construction:
         profile = self._site.config.apparmor
         if profile and not spec.privileged and apparmor.is_known_missing(profile):
             raise ProfileNotLoaded(profile)
-        self._disk.check(spec.limits)
+        image_plugins = self.image_plugins_of(spec)
+        if image_plugins:
+            self._disk.check_for_plugin(spec.limits)
+        else:
+            self._disk.check(spec.limits)
         self._site.block_io.check(spec.limits)
         resource_limits.check(spec.limits.rlimits, self._site.facts.nofile_hard)
         self._site.depot.refuse_foreign(spec.handle)
         check_bind_sources(spec.bind_mounts, "spec.bind_mounts")
         with at_field("spec"):
-            choice = SubnetChoice.parse(spec.subnet) if spec.subnet else None
-            lease = self._network.lease(spec.port_mappings, spec.network_mode, choice)
+            lease = self._lease_network(spec)
         try:
             slot = NO_SLOT if self._shares_ids(spec) else self._site.uids.allocate()
         except BaseException:
@@ -81,31 +102,76 @@ class Construction:
             isolation=isolation,
             throttleable=self._site.config.enable_cpu_throttling and self._site.hierarchies.version == 1,
             scope=self._site.driver.parent if self._site.driver.uses_systemd else "",
+            image_plugins=image_plugins,
         )
+
+    def _lease_network(self, spec: ContainerSpec) -> NetworkLease:
+        if self._plugged.is_used and spec.network_mode is NetworkMode.OWN:
+            return self._plugged.lease(spec)
+        choice = SubnetChoice.parse(spec.subnet) if spec.subnet else None
+        return self._network.lease(spec.port_mappings, spec.network_mode, choice)
 
     async def build(
         self,
         spec: ContainerSpec,
         facts: ContainerFacts,
-        rootfs: Rootfs,
+        rootfs: Rootfs | None,
         record: Record,
         events: BackendEvents,
     ) -> LinuxContainer:
         """Make the container that facts were leased for.
+
+        Args:
+            spec: of the container.
+            facts: recorded.
+            rootfs: None: an image plugin is to make it.
+            record: takes down facts again, once more is known.
+            events: told of what happens by itself.
 
         Whatever was made when a step fails is found by `demolition` from the facts alone, which were recorded.
         """
         site = self._site
         await site.driver.hold()
         directory = site.depot.claim(spec.handle)
+        if rootfs is None:
+            rootfs = await self._make_root(spec, directory)
+        async with asyncio.timeout(site.config.create_timeout_s):
+            return await self._build_on(spec, facts, rootfs, directory, record, events)
+
+    async def _make_root(self, spec: ContainerSpec, directory: Path) -> Rootfs:
+        with step(Step.IMAGE):
+            return await self._roots.make(
+                spec.handle,
+                spec.handle,
+                directory,
+                spec.image,
+                spec.image_auth,
+                spec.limits,
+                privileged=spec.privileged,
+            )
+
+    async def _build_on(
+        self,
+        spec: ContainerSpec,
+        facts: ContainerFacts,
+        rootfs: Rootfs,
+        directory: Path,
+        record: Record,
+        events: BackendEvents,
+    ) -> LinuxContainer:
+        site = self._site
         cgroup = site.cgroup(spec.handle, facts)
         container = LinuxContainer(spec.handle, facts, cgroup, directory, events)
         if rootfs.used is not None:
             self._images.store.hold(spec.handle, directory, rootfs.used)
-        container.image, container.disk_scope = spec.image, spec.limits.disk_scope
+        container.image, container.disk = spec.image, spec.limits.disk_only()
         container.bandwidth, container.rlimits = spec.limits.network_only(), spec.limits.rlimits
         with step(Step.DISK):
-            layer = await self._disk.make(facts.runtime_id, spec.limits, rootfs, "spec.limits") or directory
+            layer = directory
+            if rootfs.ready is None:
+                layer = (
+                    await self._disk.make(facts.runtime_id, spec.limits, rootfs, "spec.limits") or directory
+                )
         with step(Step.BUNDLE):
             launch = self._launch(spec, facts, rootfs, directory, layer)
             self._write_names(launch, facts)
@@ -127,7 +193,7 @@ class Construction:
         failpoints.reach(Point.CREATE_LIMIT)
         async with asyncio.TaskGroup() as steps:
             steps.create_task(self._greet(container))
-            steps.create_task(self._connect(container, spec))
+            steps.create_task(self._connect(container, spec, record))
         return container
 
     async def _greet(self, container: LinuxContainer) -> None:
@@ -135,7 +201,27 @@ class Construction:
             await container.greet(timeout_s=self._site.config.create_timeout_s)
         failpoints.reach(Point.CREATE_GREET)
 
-    async def _connect(self, container: LinuxContainer, spec: ContainerSpec) -> None:
+    async def _connect(self, container: LinuxContainer, spec: ContainerSpec, record: Record) -> None:
+        if (plugin := container.facts.lease.plugin) is not None:
+            await self._connect_by_plugin(container, plugin, spec, record)
+        else:
+            await self._connect_here(container, spec)
+        failpoints.reach(Point.CREATE_CONNECT)
+
+    async def _connect_by_plugin(
+        self, container: LinuxContainer, plugin: PluginLease, spec: ContainerSpec, record: Record
+    ) -> None:
+        facts = container.facts
+        with step(Step.NETWORK):
+            made, told = await self._plugged.attach(facts.pid, spec, plugin, self._network.external_ip)
+            facts.lease = replace(facts.lease, plugin=made)
+            record(facts.to_json())
+            hostname = spec.hostname or hostname_for(spec.handle)
+            for name, content in self._names_by_plugin(hostname, facts_of(made), told).items():
+                # Over what is there, since the container has these very files mounted.
+                (container.directory / "etc" / name).write_text(content)
+
+    async def _connect_here(self, container: LinuxContainer, spec: ContainerSpec) -> None:
         facts = container.facts
         policy = spec.egress or EgressPolicy(default_action=DefaultAction(self._site.config.default_egress))
         with step(Step.NETWORK), at_field("spec"):
@@ -148,7 +234,6 @@ class Construction:
                 container.directory,
                 privileged=spec.privileged,
             )
-        failpoints.reach(Point.CREATE_CONNECT)
 
     def _shares_ids(self, spec: ContainerSpec) -> bool:
         return spec.privileged or self._site.config.compat == "garden"
@@ -172,6 +257,8 @@ class Construction:
             bind_mounts=spec.bind_mounts,
             fail_points=failpoints.hand_over(Point.CREATE_MOUNT, Point.CREATE_RUN),
             host_network=facts.lease.mode is NetworkMode.HOST,
+            ready=rootfs.ready,
+            first_mounts=rootfs.mounts,
         )
 
     def _write_names(self, launch: Launch, facts: ContainerFacts) -> None:
@@ -187,7 +274,7 @@ class Construction:
             "resolv.conf": build_resolv_conf(
                 _read("/etc/resolv.conf"),
                 config.dns_server,
-                str(self._network.host.gateway),
+                "" if facts.lease.plugin else str(self._network.host.gateway),
                 config.additional_dns_server,
             )
             if own
@@ -199,6 +286,23 @@ class Construction:
             (launch.etc / name).write_text(content)
             (launch.etc / name).chmod(0o644)
             os.chown(launch.etc / name, owner, owner)
+
+    def _names_by_plugin(self, hostname: str, facts: NetworkFacts, told: Connected) -> dict[str, str]:
+        """Hosts and resolv.conf of a container whose addresses are known only now."""
+        config = self._site.config
+        return {
+            "hosts": build_hosts(
+                facts.container_ip, facts.container_ipv6, hostname, config.additional_host_entry
+            ),
+            "resolv.conf": build_resolv_conf(
+                _read("/etc/resolv.conf"),
+                config.dns_server,
+                facts.host_ip,
+                config.additional_dns_server,
+                of_plugin=told.dns_servers,
+                search=told.search_domains,
+            ),
+        }
 
 
 def _read(path: str) -> str:

@@ -28,7 +28,7 @@ from garden_py.backend.linux.starts import Starts
 from garden_py.backend.streams.agent_link import AgentLink
 from garden_py.backend.streams.agent_replies import AgentExit
 from garden_py.model.errors import ContainerBroken
-from garden_py.model.limits import DiskScope, Limits, Rlimits, rlimits_over
+from garden_py.model.limits import Limits, Rlimits, rlimits_over
 from garden_py.model.netrule import EgressPolicy
 from garden_py.model.process import ProcessSpec
 from garden_py.observe.apart import apart
@@ -54,6 +54,7 @@ class ContainerFacts:
         isolation: what it was made with; None: by a server that did not take it down.
         throttleable: its cgroups are where --enable-cpu-throttling puts them on cgroup v1.
         scope: the cgroup of systemd's scope that it is in; empty: --cgroup-driver was cgroupfs.
+        image_plugins: those that its root file system is to be removed by; none: it is the server's own affair.
     """
 
     runtime_id: str
@@ -66,6 +67,7 @@ class ContainerFacts:
     isolation: Isolation | None = None
     throttleable: bool = False
     scope: str = ""
+    image_plugins: tuple[tuple[str, ...], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """For the journal."""
@@ -80,6 +82,7 @@ class ContainerFacts:
                 **value,
                 "lease": NetworkLease.from_json(value["lease"]),
                 "isolation": None if isolation is None else Isolation(**isolation),
+                "image_plugins": tuple(map(tuple, value.get("image_plugins", ()))),
             }
         )
 
@@ -98,7 +101,7 @@ class LinuxContainer(AgentOwner):
     Attributes:
         broken_because: why it can only be destroyed; empty while it is whole.
         image: as its spec has it.
-        disk_scope: what its limit on disk space counts.
+        disk: its limits on that, as stated.
         bandwidth: its limits on that, as stated.
         rlimits: of its processes, as stated.
         helper_pids: of the agent's processes that copy files, as the container numbers them.
@@ -127,7 +130,7 @@ class LinuxContainer(AgentOwner):
         self.retiring: dict[str, asyncio.Future[None]] = {}
         self.jobs: set[asyncio.Future[Any]] = set()
         self.image = ""
-        self.disk_scope: DiskScope | None = None
+        self.disk = Limits()
         self.bandwidth = Limits()
         self.rlimits: Rlimits = ()
         self.starts = Starts()

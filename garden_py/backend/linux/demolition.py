@@ -17,6 +17,9 @@ from garden_py.backend.launcher.client import Launcher
 from garden_py.backend.linux.container import ContainerFacts
 from garden_py.backend.linux.disk import ContainerDisk
 from garden_py.backend.linux.network import LinuxNetwork
+from garden_py.backend.linux.plugin_network import PluginNetwork
+from garden_py.backend.linux.plugin_roots import PluginRoots
+from garden_py.backend.linux.sidecars import owner_of, sidecar_directories
 from garden_py.backend.linux.site import Site
 from garden_py.model.errors import Unkillable
 from garden_py.observe import failpoints
@@ -25,14 +28,25 @@ from garden_py.observe.steps import Step, step
 
 log = structlog.get_logger()
 _RETRY_S = 0.005
+_LEAST_S = 1.0  # that a plugin gets
 
 
 class Demolition:
     """How containers are removed at one site."""
 
-    def __init__(self, site: Site, launcher: Launcher, network: LinuxNetwork, disk: ContainerDisk) -> None:
+    def __init__(
+        self,
+        site: Site,
+        launcher: Launcher,
+        network: LinuxNetwork,
+        disk: ContainerDisk,
+        roots: PluginRoots,
+        plugged: PluginNetwork,
+    ) -> None:
         self._site = site
         self._disk = disk
+        self._roots = roots
+        self._plugged = plugged
         self._launcher = launcher
         self._network = network
 
@@ -48,7 +62,7 @@ class Demolition:
             await self._kill(handle, facts, cgroup, deadline)
         failpoints.reach(Point.DESTROY_KILL)
         async with asyncio.TaskGroup() as steps:
-            steps.create_task(self._detach(handle, facts))
+            steps.create_task(self._detach(handle, facts, deadline))
             steps.create_task(self._remove_cgroups(handle, cgroup, deadline))
         # The runtime's record of a container whose processes, cgroups and mounts are gone is this directory and
         # nothing else; `runc delete` would do the same, 20 ms later (docs/decisions/0004-no-runc-delete.md).
@@ -57,6 +71,7 @@ class Demolition:
         failpoints.reach(Point.DESTROY_RUNTIME)
         with step(Step.DISK):
             await self._disk.remove(facts.runtime_id)
+            await self._remove_roots(handle, facts, deadline)
         with step(Step.DIRECTORY):
             self._site.depot.discard(handle)
         failpoints.reach(Point.DESTROY_DIRECTORY)
@@ -86,8 +101,17 @@ class Demolition:
             groups.kill_all(cgroup)
             await asyncio.sleep(_RETRY_S)
 
-    async def _detach(self, handle: str, facts: ContainerFacts) -> None:
+    async def _remove_roots(self, handle: str, facts: ContainerFacts, deadline: float) -> None:
+        """What image plugins have made, of the container and of sidecars that are left in it."""
+        directories = sidecar_directories(self._site.depot.directory(handle))
+        sidecars = [(owner_of(handle, process_id), process_id) for process_id, _ in directories]
+        await self._roots.remove_all(handle, facts, sidecars, deadline=deadline)
+
+    async def _detach(self, handle: str, facts: ContainerFacts, deadline: float) -> None:
         with step(Step.NETWORK):
+            if facts.lease.plugin is not None:
+                timeout_s = max(_LEAST_S, deadline - time.monotonic())
+                await self._plugged.detach(handle, facts.lease.plugin, timeout_s=timeout_s)
             await self._network.detach(handle, facts.lease, privileged=facts.privileged)
         failpoints.reach(Point.DESTROY_DETACH)
 

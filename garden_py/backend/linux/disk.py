@@ -12,7 +12,8 @@ from garden_py.backend.disk.volumes import Volumes
 from garden_py.backend.images.images import Images, Rootfs
 from garden_py.backend.images.intake import is_tar
 from garden_py.backend.linux.container import LinuxContainer
-from garden_py.model.errors import GardenError, InvalidField
+from garden_py.backend.plugin.image import Command, ImagePlugins
+from garden_py.model.errors import GardenError, InvalidField, NotSupported
 from garden_py.model.image import Transport, parse_image
 from garden_py.model.limits import DISK_FLOOR_BYTES, DiskScope, Limits
 from garden_py.service.ports import DiskUsage, Usage
@@ -26,18 +27,23 @@ class WritableLayer:
         volume_id: of its volume: the runtime's id of what it belongs to.
         owner: who holds the image, as the store of images knows it.
         image: the reference; empty for the server's default.
-        scope: what its limit on disk space counts.
+        stated: its limits on disk space, as stated.
     """
 
     volume_id: str
     owner: str
     image: str
-    scope: DiskScope | None
+    stated: Limits
+
+    @property
+    def plugin_id(self) -> str:
+        """By which an image plugin knows it: of a sidecar its process's id (Garden statement MP4)."""
+        return self.owner.rpartition("/")[2]
 
 
 def layer_of(container: LinuxContainer) -> WritableLayer:
     """A container's own."""
-    return WritableLayer(container.facts.runtime_id, container.handle, container.image, container.disk_scope)
+    return WritableLayer(container.facts.runtime_id, container.handle, container.image, container.disk)
 
 
 def with_disk(usage: Usage, disk: DiskUsage) -> Usage:
@@ -56,10 +62,11 @@ _parsed = lru_cache(maxsize=256)(parse_image)  # metrics of many containers ask 
 class ContainerDisk:
     """The verbs about disk space at one site."""
 
-    def __init__(self, volumes: Volumes, images: Images, default_image: str) -> None:
+    def __init__(self, volumes: Volumes, images: Images, default_image: str, plugins: ImagePlugins) -> None:
         self._volumes = volumes
         self._images = images
         self._default_image = default_image
+        self._plugins = plugins
 
     def check(self, limits: Limits) -> None:
         """Refuse limits that cannot be enforced here.
@@ -83,6 +90,15 @@ class ContainerDisk:
             image_bytes = rootfs.used.bytes if rootfs.used else await directory_bytes(rootfs.directories[0])
         return await self._volumes.make(volume_id, _volume_limits(limits, image_bytes, field))
 
+    def check_for_plugin(self, limits: Limits) -> None:
+        """As `check`, for a root file system that an image plugin is to make.
+
+        Raises:
+            NotSupported.
+        """
+        if limits.disk_inodes:
+            raise NotSupported("limits.disk_inodes: image plugins know none")
+
     async def _image_bytes(self, layer: WritableLayer) -> int:
         used = self._images.store.held_by(layer.owner)
         if used is not None:
@@ -104,12 +120,30 @@ class ContainerDisk:
 
     async def limits(self, layer: WritableLayer) -> Limits:
         """The limits in force; 0 where there is none."""
+        if self._made_by_plugin(layer):
+            most = layer.stated.disk_bytes or 0
+            return Limits(
+                disk_bytes=most, disk_inodes=0, disk_scope=layer.stated.disk_scope if most else None
+            )
         found = self._volumes.limits(layer.volume_id)
-        scope, most = layer.scope, found.bytes
+        scope, most = layer.stated.disk_scope, found.bytes
         if most and scope is DiskScope.TOTAL:
             most += await self._image_bytes(layer)
         scope = (scope or DiskScope.EXCLUSIVE) if most else None
         return Limits(disk_bytes=most, disk_inodes=found.inodes, disk_scope=scope)
+
+    def _made_by_plugin(self, layer: WritableLayer) -> tuple[Command, ...]:
+        used = self._images.store.held_by(layer.owner)
+        return () if used is None else used.made_by
+
+    def require_changeable(self, layer: WritableLayer) -> None:
+        """Refuse a change of limits that are not this server's to enforce.
+
+        Raises:
+            NotSupported.
+        """
+        if self._made_by_plugin(layer):
+            raise NotSupported("limits on disk space are the image plugin's, which takes them at create only")
 
     async def update(self, layer: WritableLayer, changed: Limits) -> Limits:
         """Change limits; what is not stated stays. Those in force then, with what they count.
@@ -120,10 +154,16 @@ class ContainerDisk:
         wanted = changed.over(await self.limits(layer))
         image_bytes = await self._image_bytes(layer) if _counts_image(wanted) else 0
         await self._volumes.limit(layer.volume_id, _volume_limits(wanted, image_bytes, "limits"))
-        return await self.limits(replace(layer, scope=wanted.disk_scope))
+        return await self.limits(replace(layer, stated=wanted.disk_only()))
 
     async def usage(self, layer: WritableLayer) -> DiskUsage:
-        """What was written to a layer, and that with its image. What is not counted is 0."""
+        """What was written to a layer, and that with its image. What is not counted is 0.
+
+        Raises:
+            HostFault: an image plugin does not say.
+        """
+        if made_by := self._made_by_plugin(layer):
+            return await self._plugins.usage(layer.plugin_id, made_by)
         image_bytes = await self._image_bytes(layer)
         use = self._volumes.use(layer.volume_id)
         if use is None:

@@ -90,6 +90,10 @@ class ServerHands:
         """A running server needs them."""
         return Shared.REQUIRED
 
+    def needs_network(self) -> bool:
+        """Not where a plugin connects containers."""
+        return self._network.is_needed
+
     async def restore_network(self) -> bool:
         """As at the start of a server."""
         await self._network.restore_host()
@@ -137,6 +141,10 @@ class StoppedHands:
     def shared(self, book_is_empty: bool) -> Shared:
         """Containers that go on without a server need them."""
         return Shared.ORPHANED if book_is_empty else Shared.ALLOWED
+
+    def needs_network(self) -> bool:
+        """That is not known: containers say it."""
+        return True
 
     async def restore_network(self) -> bool:
         """The next server does."""

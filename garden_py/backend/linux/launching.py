@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from garden_py.backend.host.idmap import IdMap
 from garden_py.backend.launcher.client import Launcher
 from garden_py.backend.linux.isolation import Isolation
 from garden_py.backend.linux.site import AGENT_TARGET, Site
@@ -18,6 +19,7 @@ from garden_py.backend.linux.sysctls import choose_tcp_sysctls
 from garden_py.backend.oci.bundle import build_config
 from garden_py.backend.oci.data import load_runc_config
 from garden_py.backend.oci.request import BundleRequest
+from garden_py.backend.plugin.image import CREATE_STEP
 from garden_py.backend.rootfs.mounts import BindSource, MountPlan
 from garden_py.backend.runtime.command import AGENT_FILTER_FD
 from garden_py.model.errors import FieldViolation, HostFault, InvalidRequest
@@ -42,6 +44,8 @@ class Launch:
         image: what to call that in errors.
         field: what the names of the request's fields begin with, for errors.
         fail_points: to be reached in the worker (observe/failpoints.py).
+        ready: a root file system that is used as it is, in place of layers.
+        first_mounts: of the OCI's runtime-spec, made before all others.
     """
 
     handle: str
@@ -59,6 +63,8 @@ class Launch:
     host_network: bool = False
     field: str = "spec."
     fail_points: dict[str, Any] | None = None
+    ready: Path | None = None
+    first_mounts: tuple[dict[str, Any], ...] = ()
 
 
 class AgentStarter:
@@ -71,7 +77,8 @@ class AgentStarter:
     def prepare(self, launch: Launch) -> None:
         """Write what the runtime reads, and the upper layer."""
         plan = self._mounts(launch)
-        _make_layer(plan, launch.layer)
+        if launch.ready is None:
+            _make_layer(plan, launch.layer)
         config = build_config(self._request(launch, plan), self._site.facts, load_runc_config())
         # Not indented, which is four times as fast: only then it is written in C.
         (launch.directory / "config.json").write_text(json.dumps(config))
@@ -122,14 +129,20 @@ class AgentStarter:
             for i, m in enumerate(launch.bind_mounts)
         ]
         binds += [BindSource(str(launch.etc / name), name, read_only=False) for name in NAME_FILES]
+        id_map = launch.isolation.id_map(self._site.facts.highest_id)
+        ready_map = None
+        if launch.ready is not None:
+            ready_map = map_of_ready(os.stat(launch.ready).st_uid, id_map, self._site.facts.highest_id)
         return MountPlan(
             directory=self._site.mount_dir / launch.runtime_id,
             layers=tuple(map(str, launch.layers)),
             upper=str(launch.layer / "upper"),
             work=str(launch.layer / "work"),
-            id_map=launch.isolation.id_map(self._site.facts.highest_id),
+            id_map=id_map,
             binds=tuple(binds),
             image=launch.image,
+            ready=str(launch.ready or ""),
+            ready_map=ready_map,
         )
 
     def _request(self, launch: Launch, plan: MountPlan) -> BundleRequest:
@@ -154,6 +167,7 @@ class AgentStarter:
             as_reference=launch.isolation.as_reference,
             joins=launch.joins,
             host_network=launch.host_network,
+            first_mounts=launch.first_mounts,
         )
 
 
@@ -163,8 +177,40 @@ def _plan_json(plan: MountPlan) -> dict[str, Any]:
         "directory": str(plan.directory),
         "layers": list(plan.layers),
         "binds": [asdict(bind) for bind in plan.binds],
-        "id_map": None if plan.id_map is None else [list(each) for each in plan.id_map.ranges],
+        "id_map": _id_map_json(plan.id_map),
+        "ready_map": _id_map_json(plan.ready_map),
     }
+
+
+def _id_map_json(id_map: IdMap | None) -> list[list[int]] | None:
+    return None if id_map is None else [list(each) for each in id_map.ranges]
+
+
+def map_of_ready(owner: int, id_map: IdMap | None, highest_id: int) -> IdMap | None:
+    """What shows the owners of a root file system that an image plugin has made in a container's ids.
+
+    Args:
+        owner: of its root directory, which belongs to root in the container.
+        id_map: of the container; None for a privileged one.
+        highest_id: of the host's user namespace.
+
+    Returns:
+        None: they are the container's already.
+
+    Raises:
+        HostFault: they are nobody's.
+    """
+    if id_map is None or owner == id_map.host_id(0):
+        return None
+    if owner == 0:  # as in the image
+        return id_map
+    if owner == highest_id:  # as the reference maps them, Garden statement NS2
+        return IdMap(((highest_id, id_map.host_id(0), 1), (1, id_map.host_id(1), id_map.size - 1)))
+    raise HostFault(
+        CREATE_STEP,
+        f"the root file system belongs to the host's user {owner}; it is to be 0, or {id_map.host_id(0)}, or "
+        f"{highest_id}, as the Garden reference maps root",
+    )
 
 
 def _make_layer(plan: MountPlan, directory: Path) -> None:

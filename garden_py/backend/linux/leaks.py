@@ -58,6 +58,9 @@ class Hands(Protocol):
     ) -> AbstractContextManager[None]:
         """A context in which the pools give neither away."""
 
+    def needs_network(self) -> bool:
+        """Whether what containers share of the network is the server's to make."""
+
     def shared(self, book_is_empty: bool) -> Shared:
         """What is to be thought of the parts that all containers share."""
 
@@ -147,7 +150,7 @@ class Ledger:
             files=files.look(places.depot, places.runtime_roots, places.volumes.place, handles),
             cgroups=cgroups.look(places.driver.hierarchies, places.cgroups, handles),
             processes=processes.look(places.mount_dir, self._hands.launcher_session(), known),
-            network=network.look(places.host, survey, addresses),
+            network=network.look(places.host, survey, addresses, is_needed=self._hands.needs_network()),
             mounts=mounts.look(staged, places.private, places.store),
             leases=leases.Sight(),
         )

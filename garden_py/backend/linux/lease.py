@@ -11,6 +11,36 @@ from garden_py.model.spec import PortMapping, Transport
 
 
 @dataclass(frozen=True, slots=True)
+class PluginLease:
+    """What a network plugin has made for a container.
+
+    Attributes:
+        command: the plugin and its extra arguments.
+        properties: that it has told, none before the container was connected.
+        ports: that lead to the container.
+    """
+
+    command: tuple[str, ...]
+    properties: tuple[tuple[str, str], ...] = ()
+    ports: tuple[PortMapping, ...] = ()
+
+    def property(self, key: str) -> str:
+        """One property; empty if there is none."""
+        return dict(self.properties).get(key, "")
+
+    def to_json(self) -> dict[str, Any]:
+        """For the journal."""
+        ports = [[each.host_port, each.container_port] for each in self.ports]
+        return {"command": list(self.command), "properties": dict(self.properties), "ports": ports}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> PluginLease:
+        """From the journal."""
+        ports = tuple(PortMapping(host, inner) for host, inner in value["ports"])
+        return cls(tuple(value["command"]), tuple(value["properties"].items()), ports)
+
+
+@dataclass(frozen=True, slots=True)
 class NetworkLease:
     """A container's part of the pools.
 
@@ -20,6 +50,7 @@ class NetworkLease:
         subnet: that its caller has chosen, and its address is in; None: the address is of the server's pool.
         mode: which network it is in.
         address_v6: that goes with the address; None: it has no IPv6.
+        plugin: what a network plugin makes in place of all this; None: none does.
     """
 
     address: IPv4Address | None
@@ -27,13 +58,22 @@ class NetworkLease:
     subnet: IPv4Network | None = None
     mode: NetworkMode = NetworkMode.OWN
     address_v6: IPv6Address | None = None
+    plugin: PluginLease | None = None
 
     def to_json(self) -> dict[str, Any]:
         """For the journal."""
         ports = [[m.transport.value, m.host_port, m.container_port] for m in self.mappings]
         subnet = {} if self.subnet is None else {"subnet": str(self.subnet)}
         address_v6 = {} if self.address_v6 is None else {"address_v6": str(self.address_v6)}
-        return {"address": self.shown, "ports": ports, "mode": self.mode.value, **subnet, **address_v6}
+        plugin = {} if self.plugin is None else {"plugin": self.plugin.to_json()}
+        return {
+            "address": self.shown,
+            "ports": ports,
+            "mode": self.mode.value,
+            **subnet,
+            **address_v6,
+            **plugin,
+        }
 
     @property
     def shown(self) -> str:
@@ -56,4 +96,5 @@ class NetworkLease:
             None if subnet is None else IPv4Network(subnet),
             NetworkMode(value.get("mode", "own")),
             None if address_v6 is None else IPv6Address(address_v6),
+            PluginLease.from_json(value["plugin"]) if "plugin" in value else None,
         )

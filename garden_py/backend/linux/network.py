@@ -18,12 +18,12 @@ from typing import Any
 import structlog
 
 from garden_py.agent.rtnetlink import Rtnetlink
-from garden_py.backend.host.small_files import read_small
 from garden_py.backend.host.threads import in_thread
 from garden_py.backend.launcher.client import Launcher
 from garden_py.backend.linux.connections import ConnectionLog
 from garden_py.backend.linux.explanation import Surroundings, explain
 from garden_py.backend.linux.lease import NetworkLease
+from garden_py.backend.linux.traffic import LinkTraffic, read_host_end
 from garden_py.backend.net import firewall, host_firewall
 from garden_py.backend.net import host_firewall as hf
 from garden_py.backend.net.apply import TABLE_MISSING
@@ -60,16 +60,6 @@ _PORTS_FILE = "ports.json"
 _POOL_V6_FILE = "pool-v6"
 _RULES_FILE = "egress-rules"
 _BURST_FLOOR_BYTES = 16 << 10
-
-
-@dataclass(frozen=True, slots=True)
-class LinkTraffic:
-    """Bytes and packets that a container has received (rx) and sent (tx)."""
-
-    rx_bytes: int
-    tx_bytes: int
-    rx_packets: int
-    tx_packets: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +117,7 @@ class LinuxNetwork:
             )
             raise InvalidField("network_pool_v6", problem)
         self._attached: dict[str, _Attached] = {}
+        self._is_host_up = False
         self._restoring = asyncio.Lock()
         self._restored = 0
         self._looked_at, self._own_address = -math.inf, ""
@@ -261,8 +252,19 @@ class LinuxNetwork:
     async def _job(self, op: str, params: dict[str, Any], fds: list[int] | None = None) -> dict[str, Any]:
         return await self._launcher.run(f"net.{op}", {"host": self.host.to_json(), **params}, fds)
 
+    @property
+    def is_needed(self) -> bool:
+        """Whether the host is to have its part: not if a plugin connects containers, and none of before is left.
+
+        Source: Garden behaviour, statement N44.
+        """
+        return not self._config.network_plugin or bool(self._attached) or self._is_host_up
+
     async def ensure_host(self) -> None:
         """Make or repair what all containers share, and what each has in the table, when the server starts."""
+        if not self.is_needed:
+            return
+        self._is_host_up = True
         await self._change_pool()
         denied = self._config.deny_network
         if self.host.pool_v6 is not None and denied and all(each.version == 4 for each in denied):
@@ -331,6 +333,8 @@ class LinuxNetwork:
 
     async def remove_host(self) -> None:
         """Remove it, after the last container."""
+        if not self.is_needed:
+            return
         await self.job("remove_host", {})
         self._note_pool("")
 
@@ -566,16 +570,11 @@ class LinuxNetwork:
         found = (self._address_v6(each.lease) for each in self._attached.values())
         return frozenset(address for address in found if address is not None)
 
-    def read_traffic(self, handle: str, lease: NetworkLease) -> LinkTraffic:
-        """Traffic as the container sees it: what its host end receives is what it sends."""
+    def read_traffic(self, lease: NetworkLease) -> LinkTraffic:
+        """Traffic of a container's link. OSError: it is gone."""
         if lease.address is None:
-            return LinkTraffic(0, 0, 0, 0)
-        statistics = f"/sys/class/net/{host_link_name(self.host, lease.address)}/statistics"
-
-        def read(name: str) -> int:
-            return int(read_small(f"{statistics}/{name}"))
-
-        return LinkTraffic(read("tx_bytes"), read("rx_bytes"), read("tx_packets"), read("rx_packets"))
+            return LinkTraffic()
+        return read_host_end(host_link_name(self.host, lease.address))
 
 
 class _Namespaces:

@@ -7,9 +7,20 @@ from garden_py.backend.linux.site import UidPool
 from garden_py.backend.net.pools import PortPool
 from garden_py.service.ports import PoolLevel
 
+UNLIMITED = 2**64 - 1
+"""Of what is given out by somebody else (Garden statement CA1)."""
 
-def pool_levels(network: LinuxNetwork, uids: UidPool) -> dict[str, PoolLevel]:
-    """Of addresses, of each transport's ports, and of ranges of uids."""
+
+def pool_levels(network: LinuxNetwork, uids: UidPool, *, has_network: bool) -> dict[str, PoolLevel]:
+    """Of addresses, of each transport's ports, and of ranges of uids.
+
+    Args:
+        network: of the server.
+        uids: likewise.
+        has_network: false: a plugin gives out addresses and ports.
+    """
+    if not has_network:
+        return {"uid_ranges": PoolLevel(uids.size, len(uids.taken))}
     addresses = network.addresses
     levels = {"addresses": PoolLevel(addresses.size, addresses.in_use)}
     for transport, pool in network.ports.items():

@@ -62,6 +62,8 @@ async def change(
         raise ProcessNotLimited(container.handle, process_id)
     layer, former = sidecar_layer(container, process_id), process.spec
     stated = limits.without_rlimits().over(former.limits)
+    if layer is not None and limits.states_disk:
+        disk.require_changeable(layer)
     async with all_or_nothing("limits", container.handle) as undo:
         if layer is not None and limits.states_disk:
             undo.push_async_callback(disk.update, layer, await disk.limits(layer))

@@ -19,6 +19,7 @@ from garden_py.backend.linux.agent_owner import AgentOwner
 from garden_py.backend.linux.container import LinuxContainer, may_be_gone
 from garden_py.backend.linux.disk import ContainerDisk
 from garden_py.backend.linux.launching import AgentStarter
+from garden_py.backend.linux.plugin_roots import PluginRoots
 from garden_py.backend.linux.process import LinuxProcess
 from garden_py.backend.linux.sidecars import Sidecar, Sidecars, owner_of
 from garden_py.backend.linux.site import Site
@@ -44,12 +45,13 @@ class LinuxProcesses:
         starter: AgentStarter,
         images: Images,
         disk: ContainerDisk,
+        roots: PluginRoots,
         events: BackendEvents,
     ) -> None:
         self._site = site
         self._images = images
         self._events = events
-        self.sidecars = Sidecars(site, starter, images, disk, self._sidecar_lost)
+        self.sidecars = Sidecars(site, starter, images, disk, roots, self._sidecar_lost)
 
     # --- start
 

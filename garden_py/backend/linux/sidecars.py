@@ -31,6 +31,7 @@ from garden_py.backend.linux.agent_owner import AgentOwner
 from garden_py.backend.linux.container import LinuxContainer
 from garden_py.backend.linux.disk import ContainerDisk, WritableLayer
 from garden_py.backend.linux.launching import AgentStarter, Launch, check_bind_sources, listen
+from garden_py.backend.linux.plugin_roots import PluginRoots
 from garden_py.backend.linux.site import Site
 from garden_py.backend.streams.agent_replies import AgentExit
 from garden_py.model.errors import ContainerBroken, HostFault, ProcessStartFailed, Unkillable
@@ -76,7 +77,7 @@ def sidecar_layer(container: LinuxContainer, process_id: str) -> WritableLayer |
         runtime_id_of(container.facts.runtime_id, process_id),
         owner_of(container.handle, process_id),
         process.spec.sidecar.image,
-        process.spec.limits.disk_scope,
+        process.spec.limits.disk_only(),
     )
 
 
@@ -121,12 +122,14 @@ class Sidecars:
         starter: AgentStarter,
         images: Images,
         disk: ContainerDisk,
+        roots: PluginRoots,
         on_lost: Callable[[LinuxContainer, str, str], None],
     ) -> None:
         self._site = site
         self._starter = starter
         self._images = images
         self._disk = disk
+        self._roots = roots
         self._on_lost = on_lost
 
     # --- start
@@ -139,7 +142,10 @@ class Sidecars:
             HostFault, ContainerBroken.
         """
         check_bind_sources(sidecar.bind_mounts, "spec.sidecar.bind_mounts")
-        self._disk.check(spec.limits)
+        if self._roots.commands_for(sidecar.image, "spec.sidecar.image"):
+            self._disk.check_for_plugin(spec.limits)
+        else:
+            self._disk.check(spec.limits)
         job = asyncio.ensure_future(self._prepare_and_launch(container, spec, sidecar))
         container.track(job)
         try:
@@ -156,17 +162,23 @@ class Sidecars:
         def report(progress: PullProgress) -> None:
             log.debug("sidecar.image", handle=container.handle, process_id=spec.id, progress=str(progress))
 
+        if self._roots.commands_for(apart.image, "spec.sidecar.image"):
+            return await self._launch(container, spec, apart, None)
         images = self._images
         async with images.prepared(apart.image, apart.image_auth, "spec.sidecar.image", report) as rootfs:
             return await self._launch(container, spec, apart, rootfs)
 
     async def _launch(
-        self, container: LinuxContainer, spec: ProcessSpec, apart: SidecarSpec, rootfs: Rootfs
+        self, container: LinuxContainer, spec: ProcessSpec, apart: SidecarSpec, rootfs: Rootfs | None
     ) -> Sidecar:
+        """Args as of `_make`; rootfs: None: an image plugin makes it."""
         timeout_s, process_id = self._site.config.create_timeout_s, spec.id
         try:
             async with asyncio.timeout(timeout_s):
-                sidecar = await self._make(container, spec, apart, rootfs)
+                directory = await self._claim(container, process_id)
+            rootfs = rootfs or await self._make_root(container, spec, apart, directory)
+            async with asyncio.timeout(timeout_s):
+                sidecar = await self._make(container, spec, apart, rootfs, directory)
                 await sidecar.greet(timeout_s=timeout_s)
         except BaseException as failure:
             await asyncio.shield(self._remove(container, process_id))
@@ -178,10 +190,7 @@ class Sidecars:
         container.sidecars[process_id] = sidecar
         return sidecar
 
-    async def _make(
-        self, container: LinuxContainer, spec: ProcessSpec, apart: SidecarSpec, rootfs: Rootfs
-    ) -> Sidecar:
-        facts, process_id = container.facts, spec.id
+    async def _claim(self, container: LinuxContainer, process_id: str) -> Path:
         directory = self._directory(container, process_id)
         if (removal := container.retiring.get(process_id)) is not None:
             await asyncio.wait(
@@ -191,10 +200,35 @@ class Sidecars:
             await self._remove(container, process_id)
         directory.parent.mkdir(mode=0o700, exist_ok=True)
         directory.mkdir(mode=0o700)
-        if rootfs.used is not None:
-            self._images.store.hold(owner_of(container.handle, process_id), directory, rootfs.used)
-        runtime_id = runtime_id_of(facts.runtime_id, process_id)
-        layer = await self._disk.make(runtime_id, spec.limits, rootfs, "spec.limits") or directory
+        return directory
+
+    async def _make_root(
+        self, container: LinuxContainer, spec: ProcessSpec, apart: SidecarSpec, directory: Path
+    ) -> Rootfs:
+        return await self._roots.make(
+            owner_of(container.handle, spec.id),
+            spec.id,
+            directory,
+            apart.image,
+            apart.image_auth,
+            spec.limits,
+            privileged=container.facts.privileged,
+        )
+
+    async def _make(
+        self,
+        container: LinuxContainer,
+        spec: ProcessSpec,
+        apart: SidecarSpec,
+        rootfs: Rootfs,
+        directory: Path,
+    ) -> Sidecar:
+        facts, process_id = container.facts, spec.id
+        runtime_id, layer = runtime_id_of(facts.runtime_id, process_id), directory
+        if rootfs.ready is None:
+            if rootfs.used is not None:
+                self._images.store.hold(owner_of(container.handle, process_id), directory, rootfs.used)
+            layer = await self._disk.make(runtime_id, spec.limits, rootfs, "spec.limits") or directory
         with _namespaces(container) as joins, _short_path(directory) as place:
             launch = Launch(
                 handle=container.handle,
@@ -211,6 +245,8 @@ class Sidecars:
                 bind_mounts=apart.bind_mounts,
                 joins=joins,
                 field="spec.sidecar.",
+                ready=rootfs.ready,
+                first_mounts=rootfs.mounts,
             )
             self._starter.prepare(launch)
             with listen(place / _SOCKET) as listener:
@@ -296,8 +332,10 @@ class Sidecars:
         with suppress(FileNotFoundError):
             shutil.rmtree(self._site.runtime_root / runtime_id)
         await self._disk.remove(runtime_id)
+        owner = owner_of(container.handle, process_id)
+        await self._roots.remove(owner, process_id, timeout_s=self._site.config.destroy_timeout_s)
         self._site.depot.throw_away(self._directory(container, process_id))
-        self._images.store.let_go(owner_of(container.handle, process_id))
+        self._images.store.let_go(owner)
 
     def _try_to_remove(self, container: LinuxContainer, process_id: str) -> bool:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from garden_py.backend.host.idmap import IdMap
 
@@ -25,6 +26,7 @@ class BundleRequest:
         sysctls: (name, value) of parameters of its namespaces.
         as_reference: less strict, as the Garden reference is: inheritable capabilities, the host's cgroup namespace.
         host_network: it has no network namespace of its own, but the host's.
+        first_mounts: of the runtime-spec, made before all others.
         joins: (type, path) of namespaces that are not made but entered; a uts namespace among them has its name.
     """
 
@@ -46,3 +48,4 @@ class BundleRequest:
     as_reference: bool = False
     joins: tuple[tuple[str, str], ...] = ()
     host_network: bool = False
+    first_mounts: tuple[dict[str, Any], ...] = ()

@@ -4,7 +4,8 @@ Everything lies below one directory on a tmpfs that only the launcher sees:
 
     <mount_dir>/<id>/0 …       the image's layers, lowest first, owners mapped to the container's ids (nothing is
     chowned)
-    <mount_dir>/<id>/rootfs    overlay of the container's own upper directory over them
+    <mount_dir>/<id>/rootfs    overlay of the container's own upper directory over them; or what an image plugin has
+    made
     <mount_dir>/<id>/b0 …      bind sources: copies of the mounts, read-only or not, for the runtime to bind
 
 The runtime clones the namespace, pivots into `rootfs`, and the launcher lets go of its copy. No mount is ever visible
@@ -63,6 +64,8 @@ class MountPlan:
         layers: directories of the image, lowest first.
         image: what to call it in errors.
         id_map: of the container; None for a privileged one.
+        ready: a root file system that is used as it is, in place of layers; empty: there is none.
+        ready_map: shows its owners in the container's ids; None: they are those already.
     """
 
     directory: Path
@@ -72,6 +75,8 @@ class MountPlan:
     id_map: IdMap | None
     binds: tuple[BindSource, ...] = ()
     image: str = ""
+    ready: str = ""
+    ready_map: IdMap | None = None
 
     @property
     def rootfs(self) -> Path:
@@ -98,7 +103,10 @@ def apply(plan: MountPlan) -> None:
     plan.directory.mkdir(mode=0o711)
     try:
         userns_fd = None if plan.id_map is None else _userns_fds.get(plan.id_map)
-        _mount_rootfs(plan, userns_fd)
+        if plan.ready:
+            _mount_ready(plan)
+        else:
+            _mount_rootfs(plan, userns_fd)
         _check_places(plan)
         for bind in plan.binds:
             _clone_bind(plan.directory, bind, userns_fd)
@@ -154,6 +162,21 @@ def _mount_rootfs(plan: MountPlan, userns_fd: int | None) -> None:
         raise MountStepFailed("overlay of the root file system", error) from error
     finally:
         os.chdir("/")
+
+
+def _mount_ready(plan: MountPlan) -> None:
+    plan.rootfs.mkdir()
+    userns_fd = None if plan.ready_map is None else _userns_fds.get(plan.ready_map)
+    try:
+        _clone(Path(plan.ready), plan.rootfs, attributes=0, userns_fd=userns_fd)
+    except OSError as error:
+        step = f"mount of {plan.ready}, which the image plugin has made"
+        if error.errno == errno.EINVAL and plan.ready_map is not None:
+            step += (
+                " (its file system does not support id-mapped mounts: have the plugin map ids as the server does, "
+                "see --compat garden)"
+            )
+        raise MountStepFailed(step, error) from error
 
 
 def _check_places(plan: MountPlan) -> None:

@@ -25,26 +25,38 @@ def build_hosts(
 
 
 def build_resolv_conf(
-    host_text: str, dns_servers: tuple[str, ...], gateway: str, additional: tuple[str, ...] = ()
+    host_text: str,
+    dns_servers: tuple[str, ...],
+    gateway: str,
+    additional: tuple[str, ...] = (),
+    *,
+    of_plugin: tuple[str, ...] = (),
+    search: tuple[str, ...] = (),
 ) -> str:
     """Content of /etc/resolv.conf.
 
     Args:
         host_text: the host's own file.
         dns_servers: the server's setting, which replaces the host's name servers.
-        gateway: used when the host asks only itself, since its loopback is not the container's.
+        gateway: used when the host asks only itself, since its loopback is not the container's; empty: there is none.
         additional: name servers after all others.
+        of_plugin: name servers that a network plugin has told, which replace all others.
+        search: domains that one has told, which replace the host's.
 
     Source: Garden behaviour, statement N31; resolv.conf(5).
     """
     more = [f"nameserver {server}" for server in additional]
     lines = [line for line in host_text.splitlines() if line.strip()]
-    if dns_servers:
+    if of_plugin:
+        lines, more = [f"nameserver {server}" for server in of_plugin], []
+    elif dns_servers:
         lines = [f"nameserver {server}" for server in dns_servers]
     elif len(lines) == 1 and _is_the_hosts_own(lines[0]):
-        lines = [f"nameserver {gateway}"]
+        lines = [f"nameserver {gateway}"] if gateway else []
     else:
         lines = [line for line in lines if not _is_the_hosts_own(line)]
+    if search:
+        lines = [f"search {' '.join(search)}", *(line for line in lines if line.split()[0] != "search")]
     return "".join(f"{line}\n" for line in (*lines, *more))
 
 

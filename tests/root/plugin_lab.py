@@ -1,0 +1,107 @@
+"""A server whose containers' images and networks are made by test plugins, and a namespace that these lead to."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from garden_image import garden_door_of, garden_server_with, make_garden_image
+from kit.garden_http import GardenHttp
+from kit.plugins import InstalledPlugin, install
+from kit.server import ServerProcess
+from kit.trace import assert_no_trace, snapshot
+
+_numbers = itertools.count()
+ROUTER_IP = "10.77.0.1"
+
+
+@dataclass(frozen=True)
+class PluginLab:
+    """A server and its plugins.
+
+    Attributes:
+        image, privileged_image, network: the plugins.
+        source: the root file system that image plugins copy.
+        router: the namespace that containers' links lead to; it answers at ROUTER_IP.
+    """
+
+    server: ServerProcess
+    image: InstalledPlugin
+    privileged_image: InstalledPlugin
+    network: InstalledPlugin
+    source: Path
+    router: str
+
+    def links(self) -> list[str]:
+        """The router's ends of links to containers."""
+        argv = ["ip", "-n", self.router, "-o", "link", "show", "type", "veth"]
+        return subprocess.run(
+            argv, check=True, capture_output=True, text=True, timeout=20
+        ).stdout.splitlines()
+
+    @property
+    def garden(self) -> GardenHttp:
+        return GardenHttp(garden_door_of(self.server))
+
+    def order(self, action: str, what: str) -> None:
+        """Change what an action does from now on, in whichever plugin has it; see InstalledPlugin.order."""
+        for plugin in (self.image, self.privileged_image, self.network):
+            plugin.order(action, what)
+
+
+@contextmanager
+def open_plugin_lab(
+    place: Path, *flags: str, image: bool = True, network: bool = True
+) -> Iterator[PluginLab]:
+    """A server with image plugins, a network plugin, or both."""
+    place.chmod(0o755)
+    for parent in place.parents[:2]:
+        parent.chmod(0o755)
+    before = snapshot()
+    with ExitStack() as undo:
+        router = _add_router(undo)
+        own, server_place = place / "own", place / "server"
+        own.mkdir()
+        server_place.mkdir()
+        source = make_garden_image(own)
+        plain, privileged = (
+            install("image", place / name, image=str(source)) for name in ("image", "privileged")
+        )
+        connecting = install("network", place / "network", router=router)
+        given = list(flags)
+        if image:
+            given += ["--image-plugin", plain.program, "--image-plugin-extra-arg=--store=/plain"]
+            given += ["--privileged-image-plugin", privileged.program]
+        if network:
+            given += ["--network-plugin", connecting.program, "--network-plugin-extra-arg=--config=/c.json"]
+        server = undo.enter_context(garden_server_with(server_place, *given))
+        lab = PluginLab(server, plain, privileged, connecting, source, router)
+        undo.callback(_obey, lab)  # or containers could not be destroyed at the end
+        yield lab
+    assert_no_trace(before)
+
+
+def _obey(lab: PluginLab) -> None:
+    for plugin in (lab.image, lab.privileged_image, lab.network):
+        for order in (plugin.place / "orders").iterdir():
+            order.unlink()
+
+
+def _add_router(undo: ExitStack) -> str:
+    """A namespace that containers' links lead to; it answers, and leads nowhere else."""
+    name = f"gt-{os.getpid()}-{next(_numbers)}"
+    _ip("netns", "add", name)
+    undo.callback(_ip, "netns", "del", name)
+    _ip("-n", name, "link", "set", "lo", "up")
+    _ip("-n", name, "address", "add", f"{ROUTER_IP}/32", "dev", "lo")
+    _ip("netns", "exec", name, "sysctl", "-qw", "net.ipv4.ip_forward=1")
+    return name
+
+
+def _ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, timeout=20)
