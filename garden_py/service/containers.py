@@ -500,7 +500,7 @@ class Containers:
                 raise errors.EtagMismatch(etag, current)
             former = self._complete(container.spec.egress)
             wanted = replace(wanted, generation=former.generation + int(cut))
-            await self._change_egress(container, former, wanted, _rules_put_to(former, wanted))
+            await self._change_egress(container, former, wanted, rules_put_to(former, wanted))
         return wanted
 
     async def _change_egress(
@@ -714,7 +714,7 @@ async def _until_free(lock: asyncio.Lock) -> None:
         return
 
 
-def _rules_put_to(former: EgressPolicy, wanted: EgressPolicy) -> tuple[EgressRule, ...] | None:
+def rules_put_to(former: EgressPolicy, wanted: EgressPolicy) -> tuple[EgressRule, ...] | None:
     """The rules that one policy has before or behind those of another; None: that is not all the difference."""
     if replace(wanted, rules=()) != replace(former, rules=()):
         return None

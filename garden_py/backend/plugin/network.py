@@ -150,9 +150,7 @@ class NetworkPlugin:
     async def _call(self, action: str, handle: str, value: Any, timeout_s: float) -> str:
         step, stdin = _step(action), json.dumps(value).encode()
         argv = [*self.command, "--action", action, "--handle", handle]
-        ended = await self._caller.run(
-            argv, call=action, step=step, stdin=stdin, timeout_s=timeout_s
-        )
+        ended = await self._caller.run(argv, call=action, step=step, stdin=stdin, timeout_s=timeout_s)
         if ended.status != 0:
             told = said(ended.stderr) or said(ended.stdout)
             raise HostFault(step, f"exit status {ended.status}{told}")

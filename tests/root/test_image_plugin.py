@@ -1,0 +1,415 @@
+"""External image plugins: statements MP1 to MP4, and what happens when one does not do as it should."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from kit.garden import wait_until
+from kit.garden_http import GardenHttp, GardenHttpError
+from kit.patience import FACTOR
+from kit.plugins import InstalledPlugin
+from plugin_lab import PluginLab, open_plugin_lab
+
+from garden_py.client import (
+    ContainerSpec,
+    DiskScope,
+    GardenClient,
+    Limits,
+    RegistryAuth,
+    Sidecar,
+    Unimplemented,
+)
+
+pytestmark = pytest.mark.root
+IMAGE = "docker:///cloudfoundry/cflinuxfs4#1.2"
+
+
+@pytest.fixture(scope="module")
+def lab(no_trace: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PluginLab]:
+    with open_plugin_lab(tmp_path_factory.mktemp("plugins"), network=False) as found:
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def obedient(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test ends with plugins that do what they should."""
+    yield
+    if "lab" in request.fixturenames:
+        found = request.getfixturevalue("lab")
+        for action in ("create", "delete", "stats", "capacity"):
+            found.order(action, "")
+
+
+@pytest.fixture
+def garden(lab: PluginLab) -> GardenHttp:
+    return lab.garden
+
+
+def roots(plugin: InstalledPlugin) -> list[str]:
+    """Ids of what a plugin has in its store."""
+    store = plugin.place / "store"
+    return sorted(os.listdir(store)) if store.exists() else []
+
+
+def alive(lab: PluginLab) -> list[int]:
+    """Calls of plugins that run."""
+    pids = [*lab.image.pids(), *lab.privileged_image.pids()]
+    return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+def start_sidecar(garden: GardenHttp, handle: str, process_id: str) -> None:
+    """A process with an image of its own, that goes on."""
+    garden.run(handle, "sleep", "600", id=process_id, image={"uri": IMAGE}, sides=()).leave()
+
+
+@pytest.mark.parametrize("privileged", [False, True])
+def test_MP1_MP3_MP4_the_plugin_makes_the_root(lab: PluginLab, garden: GardenHttp, privileged: bool) -> None:
+    """Its root is written to as it is; users and variables are those of the image; both plugins are told to delete."""
+    made_by = lab.privileged_image if privileged else lab.image
+    spec = {
+        "image": {"uri": IMAGE, "username": "u", "password": "sesame"},
+        "privileged": privileged,
+        "limits": {"disk_limits": {"byte_hard": 10 << 20, "scope": 1}},
+    }
+    with garden.container(**spec) as handle:
+        extra = [] if privileged else ["--store=/plain"]
+        uri = IMAGE.replace("#", ":")
+        limit = ["--disk-limit-size-bytes", str(10 << 20), "--exclude-image-from-quota"]
+        who = ["--username", "u", "--password", "sesame"]
+        assert made_by.calls("create")[-1]["argv"] == [*extra, "create", *limit, *who, uri, handle]
+        assert garden.text_of(handle, "cat /tmp/made-by-plugin") == uri
+        assert garden.text_of(handle, "echo $FROM_PLUGIN") == "yes\n"
+        assert garden.text_of(handle, "stat -c %U /home/alice /root /bin/busybox").split() == [
+            "alice",
+            "root",
+            "root",
+        ]
+        garden.text_of(handle, "echo mine > $HOME/note", user="alice")
+        garden.text_of(handle, "echo root > /root/note && chown testuser /root/note")
+        root = made_by.place / "store" / handle / "rootfs"
+        assert (root / "root/note").stat().st_uid == 1000
+        assert (root / "home/alice/note").stat().st_uid == 1001
+        assert roots(made_by) == [handle]
+    for plugin in (lab.image, lab.privileged_image):
+        assert plugin.calls("delete")[-1]["id"] == handle
+        assert roots(plugin) == []
+    assert "sesame" not in lab.server.log()
+
+
+def test_a_limit_on_all_disk_space_is_told_as_such(lab: PluginLab, garden: GardenHttp) -> None:
+    """Garden's default scope counts the image as well; without a limit nothing is said of one."""
+    with garden.container(image={"uri": IMAGE}, limits={"disk_limits": {"byte_hard": 20 << 20}}):
+        call = lab.image.calls("create")[-1]
+        assert (call["disk_limit_size_bytes"], call["exclude_image_from_quota"]) == (20 << 20, False)
+    with garden.container(image={"uri": IMAGE}):
+        assert lab.image.calls("create")[-1]["disk_limit_size_bytes"] is None
+
+
+def test_MP2_the_plugin_counts(lab: PluginLab, garden: GardenHttp) -> None:
+    """Metrics of containers, and the capacity of the store."""
+    with garden.container(image={"uri": IMAGE}) as handle:
+        before = garden.metrics(handle)["DiskStat"]
+        garden.text_of(handle, "dd if=/dev/zero of=/root/some bs=1M count=3")
+        after = garden.metrics(handle)["DiskStat"]
+        for name in ("ExclusiveBytesUsed", "TotalBytesUsed"):
+            assert after[name] - before[name] == 3 << 20
+        assert after["TotalBytesUsed"] > after["ExclusiveBytesUsed"]
+        assert lab.image.calls("stats")[-1]["id"] == handle
+    wait_until(
+        lambda: garden.json("GET", "/capacity")["schedulable_disk_in_bytes"] == 12_345_678_912, "it was asked"
+    )
+
+
+def test_MP3_metrics_ask_the_unprivileged_plugin_first(lab: PluginLab, garden: GardenHttp) -> None:
+    with garden.container(image={"uri": IMAGE}, privileged=True) as handle:
+        assert garden.metrics(handle)["DiskStat"]["TotalBytesUsed"] > 0
+        assert lab.image.calls("stats")[-1]["id"] == handle
+        assert lab.privileged_image.calls("stats")[-1]["id"] == handle
+
+
+def test_metrics_say_that_the_plugin_does_not_know(lab: PluginLab, garden: GardenHttp) -> None:
+    """One container's trouble is not another's."""
+    with garden.container(image={"uri": IMAGE}) as one, garden.container() as other:
+        lab.order("stats", "fail")
+        found = garden.json("GET", f"/containers/bulk_metrics?handles={one},{other}")
+        assert found[one]["Err"]["Message"] == "running image plugin stats: said on stdout"
+        assert found[other]["Err"] is None
+
+
+def test_MP4_a_sidecars_root_is_made_by_its_process_id(lab: PluginLab, garden: GardenHttp) -> None:
+    with garden.container(image={"uri": IMAGE}) as handle:
+        process = garden.run(handle, "sleep", "600", id="side-1", image={"uri": "docker:///side"})
+        wait_until(lambda: lab.image.calls("create")[-1]["id"] == "side-1", "it is made")
+        assert roots(lab.image) == sorted([handle, "side-1"])
+        assert garden.json("GET", "/containers/bulk_metrics?handles=side-1")["side-1"]["Err"] is None
+        process.signal(0)  # KILL, in the protocol's numbers
+        process.wait()
+        wait_until(lambda: roots(lab.image) == [handle], "it is removed")
+        assert lab.image.calls("delete")[-1]["id"] == "side-1"
+
+
+def test_a_container_takes_its_sidecars_along(lab: PluginLab, garden: GardenHttp) -> None:
+    handle = garden.create(image={"uri": IMAGE})
+    for number in range(2):
+        start_sidecar(garden, handle, f"s{number}")
+    assert roots(lab.image) == sorted([handle, "s0", "s1"])
+    garden.destroy(handle)
+    assert roots(lab.image) == []
+
+
+def test_directories_and_stored_images_are_not_the_plugins(lab: PluginLab, garden: GardenHttp) -> None:
+    calls = len(lab.image.calls("create"))
+    with garden.container(image={"uri": f"raw://{lab.source}"}) as handle:
+        garden.text_of(handle, "echo mine > /root/x")
+        assert not (lab.source / "root/x").exists()
+    assert len(lab.image.calls("create")) == calls
+
+
+def test_mounts_of_the_plugin_come_first(lab: PluginLab, garden: GardenHttp, tmp_path: Path) -> None:
+    """Whatever else is mounted lies over them."""
+    given, own = tmp_path / "given", tmp_path / "own"
+    for place, text in ((given, "plugin"), (own, "caller")):
+        place.mkdir(mode=0o755)
+        (place / "who").write_text(text)
+    tmp_path.chmod(0o755)
+    mounts = [
+        {"destination": "/a", "type": "bind", "source": str(given), "options": ["bind"]},
+        {"destination": "/b", "type": "bind", "source": str(given), "options": ["bind"]},
+    ]
+    lab.order("create", json.dumps({"mounts": mounts}))
+    bind = {"src_path": str(own), "dst_path": "/b", "mode": 0}
+    with garden.container(image={"uri": IMAGE}, bind_mounts=[bind]) as handle:
+        assert garden.text_of(handle, "cat /a/who /b/who") == "plugincaller"
+
+
+def test_a_mount_may_be_the_root_itself(lab: PluginLab, garden: GardenHttp, tmp_path: Path) -> None:
+    """As plugins without the right to mount have it done by the runtime."""
+    tmp_path.chmod(0o755)
+    lower, upper, work = tmp_path / "lower", tmp_path / "upper", tmp_path / "work"
+    for place in (lower, upper, work):
+        place.mkdir(mode=0o755)
+    options = [f"lowerdir={lower}:{lab.source}", f"upperdir={upper}", f"workdir={work}"]
+    (lower / "below").write_text("seen")
+    mount = {"destination": "/", "type": "overlay", "source": "overlay", "options": options}
+    lab.order("create", json.dumps({"mounts": [mount]}))
+    with garden.container(image={"uri": IMAGE}, privileged=True) as handle:
+        assert garden.text_of(handle, "cat /below") == "seen"
+        garden.text_of(handle, "echo mine > /root/x")
+        assert (upper / "root/x").read_text() == "mine\n"
+
+
+# --- ids
+
+
+def shifted(lab: PluginLab, **settings: int) -> None:
+    path = lab.image.place / "settings.json"
+    path.write_text(json.dumps({"image": str(lab.source), **settings}))
+
+
+@pytest.mark.parametrize("flags", [(), ("--compat", "garden")])
+def test_a_plugin_may_map_ids_as_the_reference_does(
+    no_trace: None, tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    """Root is the highest id on the host then: under either mapping of ours it is root in the container."""
+    with open_plugin_lab(tmp_path, *flags, network=False) as lab:
+        shifted(lab, maximus=0xFFFF_FFFE)
+        with lab.garden.container(image={"uri": IMAGE}) as handle:
+            owners = lab.garden.text_of(handle, "stat -c %U:%G / /root /home/alice /bin/busybox").split()
+            assert owners == ["root:root", "root:root", "alice:alice", "root:root"]
+            lab.garden.text_of(handle, "touch /root/new && touch /home/alice/a && chown alice /home/alice/a")
+            root = lab.image.place / "store" / handle / "rootfs"
+            assert (root / "root/new").stat().st_uid == 0xFFFF_FFFE
+            assert (root / "home/alice/a").stat().st_uid == 1001
+
+
+def test_a_root_that_is_nobodys_is_refused(lab: PluginLab, garden: GardenHttp) -> None:
+    shifted(lab, shift=77)
+    try:
+        with pytest.raises(GardenHttpError, match="belongs to the host's user 77"):
+            garden.create(image={"uri": IMAGE})
+    finally:
+        shifted(lab)
+    assert roots(lab.image) == []
+
+
+# --- over gRPC
+
+
+def test_grpc_callers_get_the_same(lab: PluginLab) -> None:
+    limits = Limits(disk_bytes=30 << 20, disk_scope=DiskScope.TOTAL)
+    auth = RegistryAuth("u", "sesame")
+    with GardenClient(lab.server.address) as client:
+        box = client.create(ContainerSpec(image=IMAGE, image_auth=auth, limits=limits))
+        try:
+            call = lab.image.calls("create")[-1]
+            assert (call["disk_limit_size_bytes"], call["password"]) == (30 << 20, "sesame")
+            found = box.limits()
+            assert (found.disk_bytes, found.disk_scope) == (30 << 20, DiskScope.TOTAL)
+            with pytest.raises(Unimplemented, match="image plugin"):
+                box.update_limits(Limits(disk_bytes=40 << 20, memory_bytes=64 << 20))
+            assert box.limits().memory_bytes == 0
+            box.start(["sleep", "600"], id="side", sidecar=Sidecar(image=IMAGE))
+            with pytest.raises(Unimplemented, match="image plugin"):
+                box.update_limits(Limits(disk_bytes=40 << 20), "side")
+            assert box.metrics().disk_total_bytes > 0
+            box.signal("side", "KILL")
+        finally:
+            box.destroy()
+        with pytest.raises(Unimplemented, match="image plugins know none"):
+            client.create(ContainerSpec(image=IMAGE, limits=Limits(disk_inodes=100)))
+    assert roots(lab.image) == []
+
+
+# --- when it fails
+
+
+def test_a_failing_create_is_told_in_the_plugins_words(lab: PluginLab, garden: GardenHttp) -> None:
+    """Statement M11: clients look at the text."""
+    with pytest.raises(GardenHttpError) as caught:
+        garden.create(image={"uri": "docker:///missing"}, handle="box")
+    told = "docker:///missing does not exist or you do not have permissions to see it."
+    assert caught.value.error["Message"] == f"running image plugin create: {told}"
+    lab.order("create", "fail")
+    with pytest.raises(GardenHttpError) as caught:
+        garden.create(image={"uri": IMAGE}, handle="box")
+    assert caught.value.error["Message"] == "running image plugin create: said on stdout"
+    assert lab.image.calls("delete")[-1]["id"] == "box"
+    assert garden.list() == []
+
+
+@pytest.mark.parametrize(
+    ("order", "said"),
+    [
+        ("garbage", "its answer is not what it should be"),
+        ('{"root": {}}', "its answer is not what it should be: root.path: Field required"),
+        ('{"root": {"path": "/no/such/directory"}}', "there is no directory /no/such/directory"),
+        ('{"mounts": [{"type": "tmpfs"}]}', "its answer is not what it should be: mounts.0.destination"),
+        ("flood", "it wrote more than 262144 bytes"),
+    ],
+)
+def test_an_answer_that_is_none_fails_the_create(
+    lab: PluginLab, garden: GardenHttp, order: str, said: str
+) -> None:
+    lab.order("create", order)
+    with pytest.raises(GardenHttpError) as caught:
+        garden.create(image={"uri": IMAGE})
+    assert caught.value.error["Message"].startswith("running image plugin create: ")
+    assert said in caught.value.error["Message"]
+    assert garden.list() == []
+    assert roots(lab.image) == []
+
+
+def test_a_failing_sidecar_leaves_its_container_alone(lab: PluginLab, garden: GardenHttp) -> None:
+    with garden.container(image={"uri": IMAGE}) as handle:
+        lab.order("create", "fail")
+        with pytest.raises(GardenHttpError, match="running image plugin create: said on stdout"):
+            garden.run(handle, "true", id="side", image={"uri": IMAGE})
+        lab.order("create", "")
+        assert garden.run(handle, "true", id="side", image={"uri": IMAGE}).wait() == 0
+        garden.text_of(handle, "true")
+
+
+def test_a_failing_delete_keeps_the_container_till_it_succeeds(lab: PluginLab, garden: GardenHttp) -> None:
+    handle = garden.create(image={"uri": IMAGE})
+    lab.order("delete", "fail")
+    with pytest.raises(GardenHttpError, match="running image plugin delete: said on stdout"):
+        garden.destroy(handle)
+    with GardenClient(lab.server.address) as client:
+        assert [each.handle for each in client.list(all_states=True)] == [handle]
+        lab.order("delete", "")
+        wait_until(lambda: not list(client.list(all_states=True)), "destroyed in the background")
+    assert roots(lab.image) == []
+
+
+def test_a_destroy_ends_a_create_under_way(lab: PluginLab, garden: GardenHttp) -> None:
+    """Fetching an image can take minutes; the program is killed, and told to delete what it may have begun."""
+    lab.order("create", "hang")
+    failures: list[GardenHttpError] = []
+
+    def create() -> None:
+        try:
+            garden.create(image={"uri": IMAGE}, handle="slow")
+        except GardenHttpError as error:
+            failures.append(error)
+
+    caller = threading.Thread(target=create)
+    caller.start()
+    wait_until(lambda: alive(lab), "the plugin runs")
+    began = time.monotonic()
+    garden.destroy("slow")
+    assert time.monotonic() - began < 20 * FACTOR
+    caller.join(20 * FACTOR)
+    assert failures
+    assert not alive(lab)
+    assert lab.image.calls("delete")[-1]["id"] == "slow"
+    assert garden.list("?garden.state=all") == []
+
+
+# --- restarts and settings
+
+
+def test_a_killed_server_takes_its_plugin_along(no_trace: None, tmp_path: Path) -> None:
+    with open_plugin_lab(tmp_path, network=False) as lab:
+        kept = lab.garden.create(image={"uri": IMAGE})
+        start_sidecar(lab.garden, kept, "s")
+        lab.order("create", "hang")
+
+        def create() -> None:
+            with pytest.raises((GardenHttpError, OSError)):
+                lab.garden.create(image={"uri": IMAGE}, handle="half")
+
+        caller = threading.Thread(target=create)
+        caller.start()
+        wait_until(lambda: alive(lab), "the plugin runs")
+        lab.server.kill()
+        wait_until(lambda: not alive(lab), "it has ended with its server")
+        caller.join(20 * FACTOR)
+        lab.order("create", "")
+        lab.server.start()
+        wait_until(lambda: "half" in [call["id"] for call in lab.image.calls("delete")], "it is removed")
+        assert lab.garden.text_of(kept, "echo $FROM_PLUGIN") == "yes\n"
+        assert lab.garden.metrics(kept)["DiskStat"]["TotalBytesUsed"] > 0
+        assert roots(lab.image) == sorted([kept, "s"])
+        lab.garden.destroy(kept)
+        assert roots(lab.image) == []
+
+
+def test_a_server_without_plugins_asks_those_of_before(no_trace: None, tmp_path: Path) -> None:
+    with open_plugin_lab(tmp_path, network=False) as lab:
+        kept = lab.garden.create(image={"uri": IMAGE})
+        start_sidecar(lab.garden, kept, "s")
+        lab.server.stop()
+        at = lab.server.flags.index("--image-plugin")
+        del lab.server.flags[at : at + 5]
+        lab.server.start()
+        assert lab.garden.metrics(kept)["DiskStat"]["TotalBytesUsed"] > 0
+        lab.garden.destroy(kept)
+        assert roots(lab.image) == []
+
+
+def test_one_plugin_is_for_its_own_kind(no_trace: None, tmp_path: Path) -> None:
+    """In the reference's words."""
+    with open_plugin_lab(tmp_path, network=False) as lab:
+        lab.server.stop()
+        at = lab.server.flags.index("--privileged-image-plugin")
+        del lab.server.flags[at : at + 2]
+        lab.server.start()
+        with pytest.raises(GardenHttpError, match="no privileged_image_plugin provided"):
+            lab.garden.create(image={"uri": IMAGE}, privileged=True)
+        with lab.garden.container(image={"uri": IMAGE}):
+            assert len(lab.garden.list()) == 1
+
+
+def test_a_create_that_takes_too_long_is_given_up(no_trace: None, tmp_path: Path) -> None:
+    with open_plugin_lab(tmp_path, "--image-plugin-timeout-s", "1", network=False) as lab:
+        lab.order("create", "hang")
+        with pytest.raises(GardenHttpError, match=r"running image plugin create: .* did not end in 1 s"):
+            lab.garden.create(image={"uri": IMAGE})
+        assert not alive(lab)
+        assert lab.garden.list() == []
