@@ -24,6 +24,7 @@ from pydantic import (
     model_validator,
 )
 
+from garden_py.model.device import parse_device_rule
 from garden_py.model.errors import FieldViolation, InvalidRequest
 from garden_py.model.size import parse_size
 from garden_py.observe.failpoints import parse_fail_point
@@ -333,6 +334,14 @@ class Config(BaseModel):
     no_new_privileges: Annotated[
         bool, Field(description="In unprivileged containers, no program gains privileges by being executed.")
     ] = False
+    device_cgroup_rule: Annotated[
+        tuple[str, ...],
+        Field(
+            description="Devices that processes in privileged containers may use besides those of all containers, as "
+            "'TYPE MAJOR:MINOR ACCESS', e.g. 'c 10:232 rwm' (/dev/kvm); of containers that are made from then on; "
+            "repeatable."
+        ),
+    ] = ()
     tcp_keepalive_time: Annotated[
         int,
         Field(
@@ -493,6 +502,13 @@ class Config(BaseModel):
         for point in points:
             parse_fail_point(point)
         return points
+
+    @field_validator("device_cgroup_rule")
+    @classmethod
+    def _device_rules(cls, rules: tuple[str, ...]) -> tuple[str, ...]:
+        for rule in rules:
+            parse_device_rule(rule)
+        return rules
 
     @field_validator("state_dir", "run_dir")
     @classmethod

@@ -20,6 +20,7 @@ from garden_py.backend.oci.bundle import build_config
 from garden_py.backend.oci.data import load_runc_config
 from garden_py.backend.oci.facts import HostFacts
 from garden_py.backend.oci.request import BundleRequest
+from garden_py.model.device import DeviceRule
 
 GOLDEN = Path(__file__).parent / "oci"
 ALL_CAPABILITIES = (1 << 41) - 1
@@ -66,6 +67,20 @@ CASES = {
     "sidecar": (replace(UNPRIVILEGED, joins=JOINS, binds=()), V1),
     "privileged_v1": (replace(PRIVILEGED, sysctls=(("net.ipv4.tcp_retries2", "9"),)), V1),
     "privileged_v2_weak_host": (PRIVILEGED, V2),
+    "privileged_of_plugins_with_devices": (
+        replace(
+            PRIVILEGED,
+            first_mounts=(
+                {"destination": "/", "type": "overlay", "source": "overlay", "options": ["lowerdir=/a"]},
+            ),
+            device_rules=(
+                DeviceRule("c", 1, 3, "r"),
+                DeviceRule("c", 10, 232, "rwm"),
+                DeviceRule("b", None, None, "m"),
+            ),
+        ),
+        V1,
+    ),
 }
 
 
@@ -102,7 +117,7 @@ def test_no_capability_survives_where_it_must_not(name: str) -> None:
     sets = config_of(name)["process"]["capabilities"]
     assert set(sets) == {"bounding", "effective", "permitted"}
     lacking = "CAP_SYS_RESOURCE" not in sets["bounding"]
-    assert lacking or name == "privileged_v1"
+    assert lacking or (name.startswith("privileged") and CASES[name][1] is V1)
 
 
 @pytest.mark.parametrize("name", ["unprivileged_as_reference", "privileged_as_reference"])

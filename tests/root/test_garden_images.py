@@ -201,6 +201,7 @@ def test_M1_without_images_only_directories(tmp_path: Path, layout: Layout) -> N
         garden = GardenHttp(garden_door_of(server))
         with pytest.raises(GardenHttpError, match="no image plugin configured"):
             garden.create(image={"uri": layout.reference("all")})
+        assert "schedulable_disk_in_bytes" not in garden.json("GET", "/capacity")  # statement CA1
         with garden.container(image={"uri": f"raw://{tmp_path}/image"}) as handle:
             assert garden.text_of(handle, "echo x") == "x\n"
 

@@ -151,3 +151,18 @@ def test_O_SR5_flags_of_the_reference(no_trace: None, tmp_path: Path) -> None:
             assert garden.list("?garden.state=all") == []
             with garden.container(handle="left"):
                 assert garden.text_of("left", "echo new") == "new\n"
+
+
+def test_DV3_rules_for_devices(no_trace: None, tmp_path: Path) -> None:
+    """A privileged container may open what the server's rules say; an unprivileged one cannot even make it."""
+    make = "mknod /tmp/kmsg c 1 11"
+    with garden_server_with(tmp_path, "--device-cgroup-rule", "c 1:11 r") as server:
+        garden = GardenHttp(garden_door_of(server))
+        with garden.container(privileged=True) as handle:
+            garden.text_of(handle, f"{make} && exec 3</tmp/kmsg")
+            for script in ("exec 3>/tmp/kmsg", "mknod /tmp/mem c 1 1 && exec 3</tmp/mem"):
+                status, _, err = garden.sh(handle, script)
+                assert status != 0
+                assert b"not permitted" in err
+        with garden.container() as handle:
+            assert garden.sh(handle, make)[0] != 0

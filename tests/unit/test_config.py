@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from garden_py.config import Config, load_config
+from garden_py.model.device import DeviceRule, parse_device_rule
 from garden_py.model.errors import InvalidRequest
 
 
@@ -107,3 +108,24 @@ def test_unreadable_file_is_named(tmp_path: Path, content: str | None) -> None:
 def test_every_setting_explains_itself() -> None:
     """The description is the flag's help text."""
     assert [name for name, field in Config.model_fields.items() if not field.description] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("c 10:232 rwm", DeviceRule("c", 10, 232, "rwm")),
+        ("b *:* m", DeviceRule("b", None, None, "m")),
+        ("  c 5:* wr ", DeviceRule("c", 5, None, "rw")),
+        ("a *:* rwm", DeviceRule("a", None, None, "rwm")),
+    ],
+)
+def test_device_rules_are_read(text: str, expected: DeviceRule) -> None:
+    assert parse_device_rule(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["", "c 10:232", "d 1:3 r", "c 1:3 rr", "c 1:3 x", "a 1:3 r", "c 1 rwm", "c -1:3 r"]
+)
+def test_device_rules_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(InvalidRequest, match=r"device_cgroup_rule.*TYPE MAJOR|type a"):
+        load_config({"device_cgroup_rule": (text,)}, environ={})

@@ -80,7 +80,7 @@ async def test_exit_between_greeting_and_adoption_is_not_lost(tmp_path: Path) ->
         depot = SimpleNamespace(streams=lambda *_: tmp_path / "streams")
         site = cast(Site, SimpleNamespace(depot=depot, config=load_config({}, environ={})))
         nobody: Any = None
-        backend._processes = LinuxProcesses(site, nobody, nobody, nobody, nobody)
+        backend._processes = LinuxProcesses(site, nobody, nobody, nobody, nobody, nobody)
         spec = ProcessSpec(path="true", id="p")
         row = ProcessRow("c", "p", "", 1, 7, dump_process_spec(spec), None)
         process = await backend.adopt_process("c", row, spec)
@@ -101,7 +101,7 @@ async def test_sidecar_whose_agent_goes_during_adoption_costs_its_own_process_on
     depot = SimpleNamespace(streams=lambda *_: tmp_path / "streams")
     site = cast(Site, SimpleNamespace(depot=depot, config=load_config({}, environ={})))
     nobody: Any = None
-    backend._processes = LinuxProcesses(site, nobody, nobody, nobody, nobody)
+    backend._processes = LinuxProcesses(site, nobody, nobody, nobody, nobody, nobody)
     spec = ProcessSpec(path="true", id="p", sidecar=SidecarSpec("/image"))
     row = ProcessRow("c", "p", "", 1, 7, dump_process_spec(spec), None)
     process = await backend.adopt_process("c", row, spec)

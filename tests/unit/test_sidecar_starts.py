@@ -34,11 +34,12 @@ class Failing(Sidecars):
         nobody: Any = None
         store: Any = NoStore()
         disk: Any = type("NoDisk", (), {"check": staticmethod(lambda limits: None)})
-        super().__init__(site, nobody, store, disk, nobody)
+        roots: Any = type("NoPlugins", (), {"commands_for": staticmethod(lambda image, field: ())})
+        super().__init__(site, nobody, store, disk, roots, nobody)
         self._failure = failure
         self.removed: list[str] = []
 
-    async def _make(self, *_: object) -> Any:
+    async def _claim(self, *_: object) -> Any:
         raise self._failure
 
     async def _remove(self, container: LinuxContainer, process_id: str) -> None:

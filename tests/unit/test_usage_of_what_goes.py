@@ -17,6 +17,7 @@ from garden_py.backend.linux.backend import LinuxBackend
 from garden_py.backend.linux.block_io import BlockIo
 from garden_py.backend.linux.container import LinuxContainer
 from garden_py.backend.linux.disk import ContainerDisk, WritableLayer
+from garden_py.backend.linux.lease import NetworkLease
 from garden_py.backend.linux.network import _Namespaces
 from garden_py.backend.linux.processes import LinuxProcesses
 from garden_py.config import Config
@@ -45,12 +46,13 @@ def backend(tmp_path: Path) -> LinuxBackend:
     )
     nobody: Any = None
     images: Any = SimpleNamespace(store=ImageStore(tmp_path / "images", nobody))
-    backend._containers["box"] = LinuxContainer("box", nobody, cgroup, tmp_path, nobody)
+    facts: Any = SimpleNamespace(lease=NetworkLease(None, ()))
+    backend._containers["box"] = LinuxContainer("box", facts, cgroup, tmp_path, nobody)
     backend._site = cast(
         Any, SimpleNamespace(block_io=BlockIo(cgroup.hierarchies, "none", tmp_path, Config()))
     )
-    backend._disk = NoDisk(Volumes(tmp_path, None, nobody), images, str(tmp_path))
-    backend._processes = LinuxProcesses(nobody, nobody, images, nobody, nobody)
+    backend._disk = NoDisk(Volumes(tmp_path, None, nobody), images, str(tmp_path), nobody)
+    backend._processes = LinuxProcesses(nobody, nobody, images, nobody, nobody, nobody)
     return backend
 
 
@@ -99,13 +101,15 @@ async def test_any_other_failure_is_not_swallowed(
 
 
 async def measure(backend: LinuxBackend, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    def read_traffic(handle: str, lease: object) -> None:
+    def read_traffic(lease: object) -> None:
         raise OSError(number, "no statistics")
 
     monkeypatch.setattr(module, "read_usage", lambda cgroup: None)
     network: Any = SimpleNamespace(read_traffic=read_traffic)
     backend._network = network
-    container: Any = SimpleNamespace(cgroup=None, sidecars={}, facts=SimpleNamespace(lease=None))
+    container: Any = SimpleNamespace(
+        cgroup=None, sidecars={}, facts=SimpleNamespace(lease=NetworkLease(None, ()))
+    )
     backend._containers["box"] = container
     await backend.usage("box")
 

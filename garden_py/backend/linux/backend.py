@@ -577,7 +577,7 @@ class LinuxBackend:
             return await process_limits.change(container, process_id, limits, self._disk, record)
         if limits.states_disk:
             self._disk.require_changeable(layer_of(container))
-        if container.facts.lease.plugin is not None:
+        if limits.states_network and container.facts.lease.plugin is not None:
             self._plugged.refuse_bandwidth(limits)
         held_off = container.starts.hold_off() if limits.rlimits else nullcontext()
         async with held_off, all_or_nothing("limits", handle) as undo:

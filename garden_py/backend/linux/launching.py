@@ -22,6 +22,7 @@ from garden_py.backend.oci.request import BundleRequest
 from garden_py.backend.plugin.image import CREATE_STEP
 from garden_py.backend.rootfs.mounts import BindSource, MountPlan
 from garden_py.backend.runtime.command import AGENT_FILTER_FD
+from garden_py.model.device import parse_device_rule
 from garden_py.model.errors import FieldViolation, HostFault, InvalidRequest
 from garden_py.model.files import BindMount, MountMode, MountOrigin
 from garden_py.observe.steps import Step, taken_elsewhere
@@ -73,6 +74,7 @@ class AgentStarter:
     def __init__(self, site: Site, launcher: Launcher) -> None:
         self._site = site
         self._launcher = launcher
+        self._device_rules = tuple(map(parse_device_rule, site.config.device_cgroup_rule))
 
     def prepare(self, launch: Launch) -> None:
         """Write what the runtime reads, and the upper layer."""
@@ -168,6 +170,7 @@ class AgentStarter:
             joins=launch.joins,
             host_network=launch.host_network,
             first_mounts=launch.first_mounts,
+            device_rules=self._device_rules if launch.isolation.privileged else (),
         )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from garden_py.backend.host.idmap import IdMap
+from garden_py.model.device import DeviceRule
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,7 @@ class BundleRequest:
         sysctls: (name, value) of parameters of its namespaces.
         as_reference: less strict, as the Garden reference is: inheritable capabilities, the host's cgroup namespace.
         host_network: it has no network namespace of its own, but the host's.
+        device_rules: of devices that may be opened beyond those of every container.
         first_mounts: of the runtime-spec, made before all others.
         joins: (type, path) of namespaces that are not made but entered; a uts namespace among them has its name.
     """
@@ -48,4 +50,5 @@ class BundleRequest:
     as_reference: bool = False
     joins: tuple[tuple[str, str], ...] = ()
     host_network: bool = False
+    device_rules: tuple[DeviceRule, ...] = ()
     first_mounts: tuple[dict[str, Any], ...] = ()
