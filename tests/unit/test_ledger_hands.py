@@ -34,7 +34,13 @@ def hands(network: LinuxNetwork) -> ServerHands:
     """Over those pools and one of uid ranges."""
     site: Any = SimpleNamespace(uids=UidPool(0x7000_0000, 4))
     launcher: Any = SimpleNamespace(pid=1)
-    return ServerHands(site, launcher, network)
+    plugins: Any = SimpleNamespace(launcher_pid=None)
+    return ServerHands(site, launcher, network, plugins)
+
+
+def test_launchers_sessions_are_those_there_are(hands: ServerHands) -> None:
+    """The one for plugins is started only when one is called."""
+    assert hands.launcher_sessions() == {1}
 
 
 def test_what_is_held_is_given_to_nobody_and_comes_back(hands: ServerHands, network: LinuxNetwork) -> None:

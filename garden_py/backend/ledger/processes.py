@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,16 +27,16 @@ class Sight:
     ended: frozenset[str] = field(default_factory=frozenset)
 
 
-def look(mount_dir: Path, session: int | None, holdings: Iterable[Holding]) -> Sight:
+def look(places: Sequence[Path], sessions: AbstractSet[int], holdings: Iterable[Holding]) -> Sight:
     """Read /proc.
 
     Args:
-        mount_dir: of the server; its launchers have it in their command line.
-        session: session id of the server's own launcher; None: no server runs.
+        places: of the server's; its launchers have one of them in their command line.
+        sessions: session ids of the server's own launchers.
         holdings: claimed when the look began.
     """
     return Sight(
-        frozenset(pid for pid in _launchers(mount_dir) if read_session(pid) != session),
+        frozenset(pid for pid in _launchers(places) if read_session(pid) not in sessions),
         frozenset(each.handle for each in holdings if each.init is not None and _has_ended(each.init)),
     )
 
@@ -44,18 +45,18 @@ def _has_ended(identity: ProcessIdentity) -> bool:
     return read_start_time(identity.pid) != identity.start
 
 
-def _launchers(mount_dir: Path) -> list[int]:
+def _launchers(places: Sequence[Path]) -> list[int]:
     pids = (int(name) for name in os.listdir("/proc") if name.isdigit())
-    return [pid for pid in pids if is_launcher(pid, mount_dir)]
+    return [pid for pid in pids if is_launcher(pid, places)]
 
 
-def is_launcher(pid: int, mount_dir: Path) -> bool:
-    """Whether a process is a launcher, or a worker forked from one, of the server with this mount directory."""
+def is_launcher(pid: int, places: Sequence[Path]) -> bool:
+    """Whether a process is a launcher, or a worker forked from one, of the server with these places."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except (FileNotFoundError, ProcessLookupError):
         return False
-    return MODULE.encode() in words and os.fsencode(mount_dir) in words
+    return MODULE.encode() in words and any(os.fsencode(place) in words for place in places)
 
 
 def judge(book: Book, seen: Sight) -> list[Leak]:

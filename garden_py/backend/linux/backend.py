@@ -172,7 +172,7 @@ class LinuxBackend:
         site = self._site
         self._ledger = Ledger(
             places_of(self._config, self._network.host, site.depot, site.volumes, site.driver),
-            ServerHands(site, self._launcher, self._network),
+            ServerHands(site, self._launcher, self._network, self._plugin_caller),
         )
         self._hold_leases(rows)
         await self._network.ensure_host()

@@ -14,6 +14,7 @@ from garden_py.backend.linux.network import LinuxNetwork
 from garden_py.backend.linux.site import Site
 from garden_py.backend.net.jobs import JOBS, NetBench
 from garden_py.backend.net.plan import HostPlan
+from garden_py.backend.plugin.caller import PluginCaller
 from garden_py.model.leak import Leak, LeakKind
 from garden_py.model.spec import Transport
 
@@ -21,9 +22,10 @@ from garden_py.model.spec import Transport
 class ServerHands:
     """Of a running server; see leaks.Hands."""
 
-    def __init__(self, site: Site, launcher: Launcher, network: LinuxNetwork) -> None:
+    def __init__(self, site: Site, launcher: Launcher, network: LinuxNetwork, plugins: PluginCaller) -> None:
         self._site = site
         self._launcher = launcher
+        self._plugins = plugins
         self._network = network
 
     async def network(self, op: str, params: dict[str, Any]) -> dict[str, Any]:
@@ -40,9 +42,9 @@ class ServerHands:
         directory = str(self._site.mount_dir / runtime_id)
         await self._launcher.run("container.release_mounts", {"directory": directory})
 
-    def launcher_session(self) -> int | None:
-        """The launcher leads it."""
-        return self._launcher.pid
+    def launcher_sessions(self) -> frozenset[int]:
+        """The launchers lead them."""
+        return frozenset(filter(None, (self._launcher.pid, self._plugins.launcher_pid)))
 
     def leases(self) -> leases.Sight:
         """From the pools."""
@@ -120,9 +122,9 @@ class StoppedHands:
         """There are none."""
         raise AssertionError(runtime_id)
 
-    def launcher_session(self) -> int | None:
-        """There is none."""
-        return None
+    def launcher_sessions(self) -> frozenset[int]:
+        """There are none."""
+        return frozenset()
 
     def leases(self) -> leases.Sight:
         """The next server takes its leases from the journal."""

@@ -24,6 +24,7 @@ from garden_py.backend.linux.cgroup_driver import CgroupDriver
 from garden_py.backend.linux.container import ContainerFacts
 from garden_py.backend.net.plan import HostPlan, address_of_link
 from garden_py.backend.net.survey import Survey, compile_forget, compile_forget_chain
+from garden_py.backend.plugin.caller import PLACE as PLUGINS
 from garden_py.config import Config
 from garden_py.model.errors import HostFault
 from garden_py.model.leak import Leak, LeakKind
@@ -44,8 +45,8 @@ class Hands(Protocol):
     async def release_mounts(self, runtime_id: str) -> None:
         """Have the launcher let go of one launch's mounts."""
 
-    def launcher_session(self) -> int | None:
-        """Session of the server's own launcher; None without one."""
+    def launcher_sessions(self) -> frozenset[int]:
+        """Sessions of the server's own launchers."""
 
     def leases(self) -> leases.Sight:
         """What the pools have given out."""
@@ -85,6 +86,11 @@ class Places:
     def cgroups(self) -> cgroups.Places:
         """Where containers' groups are, by whichever driver they were made."""
         return cgroups.Places(self.tag, self.driver.parent, self.driver.scope.path)
+
+    @property
+    def launchers(self) -> tuple[Path, ...]:
+        """What launchers have in their command lines."""
+        return (self.mount_dir, self.mount_dir.with_name(PLUGINS))
 
     @property
     def private(self) -> tuple[Path, ...]:
@@ -149,7 +155,7 @@ class Ledger:
         return Sight(
             files=files.look(places.depot, places.runtime_roots, places.volumes.place, handles),
             cgroups=cgroups.look(places.driver.hierarchies, places.cgroups, handles),
-            processes=processes.look(places.mount_dir, self._hands.launcher_session(), known),
+            processes=processes.look(places.launchers, self._hands.launcher_sessions(), known),
             network=network.look(places.host, survey, addresses, is_needed=self._hands.needs_network()),
             mounts=mounts.look(staged, places.private, places.store),
             leases=leases.Sight(),
@@ -193,8 +199,8 @@ class Ledger:
         if leak.handle:
             is_it = cgroups.holds_process(self._places.cgroups, leak.handle, pid)
         else:
-            own = self._hands.launcher_session()
-            is_it = pid in processes.look(self._places.mount_dir, own, ()).strangers
+            own = self._hands.launcher_sessions()
+            is_it = pid in processes.look(self._places.launchers, own, ()).strangers
         if is_it and not await kill_and_wait(identity, timeout_s=_KILL_TIMEOUT_S):
             raise HostFault("kill", f"process {pid} does not end: {read_wait_channel(pid)}")
 

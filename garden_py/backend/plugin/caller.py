@@ -16,6 +16,8 @@ from garden_py.backend.plugin.program import Ended
 from garden_py.model.errors import HostFault
 
 log = structlog.get_logger()
+PLACE = "plugins"
+"""Beside the directory that the other launcher mounts in; this one's lock is named after it."""
 _WORKERS = 8
 _GRACE_S = 10.0  # for the worker's answer, after the program's own deadline
 _SAID_MAX = 2000
@@ -30,7 +32,7 @@ class PluginCaller:
 
     def __init__(self, run_dir: Path) -> None:
         # Programs of a server before this one end with it; this one's launcher waits until they have.
-        self._launcher = Launcher(run_dir / "plugins", workers=_WORKERS, host_mounts=True)
+        self._launcher = Launcher(run_dir / PLACE, workers=_WORKERS, host_mounts=True)
         self._starting = asyncio.Lock()
 
     @property
