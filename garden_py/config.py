@@ -30,6 +30,8 @@ from garden_py.model.size import parse_size
 from garden_py.observe.failpoints import parse_fail_point
 
 ENV_PREFIX = "GARDEN_"
+SETTINGS = "settings"
+"""The field of a violation that is about several settings together."""
 # systemd leaves 0x70000000 to 0x7fffffff unassigned (UIDS-GIDS.md), above its own and subuid(5)'s ranges.
 UID_POOL_START = 0x7000_0000
 UIDS_PER_CONTAINER = 65_536
@@ -632,7 +634,10 @@ def load_config(
     except ValidationError as error:
         raise InvalidRequest(
             [
-                FieldViolation(".".join(str(part) for part in e["loc"]) or "settings", e["msg"])
+                FieldViolation(
+                    ".".join(str(part) for part in e["loc"]) or SETTINGS,
+                    e["msg"].removeprefix("Value error, "),
+                )
                 for e in error.errors()
             ]
         ) from error

@@ -45,7 +45,7 @@ def capacity(
     render.print_fields(
         {
             "containers": f"{size.containers} of {size.max_containers}",
-            "ports": f"{size.ports_in_use} of {size.ports}",
+            "ports": f"{size.ports_in_use} of {size.ports}" if size.ports else "the network plugin's",
             "memory": parse.format_size(size.memory_bytes),
             "disk": f"{parse.format_size(size.disk_free_bytes)} free of {parse.format_size(size.disk_bytes)}",
             "cpus": str(size.cpus),

@@ -12,7 +12,7 @@ import typer
 from pydantic import BeforeValidator
 
 from garden_py.cli.reference_flags import REFERENCE_FLAGS, translate
-from garden_py.config import Config, load_config
+from garden_py.config import SETTINGS, Config, load_config
 from garden_py.model.errors import GardenError, InvalidRequest
 
 EXIT_USAGE = 2
@@ -46,7 +46,7 @@ def server(**flags: Any) -> None:
         asyncio.run(wiring.serve(config))
     except InvalidRequest as error:
         for violation in error.violations:
-            flag = "--" + violation.field.replace("_", "-")
+            flag = "--" + violation.field.replace("_", "-") if violation.field != SETTINGS else SETTINGS
             typer.echo(f"garden server: {flag}: {violation.problem}", err=True)
         raise typer.Exit(EXIT_USAGE) from error
     except GardenError as error:

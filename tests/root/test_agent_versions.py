@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from kit.bundles import append, build_changed, replace_in
+from kit.patience import FACTOR
 from kit.stage import Stage, eventually, exit_of, output_of, read_exactly
 from kit.trace import assert_no_trace, snapshot
 
@@ -52,8 +53,8 @@ def config() -> Iterator[Config]:
             "port_pool_size": 4,
             "uid_pool_start": 0x7000_0000 + (340 + slot) * 65_536 * 20,
             "uid_pool_size": 20,
-            "agent_patience_s": 1.0,
-            "agent_check_s": 1.0,
+            "agent_patience_s": 1.0 * FACTOR,
+            "agent_check_s": 1.0 * FACTOR,
         },
         environ={},
     )

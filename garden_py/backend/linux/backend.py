@@ -429,9 +429,8 @@ class LinuxBackend:
             await asyncio.shield(self._demolition.demolish(handle, facts))
             self._images.store.let_go(handle)
         except (GardenError, OSError, ExceptionGroup) as error:
-            reason = (
-                f"create failed ({failure}), and undoing it failed too ({_as_garden_error('undo', error)})"
-            )
+            first = _as_garden_error("create", failure)
+            reason = f"create failed ({first}), and undoing it failed too ({_as_garden_error('undo', error)})"
             raise Unkillable(handle, reason) from failure
 
     async def destroy(self, handle: str, facts: dict[str, Any]) -> None:
