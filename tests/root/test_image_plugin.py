@@ -142,6 +142,30 @@ def test_metrics_say_that_the_plugin_does_not_know(lab: PluginLab, garden: Garde
         assert found[other]["Err"] is None
 
 
+def answers(lab: PluginLab, handle: str) -> bool:
+    return lab.garden.call("GET", f"/containers/{handle}/metrics").status == 200
+
+
+def test_a_plugin_that_does_not_answer_holds_up_no_more_than_itself(no_trace: None, tmp_path: Path) -> None:
+    """Many containers are counted at a time: after one question without an answer the others are not asked in vain."""
+    with open_plugin_lab(tmp_path, network=False) as lab:
+        handles = [lab.garden.create(image={"uri": IMAGE}) for _ in range(9)]
+        lab.order("stats", "hang")
+        asking = threading.Thread(
+            target=lab.garden.json, args=("GET", f"/containers/bulk_metrics?handles={','.join(handles)}")
+        )
+        asking.start()
+        wait_until(lambda: alive(lab), "it is asked")
+        lab.garden.destroy(handles.pop())
+        with lab.garden.container(image={"uri": IMAGE}):
+            assert asking.is_alive()
+        asking.join(60 * FACTOR)
+        assert not asking.is_alive()
+        assert len(lab.image.calls("stats")) <= 4 * 2
+        lab.order("stats", "")
+        wait_until(lambda: answers(lab, handles[0]), "it is asked again")
+
+
 def test_MP4_a_sidecars_root_is_made_by_its_process_id(lab: PluginLab, garden: GardenHttp) -> None:
     with garden.container(image={"uri": IMAGE}) as handle:
         process = garden.run(handle, "sleep", "600", id="side-1", image={"uri": "docker:///side"})
@@ -208,8 +232,9 @@ def test_a_mount_may_be_the_root_itself(lab: PluginLab, garden: GardenHttp, tmp_
 
 
 def shifted(lab: PluginLab, **settings: int) -> None:
-    path = lab.image.place / "settings.json"
-    path.write_text(json.dumps({"image": str(lab.source), **settings}))
+    """Have plugins make roots in another way; nothing given: as at first."""
+    for plugin in (lab.image, lab.privileged_image):
+        (plugin.place / "settings.json").write_text(json.dumps({"image": str(lab.source), **settings}))
 
 
 @pytest.mark.parametrize("flags", [(), ("--compat", "garden")])
@@ -236,6 +261,28 @@ def test_a_root_that_is_nobodys_is_refused(lab: PluginLab, garden: GardenHttp) -
     finally:
         shifted(lab)
     assert roots(lab.image) == []
+
+
+def test_a_plugin_may_mount(no_trace: None, tmp_path: Path) -> None:
+    """On the host, after the server was started, as GrootFS does; it says `--compat garden` in its documentation."""
+    with open_plugin_lab(tmp_path, "--compat", "garden", network=False) as lab:
+        shifted(lab, overlay=1, maximus=0xFFFF_FFFE)
+        with lab.garden.container(image={"uri": IMAGE}) as handle:
+            lab.garden.text_of(
+                handle, "echo mine > /root/x; echo hers > /home/alice/y; chown alice /home/alice/y"
+            )
+            upper = lab.image.place / "store" / handle / "upper"
+            assert (upper / "root/x").stat().st_uid == 0xFFFF_FFFE
+            assert (upper / "home/alice/y").stat().st_uid == 1001
+        shifted(lab, overlay=1)
+        with lab.garden.container(image={"uri": IMAGE}, privileged=True) as handle:
+            lab.garden.text_of(handle, "echo mine > /root/x")
+            assert (lab.privileged_image.place / "store" / handle / "upper/root/x").stat().st_uid == 0
+        with pytest.raises(
+            GardenHttpError, match="does not support id-mapped mounts: have the plugin map ids"
+        ):
+            lab.garden.create(image={"uri": IMAGE})
+        assert roots(lab.image) == roots(lab.privileged_image) == []
 
 
 # --- over gRPC

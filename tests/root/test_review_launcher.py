@@ -87,6 +87,8 @@ async def test_runtime_ends_with_its_worker(launcher: Launcher, tmp_path: Path) 
         "layers": [str(tmp_path / "image")],
         **{name: str(tmp_path / name) for name in ("upper", "work")},
         "id_map": None,
+        "ready": "",
+        "ready_map": None,
         "binds": [],
     }
     for name in ("upper", "work"):

@@ -96,6 +96,12 @@ def unshare(flags: int) -> None:
         raise _fail()
 
 
+def set_namespace(fd: int, kind: int) -> None:
+    """Join the namespace that fd is of; kind: CLONE_*, what it has to be. Source: setns(2)."""
+    if _libc.setns(fd, kind) != 0:
+        raise _fail()
+
+
 def die_with_parent() -> None:
     """Be killed when the thread that forked us ends; for the time after fork. Source: PR_SET_PDEATHSIG, prctl(2)."""
     if _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:

@@ -20,6 +20,7 @@ from pathlib import Path
 from garden_py.backend.host import syscalls
 from garden_py.backend.host.rlimits import lift_namespace_ceilings
 from garden_py.backend.launcher import worker
+from garden_py.backend.rootfs.host_mounts import HOST_MOUNTS
 from garden_py.backend.runtime.command import AGENT_FDS
 
 _FIRST_FREE_FD = 10
@@ -121,7 +122,9 @@ def enter_private_mounts(mount_dir: Path, *, without_hybrid: bool) -> None:
         without_hybrid: hide a hybrid host's v2 hierarchy, which crun refuses when it holds a controller
             ("cgroups in hybrid mode not supported").
     """
+    HOST_MOUNTS.remember()
     syscalls.unshare(syscalls.CLONE_NEWNS)
+    HOST_MOUNTS.left()
     syscalls.mount("none", Path("/"), "", syscalls.MS_REC | syscalls.MS_SLAVE)
     mount_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
     # 0711: PID 1 of a user namespace walks here by path while the runtime sets up its root, as a foreign uid.

@@ -6,8 +6,11 @@ import asyncio
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from enum import Enum
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -18,13 +21,23 @@ from garden_py.model.errors import HostFault
 log = structlog.get_logger()
 PLACE = "plugins"
 """Beside the directory that the other launcher mounts in; this one's lock is named after it."""
-_WORKERS = 8
 _GRACE_S = 10.0  # for the worker's answer, after the program's own deadline
 _SAID_MAX = 2000
 
 
+class Lane(Enum):
+    """What programs are run for. Those that take long or answer nothing keep no others waiting."""
+
+    MAKE = "make"
+    ASK = "ask"
+    CHANGE = "change"
+
+
+AT_ONCE = {Lane.MAKE: 8, Lane.ASK: 4, Lane.CHANGE: 8}
+
+
 class PluginCaller:
-    """Runs programs, `_WORKERS` at a time. Nothing is started before the first one is asked for.
+    """Runs programs, several at a time. Nothing is started before the first one is asked for.
 
     Args:
         run_dir: of the server.
@@ -32,7 +45,8 @@ class PluginCaller:
 
     def __init__(self, run_dir: Path) -> None:
         # Programs of a server before this one end with it; this one's launcher waits until they have.
-        self._launcher = Launcher(run_dir / PLACE, workers=_WORKERS, host_mounts=True)
+        self._launcher = Launcher(run_dir / PLACE, workers=sum(AT_ONCE.values()), host_mounts=True)
+        self._lanes = {lane: asyncio.Semaphore(count) for lane, count in AT_ONCE.items()}
         self._starting = asyncio.Lock()
 
     @property
@@ -48,6 +62,7 @@ class PluginCaller:
         step: str,
         stdin: bytes = b"",
         timeout_s: float,
+        lane: Lane = Lane.CHANGE,
         secrets: Sequence[str] = (),
     ) -> Ended:
         """Run a program to its end. Cancelled, it is killed, and gone when the cancellation goes on.
@@ -58,42 +73,39 @@ class PluginCaller:
             step: likewise in errors.
             stdin: what it reads from its standard input.
             timeout_s: seconds until it is killed.
-            secrets: that the log must not have.
+            lane: whose turn it has to wait for.
+            secrets: taken out of what it has written.
 
         Raises:
             HostFault: it could not be started, or was killed.
         """
-        await self._start()
-        began = time.monotonic()
-        reading, writing = os.pipe2(os.O_CLOEXEC)
-        try:
-            with _as_file(stdin) as file:
-                job = asyncio.ensure_future(
-                    self._launcher.run(
-                        "plugin.run",
-                        {"argv": list(argv), "timeout_ms": round(timeout_s * 1000)},
-                        [file.fileno(), reading],
-                        timeout_s=timeout_s + _GRACE_S,
-                    )
-                )
-                try:
-                    answer = await asyncio.shield(job)
-                except asyncio.CancelledError:
-                    os.close(writing)
-                    writing = -1
-                    await asyncio.wait([job])
-                    raise
-        except HostFault as fault:
-            raise HostFault(step, str(fault)) from fault
-        finally:
-            os.close(reading)
-            if writing >= 0:
-                os.close(writing)
-        ended = Ended(**answer)
-        _tell(argv[0], call, ended, time.monotonic() - began, secrets)
+        async with self._lanes[lane]:
+            began = time.monotonic()
+            try:
+                await self._start()
+                answer = await self._run(argv, stdin, timeout_s)
+            except HostFault as fault:
+                raise HostFault(step, str(fault)) from fault
+        ended = _without(secrets, Ended(**answer))
+        _tell(argv[0], call, ended, time.monotonic() - began)
         if ended.gave_up:
             raise HostFault(step, f"{argv[0]} was killed: {ended.gave_up}{said(ended.stderr)}")
         return ended
+
+    async def _run(self, argv: Sequence[str], stdin: bytes, timeout_s: float) -> dict[str, Any]:
+        reading, writing = os.pipe2(os.O_CLOEXEC)
+        with FileIO(reading) as caller, FileIO(writing, "w") as leaving, _as_file(stdin) as file:
+            params = {"argv": list(argv), "timeout_ms": round(timeout_s * 1000)}
+            fds = [file.fileno(), caller.fileno()]
+            job = asyncio.ensure_future(
+                self._launcher.run("plugin.run", params, fds, timeout_s=timeout_s + _GRACE_S)
+            )
+            try:
+                return await asyncio.shield(job)
+            except asyncio.CancelledError:
+                leaving.close()
+                await asyncio.wait([job])
+                raise
 
     async def _start(self) -> None:
         async with self._starting:
@@ -119,10 +131,15 @@ def said(text: str) -> str:
     return f": {lines[-1][:_SAID_MAX]}" if lines else ""
 
 
-def _tell(program: str, call: str, ended: Ended, took_s: float, secrets: Sequence[str]) -> None:
-    stderr = ended.stderr[-_SAID_MAX:]
+def _without(secrets: Sequence[str], ended: Ended) -> Ended:
     for secret in filter(None, secrets):
-        stderr = stderr.replace(secret, "***")
+        ended = replace(
+            ended, stdout=ended.stdout.replace(secret, "***"), stderr=ended.stderr.replace(secret, "***")
+        )
+    return ended
+
+
+def _tell(program: str, call: str, ended: Ended, took_s: float) -> None:
     say = log.debug if ended.status == 0 and not ended.gave_up else log.warning
     say(
         "plugin.ended",
@@ -130,6 +147,6 @@ def _tell(program: str, call: str, ended: Ended, took_s: float, secrets: Sequenc
         call=call,
         status=ended.status,
         gave_up=ended.gave_up,
-        stderr=stderr,
+        stderr=ended.stderr[-_SAID_MAX:],
         took_ms=round(took_s * 1000, 1),
     )

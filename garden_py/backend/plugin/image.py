@@ -22,7 +22,7 @@ import structlog
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from garden_py.backend.host.threads import in_thread
-from garden_py.backend.plugin.caller import PluginCaller, said
+from garden_py.backend.plugin.caller import AT_ONCE, Lane, PluginCaller, said
 from garden_py.backend.plugin.program import Ended
 from garden_py.model.errors import HostFault, NotSupported
 from garden_py.model.image import RegistryAuth
@@ -36,6 +36,7 @@ Command = tuple[str, ...]
 CREATE_STEP: Final = "running image plugin create"  # as errors begin, statement M11
 _QUESTION_TIMEOUT_S = 10.0
 _CAPACITY_KEPT_S = 30.0
+_SILENCE_S = 10.0
 _MESSAGE_MAX = 4000
 
 
@@ -113,6 +114,8 @@ class ImagePlugins:
         self._create_timeout_s = create_timeout_s
         self._capacity, self._asked_at = 0, float("-inf")
         self._asking: asyncio.Task[None] | None = None
+        self._questions = asyncio.Semaphore(AT_ONCE[Lane.ASK])
+        self._silent_until = float("-inf")
 
     @property
     def commands(self) -> tuple[Command, ...]:
@@ -143,6 +146,7 @@ class ImagePlugins:
             call="create",
             step=CREATE_STEP,
             timeout_s=self._create_timeout_s,
+            lane=Lane.MAKE,
             secrets=() if auth is None else (auth.password,),
         )
         _require_success(ended, CREATE_STEP)
@@ -171,13 +175,15 @@ class ImagePlugins:
             _require_success(ended, step)
 
     async def usage(self, plugin_id: str, made_by: Sequence[Command]) -> DiskUsage:
-        """What a root file system takes; arguments as of `delete`. HostFault: no plugin knows."""
+        """What a root file system takes; arguments as of `delete`.
+
+        Raises:
+            HostFault: no plugin knows, or one has not answered a moment ago: many are asked about at a time.
+        """
         step, refusal = "running image plugin stats", HostFault("running image plugin stats", "there is none")
         for command in self.commands or made_by:
-            ended = await self._caller.run(
-                [*command, "stats", plugin_id], call="stats", step=step, timeout_s=_QUESTION_TIMEOUT_S
-            )
             try:
+                ended = await self._ask(command, ["stats", plugin_id], step)
                 _require_success(ended, step)
             except HostFault as fault:
                 refusal = fault
@@ -204,13 +210,26 @@ class ImagePlugins:
         self._asked_at = asyncio.get_running_loop().time()
         step = "running image plugin capacity"
         try:
-            ended = await self._caller.run(
-                [*self.commands[0], "capacity"], call="capacity", step=step, timeout_s=_QUESTION_TIMEOUT_S
-            )
+            ended = await self._ask(self.commands[0], ["capacity"], step)
             _require_success(ended, step)
             self._capacity = _parse(step, _Capacity, ended.stdout).capacity
         except HostFault as fault:
             log.warning("plugin.capacity_unknown", error=str(fault))
+
+    async def _ask(self, command: Command, words: list[str], step: str) -> Ended:
+        loop, argv = asyncio.get_running_loop(), [*command, *words]
+        async with self._questions:
+            if loop.time() < self._silent_until:
+                raise HostFault(step, "the plugin has not answered a moment ago")
+            began = loop.time()
+            try:
+                return await self._caller.run(
+                    argv, call=words[0], step=step, timeout_s=_QUESTION_TIMEOUT_S, lane=Lane.ASK
+                )
+            except HostFault:
+                if loop.time() >= began + _QUESTION_TIMEOUT_S:
+                    self._silent_until = loop.time() + _SILENCE_S
+                raise
 
     async def close(self) -> None:
         """Stop asking."""

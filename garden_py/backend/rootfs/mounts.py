@@ -28,11 +28,13 @@ from pathlib import Path
 from garden_py.backend.host import syscalls
 from garden_py.backend.host.idmap import IdMap
 from garden_py.backend.host.userns import make_userns
+from garden_py.backend.rootfs.host_mounts import HOST_MOUNTS, HostMounts
 from garden_py.model.errors import GardenError, ImageInvalid, InvalidField
 
 _USERNS_CACHE_MAX = 64
 _PLACES = ("dev", "etc", "proc", "sys")  # where the runtime mounts
 _FILES = ("etc/hosts", "etc/resolv.conf")
+_HERE = HostMounts()  # the launcher's own namespace
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,16 +218,23 @@ def _clone_bind(directory: Path, bind: BindSource, userns_fd: int | None) -> Non
     if bind.inside:
         _clone_inside(directory, bind)
         return
-    source, target = Path(bind.source), directory / bind.name
+    _mount_bind(bind, directory / bind.name, userns_fd, HOST_MOUNTS)
+
+
+def _mount_bind(bind: BindSource, target: Path, userns_fd: int | None, place: HostMounts) -> None:
+    source = Path(bind.source)
     try:
-        if stat.S_ISDIR(source.stat().st_mode):
+        with place.entered():
+            is_directory = stat.S_ISDIR(source.stat().st_mode)
+        if is_directory:
             target.mkdir()
         else:
             target.touch()
         attributes = syscalls.MOUNT_ATTR_RDONLY if bind.read_only else 0
         if bind.hardened:
             attributes |= syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV
-        _clone(source, target, attributes=attributes, userns_fd=userns_fd if bind.mapped else None)
+        userns_fd = userns_fd if bind.mapped else None
+        _clone(source, target, attributes=attributes, userns_fd=userns_fd, place=place)
     except OSError as error:
         if bind.mapped and error.errno == errno.EINVAL:  # mount_setattr(2), "MOUNT_ATTR_IDMAP"
             problem = f"{bind.source} lies on a file system that cannot be mounted with mapped ids"
@@ -244,14 +253,18 @@ def _clone_inside(directory: Path, bind: BindSource) -> None:
     finally:
         os.close(root)
     try:
-        source = Path(f"/proc/self/fd/{fd}")
-        _clone_bind(directory, replace(bind, source=str(source), inside=False, mapped=False), None)
+        own = replace(bind, source=f"/proc/self/fd/{fd}", mapped=False)
+        _mount_bind(own, directory / bind.name, None, _HERE)
     finally:
         os.close(fd)
 
 
-def _clone(source: Path, target: Path, *, attributes: int, userns_fd: int | None) -> None:
-    fd = syscalls.clone_mount(source)
+def _clone(
+    source: Path, target: Path, *, attributes: int, userns_fd: int | None, place: HostMounts = HOST_MOUNTS
+) -> None:
+    """Copy a mount that is seen from a place, to target."""
+    with place.entered():
+        fd = syscalls.clone_mount(source)
     try:
         if attributes or userns_fd is not None:
             syscalls.set_mount_attributes(fd, attributes, userns_fd=userns_fd)

@@ -1,9 +1,13 @@
-"""An image plugin: root file systems are copies of a directory. Settings: `image`, `owner` (added to every id)."""
+"""An image plugin: root file systems are copies of a directory.
+
+Settings: `image`; `maximus`, the id that root gets; `shift`, added to every id; `overlay`, mount one over the copy.
+"""
 
 import argparse
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -54,6 +58,13 @@ def create(given, extra):
             if not os.path.islink(target):
                 os.chmod(target, found.st_mode & 0o7777)
     (root / "tmp/made-by-plugin").write_text(given.uri)
+    if SETTINGS.get("overlay"):
+        for name in ("upper", "work"):
+            (root.parent / name).mkdir()
+        found = root.stat()
+        os.chown(root.parent / "upper", found.st_uid, found.st_gid)
+        options = f"lowerdir={root},upperdir={root.parent}/upper,workdir={root.parent}/work"
+        subprocess.run(["mount", "-t", "overlay", "x", "-o", options, root], check=True, timeout=20)
     answer = {
         "ociVersion": "1.0.2",
         "root": {"path": str(root)},
@@ -73,6 +84,9 @@ def to_host(number):
 
 
 def delete(given, extra):
+    subprocess.run(
+        ["umount", STORE / given.id / "rootfs"], stderr=subprocess.DEVNULL, check=False, timeout=20
+    )
     shutil.rmtree(STORE / given.id, ignore_errors=True)
 
 
