@@ -5,6 +5,8 @@ from __future__ import annotations
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -217,6 +219,38 @@ def test_chosen_host_port_is_used_once(garden: GardenClient) -> None:
             garden.create(ContainerSpec(port_mappings=(PortMapping(mapped.host_port, 1),)))
         udp = second.map_port(PORT, host_port=mapped.host_port, protocol=PortProtocol.UDP)
         assert udp.host_port == mapped.host_port
+
+
+@pytest.mark.parametrize("at_create", [False, True])
+def test_a_datagram_flow_from_before_a_mapping_finds_it(garden: GardenClient, at_create: bool) -> None:
+    """A sender that never pauses, as of logs, keeps its flow in the host's table, and with it where it leads."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender, free_port() as port:
+
+        def arrives(box: Container) -> bool:
+            with suppress(
+                OSError
+            ):  # refused: by the host, or then by the container, where nobody listens either
+                sender.sendto(b"ping", ("127.0.0.1", port))
+            names, values = (line.split() for line in text_of(box, "grep ^Udp: /proc/net/snmp").splitlines())
+            return int(values[names.index("NoPorts")]) > 0
+
+        with garden.create() as other:
+            assert not arrives(other)
+        mapping = PortMapping(port, PORT, PortProtocol.UDP)
+        with garden.create(ContainerSpec(port_mappings=(mapping,) if at_create else ())) as box:
+            if not at_create:
+                assert not arrives(box)
+                assert box.map_port(PORT, host_port=port, protocol=PortProtocol.UDP).host_port == port
+            wait_until(lambda: arrives(box), "a datagram")
+
+
+@contextmanager
+def free_port() -> Iterator[int]:
+    """A UDP port of the host's that nobody listens at."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    yield port
 
 
 def test_container_reaches_itself_and_localhost(garden: GardenClient) -> None:

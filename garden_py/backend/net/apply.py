@@ -22,8 +22,8 @@ from garden_py.agent.netrules import NetrulesError, end_children, inject, load_t
 from garden_py.agent.nft import Nft, NftError, is_missing, is_taken, read_counters
 from garden_py.agent.rtnetlink import RTN_UNREACHABLE, Link, Rate, Rtnetlink, RtnetlinkError, VethEnd
 from garden_py.backend.net import host_firewall
-from garden_py.backend.net.conntrack import Side, forget_connections, probe
-from garden_py.backend.net.host_firewall import HostPolicy, PortMapping
+from garden_py.backend.net.conntrack import Side, forget_connections, forget_datagrams, probe
+from garden_py.backend.net.host_firewall import HostPolicy, PortMapping, PortProtocol
 from garden_py.backend.net.messages import Attachment, Bandwidth, HostReport, RuleCounter
 from garden_py.backend.net.plan import HostPlan, LinkPlan, address_of_link, choose_mtu, parse_mac
 from garden_py.backend.net.survey import Survey, read_chains, read_elements
@@ -385,6 +385,24 @@ class HostNetwork:
             if "File exists" in error.message:
                 raise PortInUse(mapping.host_port) from error
             raise self._fault("network.map_port", error) from error
+        if mapping.protocol is PortProtocol.UDP:
+            self._redirect_flows(mapping)
+
+    def _redirect_flows(self, mapping: PortMapping) -> None:
+        """Have what has been sending to a port already begin anew, now that the port leads somewhere."""
+        found = [*self._netlink.addresses(), *self._netlink.addresses(socket.AF_INET6)]
+        local = {each.address for each in found}
+        owners: set[IPv4Address | IPv6Address] = {mapping.address}
+        if mapping.address_v6 is not None:
+            owners.add(mapping.address_v6)
+        try:
+            _step("network.connections", partial(forget_datagrams, mapping.host_port, local, owners))
+        except HostFault as fault:
+            try:
+                self.unmap_port(mapping)
+            except HostFault as undo_fault:
+                fault.add_note(f"undo failed too: {undo_fault}")
+            raise
 
     def unmap_port(self, mapping: PortMapping) -> None:
         """Undo map_port; a mapping that is gone already is no error."""
