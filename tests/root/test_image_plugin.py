@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -212,20 +213,27 @@ def test_mounts_of_the_plugin_come_first(lab: PluginLab, garden: GardenHttp, tmp
         assert garden.text_of(handle, "cat /a/who /b/who") == "plugincaller"
 
 
-def test_a_mount_may_be_the_root_itself(lab: PluginLab, garden: GardenHttp, tmp_path: Path) -> None:
-    """As plugins without the right to mount have it done by the runtime."""
-    tmp_path.chmod(0o755)
-    lower, upper, work = tmp_path / "lower", tmp_path / "upper", tmp_path / "work"
-    for place in (lower, upper, work):
-        place.mkdir(mode=0o755)
-    options = [f"lowerdir={lower}:{lab.source}", f"upperdir={upper}", f"workdir={work}"]
-    (lower / "below").write_text("seen")
-    mount = {"destination": "/", "type": "overlay", "source": "overlay", "options": options}
-    lab.order("create", json.dumps({"mounts": [mount]}))
-    with garden.container(image={"uri": IMAGE}, privileged=True) as handle:
-        assert garden.text_of(handle, "cat /below") == "seen"
-        garden.text_of(handle, "echo mine > /root/x")
-        assert (upper / "root/x").read_text() == "mine\n"
+@pytest.mark.parametrize("privileged", [False, True])
+def test_a_mount_may_be_the_root_itself(no_trace: None, tmp_path: Path, privileged: bool) -> None:
+    """As plugins without the right to mount have it done by the runtime, who does it as root of the container."""
+    root = 0 if privileged else 0xFFFF_FFFE
+    with open_plugin_lab(tmp_path, "--compat", "garden", network=False) as lab:
+        shifted(lab, maximus=root)
+        lower, upper, work = (tmp_path / name for name in ("lower", "upper", "work"))
+        shutil.copytree(lab.source, lower, symlinks=True)
+        (lower / "below").write_text("seen")
+        upper.mkdir(mode=0o755)
+        work.mkdir(mode=0o755)
+        for place in (upper, work, lower, *lower.rglob("*")):
+            os.chown(place, root, root, follow_symlinks=False)
+        options = [f"lowerdir={lower}", f"upperdir={upper}", f"workdir={work}"]
+        mount = {"destination": "/", "type": "overlay", "source": "overlay", "options": options}
+        lab.order("create", json.dumps({"mounts": [mount]}))
+        with lab.garden.container(image={"uri": IMAGE}, privileged=privileged) as handle:
+            assert lab.garden.text_of(handle, "cat /below") == "seen"
+            lab.garden.text_of(handle, "mkdir /made && echo mine > /made/x")
+            assert (upper / "made/x").read_text() == "mine\n"
+            assert (upper / "made/x").stat().st_uid == root
 
 
 # --- ids
