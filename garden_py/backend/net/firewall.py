@@ -245,7 +245,7 @@ def match_addresses(ranges: Sequence[AddressRange], versions: Sequence[int] = (4
     of_all = 0
     for version in versions:
         family, name = _FAMILIES[version]
-        merged = _merge((int(r.start), int(r.end)) for r in ranges if r.start.version == version)
+        merged = merge((int(r.start), int(r.end)) for r in ranges if r.start.version == version)
         if merged == [(0, _LAST[version])]:
             of_all += 1
             matches.append(f"meta nfproto {name}")
@@ -329,11 +329,11 @@ def _address_item(version: int, start: int, end: int) -> str:
 
 
 def _port_items(ports: Sequence[PortRange]) -> str:
-    merged = _merge((p.start, p.end) for p in ports)
+    merged = merge((p.start, p.end) for p in ports)
     return _set([str(start) if start == end else f"{start}-{end}" for start, end in merged])
 
 
-def _merge(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+def merge(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """Ranges sorted, with overlapping and touching ones made one."""
     merged: list[tuple[int, int]] = []
     for start, end in sorted(ranges):
