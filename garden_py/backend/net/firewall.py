@@ -241,6 +241,9 @@ def match_addresses(ranges: Sequence[AddressRange], versions: Sequence[int] = (4
     """
     if not ranges:
         return [""]
+    if len(ranges) == 1 and int(ranges[0].start):  # neither to be merged nor all of a version
+        own = ranges[0].start.version
+        return [f"{_FAMILIES[own][0]} daddr {ranges[0]}"] if own in versions else []
     matches: list[str] = []
     of_all = 0
     for version in versions:
