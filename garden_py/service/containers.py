@@ -15,6 +15,7 @@ from typing import Any
 import structlog
 
 from garden_py.model import errors
+from garden_py.model.codec import dump_container_spec
 from garden_py.model.cpu import Entitlement, Standing, stated_shares, with_quota
 from garden_py.model.handle import hostname_for, make_name
 from garden_py.model.image import PullProgress, RegistryAuth, UsedImage
@@ -47,6 +48,7 @@ from garden_py.service.events import EventHub, EventKind
 from garden_py.service.expiry import Expiry
 from garden_py.service.guard import Guard
 from garden_py.service.janitor import RECLAIM
+from garden_py.service.meanwhile import meanwhile
 from garden_py.service.ports import Backend, EgressCounts, HostCapacity, Usage
 from garden_py.service.registry import Container, Registry
 
@@ -502,14 +504,17 @@ class Containers:
 
     async def _change_egress(self, container: Container, former: EgressPolicy, wanted: EgressPolicy) -> None:
         handle = container.handle
-        await self._backend.set_egress(handle, wanted)
         changed = replace(container.spec, egress=wanted)
+        _, (dumped, etag) = await meanwhile(
+            self._backend.set_egress(handle, wanted),
+            lambda: (dump_container_spec(changed), egress_etag(wanted)),
+        )
         await self._or_undo(
             container,
-            lambda: self._registry.save(container, spec=changed),
+            lambda: self._registry.save(container, spec=changed, dumped=dumped),
             lambda: self._backend.set_egress(handle, former),
         )
-        container.egress_etag = egress_etag(wanted)
+        container.egress_etag = etag
         self._events.publish(EventKind.EGRESS_CHANGED, handle, etag=container.egress_etag)
 
     async def open_egress(self, handle: str, rules: tuple[EgressRule, ...]) -> None:
