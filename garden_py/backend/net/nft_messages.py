@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
-from garden_py.agent.rtnetlink import NLM_F_ACK, NLM_F_CREATE, NLM_F_REQUEST, pack_attribute
+from garden_py.agent.rtnetlink import NLM_F_ACK, NLM_F_CREATE, NLM_F_REQUEST
 
 SUBSYSTEM = 10  # NFNL_SUBSYS_NFTABLES
 BATCH_BEGIN, BATCH_END = 16, 17  # NFNL_MSG_BATCH_*
@@ -45,6 +45,7 @@ _DYNSET_UPDATE = 1  # DYNSET_OP_UPDATE
 _REGISTER = struct.pack(">I", 1)  # REG_1
 _HEADER = struct.Struct("=IHHIIBBBB")  # nlmsghdr, nfgenmsg, whose last number is big endian
 _ATTRIBUTE = struct.Struct("=HH")
+_PADDING = (b"", bytes(3), bytes(2), bytes(1))
 # What libnftables notes for itself, to list a set as it was said (NFTNL_UDATA_SET_*): big endian keys, merged ranges.
 _SET_NOTE = bytes([0, 4]) + struct.pack("=I", 2)
 _INTERVALS_NOTE = _SET_NOTE + bytes([2, 4]) + struct.pack("=I", 1)
@@ -123,7 +124,7 @@ def new_chain(table: str, name: str, hook: bytes) -> bytes:
 
 def hook(kind: str, number: int, priority: int, policy: int, device: str) -> bytes:
     """What makes a chain a base chain; `device` is empty but for netdev."""
-    place = _number(1, number) + pack_attribute(2, struct.pack(">i", priority))
+    place = _number(1, number) + _attribute(2, struct.pack(">i", priority))
     place += _text(3, device) if device else b""
     return _text(7, kind) + _number(5, policy) + _nested(4, place)
 
@@ -139,7 +140,7 @@ def rule(table: str, chain: str, expressions: Sequence[bytes], comment: str) -> 
     if not comment:
         return body
     text = comment.encode() + b"\0"
-    return body + pack_attribute(7, bytes([0, len(text)]) + text)  # NFTNL_UDATA_RULE_COMMENT
+    return body + _attribute(7, bytes([0, len(text)]) + text)  # NFTNL_UDATA_RULE_COMMENT
 
 
 def limit_object(table: str, name: str, per_second: int, burst: int) -> bytes:
@@ -173,7 +174,7 @@ def build_set(place: int, key_type: int, key_bytes: int, ranges: Sequence[tuple[
     has_intervals = any(start != end for start, end in ranges)
     flags = _ANONYMOUS_CONSTANT | (_INTERVAL if has_intervals else 0)
     keys = _number(4, key_type) + _number(5, key_bytes) + _nested(9, _number(1, len(ranges)))
-    note = pack_attribute(13, _INTERVALS_NOTE if has_intervals else _SET_NOTE)
+    note = _attribute(13, _INTERVALS_NOTE if has_intervals else _SET_NOTE)
     elements = []
     if has_intervals and ranges[0][0]:
         elements.append(_element(bytes(key_bytes), _INTERVAL_END))
@@ -188,7 +189,7 @@ def build_set(place: int, key_type: int, key_bytes: int, ranges: Sequence[tuple[
 
 def _element(key: bytes, flags: int) -> bytes:
     flagged = _number(3, flags) if flags else b""
-    return _nested(_LIST_ELEM, flagged + _nested(1, pack_attribute(1, key)))
+    return _nested(_LIST_ELEM, flagged + _nested(1, _attribute(1, key)))
 
 
 # --- expressions
@@ -198,49 +199,50 @@ def _element(key: bytes, flags: int) -> bytes:
 def load_payload(base: int, offset: int, size: int) -> bytes:
     """Bytes of a header."""
     place = _number(2, base) + _number(3, offset) + _number(4, size)
-    return _expression("payload", pack_attribute(1, _REGISTER) + place)
+    return _expression("payload", _attribute(1, _REGISTER) + place)
 
 
 @cache
 def load_meta(key: str) -> bytes:
     """Something that the kernel knows of the packet."""
-    return _expression("meta", _number(2, META[key]) + pack_attribute(1, _REGISTER))
+    return _expression("meta", _number(2, META[key]) + _attribute(1, _REGISTER))
 
 
 @cache
 def store_meta(key: str) -> bytes:
     """The inverse."""
-    return _expression("meta", _number(2, META[key]) + pack_attribute(3, _REGISTER))
+    return _expression("meta", _number(2, META[key]) + _attribute(3, _REGISTER))
 
 
 @cache
 def load_ct(key: str) -> bytes:
     """Something that the kernel knows of its connection."""
-    return _expression("ct", _number(2, CT[key]) + pack_attribute(1, _REGISTER))
+    return _expression("ct", _number(2, CT[key]) + _attribute(1, _REGISTER))
 
 
 @cache
 def store_ct(key: str) -> bytes:
     """The inverse."""
-    return _expression("ct", _number(2, CT[key]) + pack_attribute(4, _REGISTER))
+    return _expression("ct", _number(2, CT[key]) + _attribute(4, _REGISTER))
 
 
 def load_constant(value: bytes) -> bytes:
     """A value of the rule's."""
-    return _expression("immediate", pack_attribute(1, _REGISTER) + _nested(2, pack_attribute(1, value)))
+    return _expression("immediate", _attribute(1, _REGISTER) + _nested(2, _attribute(1, value)))
 
 
+@lru_cache(maxsize=512)
 def compare(operator: int, value: bytes) -> bytes:
     """End the rule unless what has been loaded is so."""
-    body = pack_attribute(1, _REGISTER) + _number(2, operator) + _nested(3, pack_attribute(1, value))
+    body = _attribute(1, _REGISTER) + _number(2, operator) + _nested(3, _attribute(1, value))
     return _expression("cmp", body)
 
 
 @cache
 def mask(bits: bytes) -> bytes:
     """Clear the other bits."""
-    registers = pack_attribute(1, _REGISTER) + pack_attribute(2, _REGISTER) + _number(3, len(bits))
-    values = _nested(4, pack_attribute(1, bits)) + _nested(5, pack_attribute(1, bytes(len(bits))))
+    registers = _attribute(1, _REGISTER) + _attribute(2, _REGISTER) + _number(3, len(bits))
+    values = _nested(4, _attribute(1, bits)) + _nested(5, _attribute(1, bytes(len(bits))))
     return _expression("bitwise", registers + values)
 
 
@@ -251,35 +253,35 @@ def look_up(number: int) -> bytes:
 
 def decide(code: int, chain: str = "") -> bytes:
     """A verdict; `chain` is where GOTO goes."""
-    verdict = pack_attribute(1, struct.pack(">i", code)) + (_text(2, chain) if chain else b"")
+    verdict = _attribute(1, struct.pack(">i", code)) + (_text(2, chain) if chain else b"")
     return _expression("immediate", _number(1, 0) + _nested(2, _nested(2, verdict)))
 
 
 def reject(kind: int, code: int) -> bytes:
     """Drop, and say so: REJECT_*."""
-    return _expression("reject", _number(1, kind) + pack_attribute(2, bytes([code])))
+    return _expression("reject", _number(1, kind) + _attribute(2, bytes([code])))
 
 
 def log(prefix: str, group: int, snap_bytes: int) -> bytes:
     """Tell a group of NFLOG."""
-    to = pack_attribute(1, struct.pack(">H", group)) + _number(3, snap_bytes)
+    to = _attribute(1, struct.pack(">H", group)) + _number(3, snap_bytes)
     return _expression("log", _text(2, prefix) + to)
 
 
 def use_limit(name: str) -> bytes:
     """End the rule if an object's limit is passed."""
-    return _expression("objref", _number(1, _LIMIT_OBJECT) + pack_attribute(2, name.encode()))
+    return _expression("objref", _number(1, _LIMIT_OBJECT) + _attribute(2, name.encode()))
 
 
 def limit_each(set_name: str, per_second: int, burst: int) -> bytes:
     """End the rule if the limit of what has been loaded is passed; a named set has one for each key."""
-    limit = pack_attribute(1, b"limit\0") + _nested(2, _limit(per_second, burst))
-    use = _number(3, _DYNSET_UPDATE) + pack_attribute(4, _REGISTER)
+    limit = _attribute(1, b"limit\0") + _nested(2, _limit(per_second, burst))
+    use = _number(3, _DYNSET_UPDATE) + _attribute(4, _REGISTER)
     return _expression("dynset", _text(1, set_name) + use + _nested(7, limit))
 
 
 def _limit(per_second: int, burst: int) -> bytes:
-    rate = pack_attribute(1, struct.pack(">Q", per_second)) + pack_attribute(2, struct.pack(">Q", _SECOND))
+    rate = _attribute(1, struct.pack(">Q", per_second)) + _attribute(2, struct.pack(">Q", _SECOND))
     return rate + _number(3, burst) + _number(4, 0) + _number(5, 0)  # of packets, no flags
 
 
@@ -288,6 +290,11 @@ def _limit(per_second: int, burst: int) -> bytes:
 
 def _expression(name: str, body: bytes) -> bytes:
     return _nested(_LIST_ELEM, _text(1, name) + _nested(2, body))
+
+
+def _attribute(kind: int, data: bytes) -> bytes:
+    size = len(data)  # rtnetlink.pack_attribute takes three times as long, and a rule has twenty of these
+    return _ATTRIBUTE.pack(4 + size, kind) + data + _PADDING[size & 3]
 
 
 def _nested(kind: int, data: bytes) -> bytes:
@@ -300,9 +307,9 @@ def _number(kind: int, value: int) -> bytes:
 
 @lru_cache(maxsize=256)
 def _text(kind: int, value: str) -> bytes:
-    return pack_attribute(kind, value.encode() + b"\0")
+    return _attribute(kind, value.encode() + b"\0")
 
 
 COUNTER = _expression("counter", b"")
 NOT_TRACKED = _nested(_LIST_ELEM, _text(1, "notrack"))
-_LOOKUP = _expression("lookup", pack_attribute(2, _REGISTER) + _text(1, _SET_NAME) + _number(4, 0))[:-4]
+_LOOKUP = _expression("lookup", _attribute(2, _REGISTER) + _text(1, _SET_NAME) + _number(4, 0))[:-4]

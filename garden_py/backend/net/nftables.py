@@ -240,7 +240,7 @@ class _Rule:
         self.add(m.compare(m.EQUAL, value))
 
 
-@lru_cache(maxsize=2048)
+@lru_cache(maxsize=4096)
 def _read_rule(statements: str) -> _Rule:
     """What a rule says, without its comment; remembered, since a policy is mostly the one before with a few changes."""
     rule, words = _Rule(), _split(statements)
