@@ -13,9 +13,9 @@ Joining the user namespace takes from the child every privilege on the host: it 
 network and of nothing else. Nothing in the container ever holds CAP_NET_ADMIN, so what is set here stays.
 setns(2) wants a single-threaded process to join a user namespace, hence the fork and not a thread.
 
-Why the child rests for a moment instead of ending at once: closing an nfnetlink socket waits, with the
-namespace's nftables locked, until the kernel has freed the rules just replaced (a grace period of RCU, 10 to
-20 ms; nft_rcv_nl_event in net/netfilter/nf_tables_api.c). A second replacement would have to wait for that.
+Why the child rests for a moment instead of ending at once: who has asked for counters often asks again, and forking
+another child takes longer than the answer. (Policies of a running container are replaced without one:
+backend/net/rule_socket.)
 
 Source: setns(2), user_namespaces(7), network_namespaces(7).
 """

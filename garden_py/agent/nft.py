@@ -72,7 +72,7 @@ class Nft:
         self._context = self._library.nft_ctx_new(0)
         if not self._context:
             raise MemoryError("nft_ctx_new")
-        _raise_send_buffer(socket_fd)
+        _raise_send_buffer_of(socket_fd)
         for prepare in (self._library.nft_ctx_buffer_output, self._library.nft_ctx_buffer_error):
             if prepare(self._context) != 0:
                 self.close()
@@ -124,20 +124,24 @@ def _next_fd() -> int:
     return fd
 
 
-def _raise_send_buffer(socket_fd: int) -> None:
-    """Let the context's socket send a transaction of any size in the one message that makes it atomic.
-
-    libnftables tries this itself when it sends, but SO_SNDBUFFORCE (socket(7)) needs CAP_NET_ADMIN in the
-    initial user namespace, and without it a policy of some 1,000 rules fails with EMSGSIZE. The library does
-    not tell its descriptor; we know it, and make sure of it.
-    """
+def _raise_send_buffer_of(socket_fd: int) -> None:
+    """The library does not tell the descriptor of its context's socket; we know it, and make sure of it."""
     with socket.socket(fileno=os.dup(socket_fd)) as netlink:
         if (netlink.family, netlink.proto) != (socket.AF_NETLINK, _NETLINK_NETFILTER):
             raise OSError(errno.ENOTSOCK, "libnftables did not open its netlink socket first")
-        try:
-            netlink.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _SEND_BUFFER_BYTES)
-        except PermissionError:
-            return  # a development run without root: small transactions work
+        raise_send_buffer(netlink)
+
+
+def raise_send_buffer(netlink: socket.socket) -> None:
+    """Let a socket send a transaction of any size in the one message that makes it atomic.
+
+    libnftables tries this itself when it sends, but SO_SNDBUFFORCE (socket(7)) needs CAP_NET_ADMIN in the
+    initial user namespace, and without it a policy of some 1,000 rules fails with EMSGSIZE.
+    """
+    try:
+        netlink.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _SEND_BUFFER_BYTES)
+    except PermissionError:
+        return  # a development run without root: small transactions work
 
 
 def is_missing(error: NftError) -> bool:

@@ -132,14 +132,15 @@ class AddressRange:
             raise InvalidField("start", f"{text!r} is no address, network or range: {error}") from error
 
     def __str__(self) -> str:
-        if self.start == self.end:
+        start, end = int(self.start), int(self.end)
+        if start == end:
             return str(self.start)
         # A network is 2^n addresses that begin at a multiple of 2^n; spelled out, since summarize_address_range takes
         # 20 times as long and a policy has up to ten thousand of these.
-        size = int(self.end) - int(self.start) + 1
-        if size & size - 1 or int(self.start) % size:
+        size = end - start + 1
+        if size & size - 1 or start % size:
             return f"{self.start}-{self.end}"
-        return f"{self.start}/{self.start.max_prefixlen - size.bit_length() + 1}"
+        return f"{self.start!s}/{self.start.max_prefixlen - size.bit_length() + 1}"
 
 
 def _parse_plain(text: str) -> tuple[IPv4Address, IPv4Address] | None:
@@ -171,11 +172,12 @@ class PortRange:
     end: int
 
     def __post_init__(self) -> None:
+        if 1 <= self.start <= self.end <= MAX_PORT:
+            return
         for field, port in (("start", self.start), ("end", self.end)):
             if not 1 <= port <= MAX_PORT:
                 raise InvalidField(field, f"port {port} is not within 1..{MAX_PORT}")
-        if self.end < self.start:
-            raise InvalidField("end", f"range is reversed: {self.start}-{self.end}")
+        raise InvalidField("end", f"range is reversed: {self.start}-{self.end}")
 
     @classmethod
     def parse(cls, text: str) -> PortRange:

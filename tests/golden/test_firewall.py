@@ -56,6 +56,7 @@ def policy(default: DefaultAction, *rules: str, generation: int = 0) -> EgressPo
 EVERY_SHAPE = policy(
     DefaultAction.DENY,
     "tcp:10.0.0.0/8:80,443-445",
+    "tcp:10.0.0.0/8:80,443,1000-2000,8080",
     "udp:10.0.0.1:53 log",
     "icmp:1.2.3.4:8/0",
     "icmp:1.2.3.4:8",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from ipaddress import IPv4Address, IPv6Address, ip_network
+from ipaddress import ip_network
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from kit.policies import egress_rules
 
 from garden_py.model.errors import InvalidField
 from garden_py.model.netrule import (
@@ -29,34 +30,6 @@ from garden_py.model.netrule import (
     parse_egress_rule,
 )
 from garden_py.service.containers import egress_etag
-
-
-def address_ranges() -> st.SearchStrategy[AddressRange]:
-    def pairs(kind: type[IPv4Address] | type[IPv6Address], bits: int) -> st.SearchStrategy[AddressRange]:
-        number = st.integers(0, 2**bits - 1)
-        return st.tuples(number, number).map(lambda p: AddressRange(kind(min(p)), kind(max(p))))
-
-    return pairs(IPv4Address, 32) | pairs(IPv6Address, 128)
-
-
-def port_ranges() -> st.SearchStrategy[PortRange]:
-    number = st.integers(1, 65535)
-    return st.tuples(number, number).map(lambda p: PortRange(min(p), max(p)))
-
-
-@st.composite
-def egress_rules(draw: st.DrawFn) -> EgressRule:
-    protocol = draw(st.sampled_from(Protocol))
-    has_ports = protocol in (Protocol.TCP, Protocol.UDP)
-    icmp = st.none() | st.builds(IcmpMatch, st.integers(0, 255), st.none() | st.integers(0, 255))
-    return EgressRule(
-        protocol=protocol,
-        networks=tuple(draw(st.lists(address_ranges(), max_size=3))),
-        ports=tuple(draw(st.lists(port_ranges(), max_size=3))) if has_ports else (),
-        icmp=draw(icmp) if protocol is Protocol.ICMP else None,
-        log=draw(st.booleans()),
-        action=draw(st.sampled_from(RuleAction)),
-    )
 
 
 @given(egress_rules())

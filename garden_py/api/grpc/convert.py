@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -24,6 +25,8 @@ from garden_py.service.events import Event
 from garden_py.service.ports import AgentFacts, EgressCounts, NetworkFacts, RunningProcess, Usage
 from garden_py.service.registry import Container
 
+Message = TypeVar("Message")
+Value = TypeVar("Value")
 _NS = 1_000_000_000
 
 # --- times
@@ -166,36 +169,47 @@ def policy_from(message: pb.EgressPolicy, default: netrule.DefaultAction, field:
         case unknown:
             raise InvalidField(f"{field}.default_action", f"unknown value {unknown}")
     with netrule.at_field(field):
-        rules = tuple(_rule_from(rule, f"rules[{i}]") for i, rule in enumerate(message.rules))
-        return netrule.EgressPolicy(action, rules)
+        return netrule.EgressPolicy(action, _each_from(message.rules, "rules", _rule_from))
 
 
-def _rule_from(message: pb.EgressRule, field: str) -> netrule.EgressRule:
+def _each_from(
+    messages: Iterable[Message], field: str, convert: Callable[[Message], Value]
+) -> tuple[Value, ...]:
+    """All of a repeated field; an InvalidField says which one it is about."""
+    values: list[Value] = []
+    try:
+        for message in messages:
+            values.append(convert(message))
+    except InvalidField as error:
+        raise InvalidField(f"{field}[{len(values)}].{error.field}", error.problem) from error
+    return tuple(values)
+
+
+def _rule_from(message: pb.EgressRule) -> netrule.EgressRule:
     if message.protocol not in _PROTOCOLS:
-        raise InvalidField(f"{field}.protocol", f"unknown value {message.protocol}")
+        raise InvalidField("protocol", f"unknown value {message.protocol}")
     if message.action not in _RULE_ACTIONS:
-        raise InvalidField(f"{field}.action", f"unknown value {message.action}")
-    networks, ports = [], []
-    for i, text in enumerate(message.networks):
-        with netrule.at_field(f"{field}.networks[{i}]"):
-            networks.append(netrule.AddressRange.parse(text))
-    for i, port in enumerate(message.ports):
-        with netrule.at_field(f"{field}.ports[{i}]"):
-            ports.append(netrule.PortRange(port.start, port.end or port.start))
+        raise InvalidField("action", f"unknown value {message.action}")
+    networks = _each_from(message.networks, "networks", netrule.AddressRange.parse)
+    ports = _each_from(message.ports, "ports", _ports_from)
     icmp = None
     if message.HasField("icmp"):
         code = message.icmp.code if message.icmp.HasField("code") else None
-        with netrule.at_field(f"{field}.icmp"):
+        with netrule.at_field("icmp"):
             icmp = netrule.IcmpMatch(message.icmp.type, code)
-    with netrule.at_field(field):
-        return netrule.EgressRule(
-            protocol=_PROTOCOLS[message.protocol],
-            networks=tuple(networks),
-            ports=tuple(ports),
-            icmp=icmp,
-            log=message.log,
-            action=_RULE_ACTIONS[message.action],
-        )
+    return netrule.EgressRule(
+        protocol=_PROTOCOLS[message.protocol],
+        networks=networks,
+        ports=ports,
+        icmp=icmp,
+        log=message.log,
+        action=_RULE_ACTIONS[message.action],
+    )
+
+
+def _ports_from(message: pb.PortRange) -> netrule.PortRange:
+    start = message.start
+    return netrule.PortRange(start, message.end or start)
 
 
 def cuts(established: int) -> bool:

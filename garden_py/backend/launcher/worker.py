@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 from garden_py import wire
 from garden_py.backend.host.framed import receive_frames, take_fds
 from garden_py.backend.launcher.jobs import JOBS, Bench
+from garden_py.backend.net.rule_socket import REST_S
 from garden_py.model.errors import GardenError
 
 
@@ -21,7 +23,7 @@ def serve(sock: socket.socket) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     bench = Bench()
     decoder, fds = wire.Decoder(), deque[int]()
-    while (frames := _receive(sock, decoder, fds)) is not None:
+    while (frames := _receive(sock, decoder, fds, bench)) is not None:
         for frame in frames:
             job_fds = take_fds(frame, fds)
             kind, value = _run(bench, frame, job_fds)
@@ -32,7 +34,11 @@ def serve(sock: socket.socket) -> None:
                 bench.afterwards.pop()()
 
 
-def _receive(sock: socket.socket, decoder: wire.Decoder, fds: deque[int]) -> list[wire.Frame] | None:
+def _receive(
+    sock: socket.socket, decoder: wire.Decoder, fds: deque[int], bench: Bench
+) -> list[wire.Frame] | None:
+    while bench.net.close_rested() and not select.select([sock], [], [], REST_S)[0]:
+        pass
     try:
         return receive_frames(sock, decoder, fds)
     except ConnectionResetError:

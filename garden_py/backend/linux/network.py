@@ -469,7 +469,7 @@ class LinuxNetwork:
             await self.watch(handle, pid, policy)
             link = {"link": self._link(lease, handle).to_json()} if renews else {}
             # A server that dies in between must not take the former ones for those in force.
-            (directory / _RULES_FILE).unlink(missing_ok=True)
+            _spoil_note(directory)
             await self.job("set_egress", {"host_side": False, "rules": rules, **link}, fds)
             _note_rules(directory, rules)
 
@@ -648,10 +648,23 @@ def _note_rules(directory: Path, rules: str) -> None:
     Not remembered, they are set anew by the next server, which loses no more than the counters.
     """
     try:
-        (directory / _RULES_FILE).write_text(_digest(rules))
+        # Over what is there, which is as long: neither a new file nor a truncated one, which ext4 writes out at once.
+        fd = os.open(directory / _RULES_FILE, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        with open(fd, "wb", buffering=0) as note:
+            note.write(_digest(rules).encode())
     except OSError as error:
         log.warning("network.rules_not_noted", directory=str(directory), error=str(error))
         (directory / _RULES_FILE).unlink(missing_ok=True)
+
+
+def _spoil_note(directory: Path) -> None:
+    """Make what _note_rules has remembered stand for no rules at all."""
+    note = directory / _RULES_FILE
+    try:
+        with note.open("r+b", buffering=0) as noted:
+            noted.write(b"?")
+    except OSError:  # missing, most likely
+        note.unlink(missing_ok=True)
 
 
 def _digest(rules: str) -> str:

@@ -26,6 +26,7 @@ from garden_py.backend.net.conntrack import Side, forget_connections, forget_dat
 from garden_py.backend.net.host_firewall import HostPolicy, PortMapping, PortProtocol
 from garden_py.backend.net.messages import Attachment, Bandwidth, HostReport, RuleCounter
 from garden_py.backend.net.plan import HostPlan, LinkPlan, address_of_link, choose_mtu, parse_mac
+from garden_py.backend.net.rule_socket import RuleSockets
 from garden_py.backend.net.survey import Survey, read_chains, read_elements
 from garden_py.model.errors import HostFault, InvalidField, PortInUse
 
@@ -40,7 +41,7 @@ _SYSCTL = Path("/proc/sys/net")
 class HostNetwork:
     """One server instance's network on the host: its links, routes and table.
 
-    Holds two netlink sockets of the network namespace it was made in. Close it, or use it in a `with`
+    Holds netlink sockets of the network namespace it was made in. Close it, or use it in a `with`
     statement; what it made on the host stays until `remove_host`.
     """
 
@@ -49,6 +50,7 @@ class HostNetwork:
         self._tools = load_tools()
         self._netlink = Rtnetlink()
         self._nft = Nft(self._tools.libnftables)
+        self._rule_sockets = RuleSockets()
 
     def __enter__(self) -> HostNetwork:
         return self
@@ -62,7 +64,13 @@ class HostNetwork:
         """Close the sockets and collect the last children; safe to call twice."""
         self._netlink.close()
         self._nft.close()
+        self._rule_sockets.close()
         end_children(self._tools)
+
+    def close_rested(self) -> bool:
+        """Close sockets that have not been used for a while; whether others are to be asked for later."""
+        self._rule_sockets.close_rested()
+        return self._rule_sockets.has_resting
 
     # --- the host ---
 
@@ -291,10 +299,12 @@ class HostNetwork:
         Raises:
             HostFault: refused; the former policy is in force.
         """
-        request: dict[str, Any] = {"nft": container_rules}
         if link is not None:
-            request["interface"] = _interface(link)
-        self._inject("network.egress", userns_fd, netns_fd, request)
+            self._inject("network.egress", userns_fd, netns_fd, {"interface": _interface(link)})
+        try:
+            self._rule_sockets.run(container_rules, netns_fd)
+        except NftError as error:
+            raise HostFault("network.egress.nft", error.message) from error
 
     def replace_host_side_egress(self, rules: str) -> None:
         """Replace a privileged container's policy (text of host_firewall.compile_host_side_policy).
@@ -302,7 +312,10 @@ class HostNetwork:
         Raises:
             HostFault: refused; the former policy is in force.
         """
-        self._run_nft("network.egress", rules)
+        try:
+            self._rule_sockets.run(rules)
+        except NftError as error:
+            raise self._fault("network.egress", error) from error
 
     def read_egress_counters(self, netns_fd: int, userns_fd: int | None) -> list[RuleCounter]:
         """An unprivileged container's counters since its policy was last replaced, in rule order.

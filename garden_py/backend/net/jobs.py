@@ -25,6 +25,11 @@ class NetBench:
             self._networks[plan] = HostNetwork(plan)
         return self._networks[plan]
 
+    def close_rested(self) -> bool:
+        """See HostNetwork."""
+        still = [network.close_rested() for network in self._networks.values()]
+        return any(still)
+
 
 def _namespaces(fds: list[int]) -> tuple[int, int | None]:
     """Descriptors of a job: the network namespace, then the user namespace unless privileged."""

@@ -7,16 +7,13 @@ Source: linux/netfilter/nfnetlink_log.h, nfnetlink(7) by its header linux/netfil
 
 from __future__ import annotations
 
-import ctypes
-import os
 import socket
 import struct
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
-from threading import Thread
 
 from garden_py.agent.rtnetlink import NLM_F_ACK, pack_attribute, parse_attributes, split_messages
-from garden_py.backend.net.nfnetlink import open_socket, pack_request, read_answers
+from garden_py.backend.net.nfnetlink import open_socket_in, pack_request, read_answers
 from garden_py.model.connection import Flow
 
 _SUBSYS_ULOG = 4  # NFNL_SUBSYS_ULOG
@@ -24,7 +21,6 @@ _MSG_PACKET, _MSG_CONFIG = 0, 1
 _CFG_CMD, _CFG_MODE, _CFG_TIMEOUT = 1, 2, 4
 _CMD_BIND, _COPY_PACKET = 1, 2
 _MARK, _IFINDEX_INDEV, _PAYLOAD, _PREFIX = 2, 4, 9, 10
-_CLONE_NEWNET = 0x40000000
 _FLUSH_CENTISECONDS = 10
 """How long the kernel collects messages before it sends them together."""
 _COPY_BYTES = 128
@@ -58,36 +54,7 @@ def open_group(group: int, netns_fd: int | None = None) -> socket.socket:
     Raises:
         OSError: EBUSY if somebody else listens to the group there, EPERM without CAP_NET_ADMIN over it.
     """
-    if netns_fd is None:
-        return _open_here(group)
-    outcome: list[socket.socket | OSError] = []
-
-    def visit() -> None:
-        # A thread of its own, which ends in the namespace that it has gone to: nobody has to come back.
-        try:
-            _join(netns_fd)
-            outcome.append(_open_here(group))
-        except OSError as error:
-            outcome.append(error)
-
-    visitor = Thread(target=visit, name="nflog")
-    visitor.start()
-    visitor.join()
-    found = outcome[0]
-    if isinstance(found, OSError):
-        raise found
-    return found
-
-
-def _join(netns_fd: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.setns(netns_fd, _CLONE_NEWNET) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), "setns")
-
-
-def _open_here(group: int) -> socket.socket:
-    opened = open_socket(_ANSWER_S)
+    opened = open_socket_in(netns_fd, _ANSWER_S)
     try:
         mode = struct.pack(">IBB", _COPY_BYTES, _COPY_PACKET, 0)
         _configure(opened, group, pack_attribute(_CFG_CMD, bytes([_CMD_BIND])))

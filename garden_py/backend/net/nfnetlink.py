@@ -5,15 +5,18 @@ Source: netlink(7); linux/netfilter/nfnetlink.h.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 import struct
 from collections.abc import Iterator
+from threading import Thread
 
 from garden_py.agent.rtnetlink import NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, pack_message, split_messages
 
 _NETLINK_NETFILTER = 12  # linux/netlink.h
 _RECEIVE_BYTES = 1 << 17
+_CLONE_NEWNET = 0x40000000  # linux/sched.h
 
 
 def open_socket(timeout_s: float) -> socket.socket:
@@ -21,6 +24,40 @@ def open_socket(timeout_s: float) -> socket.socket:
     opened = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER)
     opened.settimeout(timeout_s)
     return opened
+
+
+def open_socket_in(netns_fd: int | None, timeout_s: float) -> socket.socket:
+    """As open_socket, of another network namespace; None: the caller's own.
+
+    Raises:
+        OSError: it cannot be joined.
+    """
+    if netns_fd is None:
+        return open_socket(timeout_s)
+    outcome: list[socket.socket | OSError] = []
+
+    def visit() -> None:
+        # A thread of its own, which ends in the namespace that it has gone to: nobody has to come back.
+        try:
+            _join(netns_fd)
+            outcome.append(open_socket(timeout_s))
+        except OSError as error:
+            outcome.append(error)
+
+    visitor = Thread(target=visit, name="nfnetlink")
+    visitor.start()
+    visitor.join()
+    found = outcome[0]
+    if isinstance(found, OSError):
+        raise found
+    return found
+
+
+def _join(netns_fd: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.setns(netns_fd, _CLONE_NEWNET) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), "setns")
 
 
 def pack_request(
