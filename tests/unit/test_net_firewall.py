@@ -5,12 +5,27 @@ from __future__ import annotations
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from garden_py.agent.nft import read_counters
-from garden_py.backend.net.firewall import compile_container_ruleset, match_addresses
-from garden_py.model.netrule import AddressRange, DefaultAction, EgressPolicy, parse_egress_rule
+from garden_py.backend.net.firewall import (
+    CONTAINER_LOG,
+    MANY_LISTS,
+    compile_container_ruleset,
+    compile_policy,
+    match_addresses,
+)
+from garden_py.model.netrule import (
+    AddressRange,
+    DefaultAction,
+    EgressPolicy,
+    EgressRule,
+    PortRange,
+    Protocol,
+    parse_egress_rule,
+)
 
 CLOSED = compile_container_ruleset(EgressPolicy(DefaultAction.DENY))
 SMALL = st.integers(0, 40)
@@ -67,3 +82,36 @@ def test_counters_are_read_by_comment_and_summed() -> None:
         {"rule": 3, "packets": 4, "bytes": 240},
         {"rule": "default", "packets": 2, "bytes": 120},
     ]
+
+
+def listed(networks: int, ports: int) -> EgressRule:
+    """A rule with lists of so many items."""
+    return EgressRule(
+        Protocol.TCP,
+        tuple(AddressRange.parse(f"10.0.{2 * number}.0/24") for number in range(networks)),
+        tuple(PortRange(2 * number + 1, 2 * number + 1) for number in range(ports)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("networks", "ports", "statements", "sets"),
+    [(2, 5, 10, 0), (1, 64, 64, 0), (64, 1, 64, 0), (33, 2, 2, 2), (2, 65, 2, 2), (65, 65, 1, 2)],
+)
+def test_a_policy_of_many_lists_has_statements_in_place_of_sets(
+    networks: int, ports: int, statements: int, sets: int
+) -> None:
+    """The kernel takes seconds for thousands of sets. What would be too many statements is a set all the same."""
+    rules = (listed(networks, ports), *(listed(2, 1) for _ in range(MANY_LISTS)))
+    lines = compile_policy(EgressPolicy(rules=rules), CONTAINER_LOG)
+    first = [line for line in lines if line.endswith('comment "rule 0"')]
+    assert (len(first), sum(line.count("{") for line in first)) == (statements, sets)
+    assert len(set(first)) == len(first)
+    assert not any("{" in line for line in lines if line not in first)
+
+
+def test_a_policy_of_few_lists_has_sets() -> None:
+    """One lookup costs a packet less than several comparisons."""
+    rules = tuple(listed(2, 5) for _ in range(MANY_LISTS // 2))
+    lines = compile_policy(EgressPolicy(rules=rules), CONTAINER_LOG)
+    assert len(lines) == len(rules) + 1
+    assert all(line.count("{") == 2 for line in lines[:-1])

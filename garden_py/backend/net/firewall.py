@@ -6,7 +6,7 @@ privileged container could undo them there, so its rules become a chain in the s
 
 Each rule becomes one nft statement or a few, with counters and the comment `rule N`, evaluated in order. Rules
 are not folded into shared sets: that would lose the counters which answer "why was this denied", and only the
-first packet of a connection walks the list. Nor is every list a set: see FEW_PORTS.
+first packet of a connection walks the list. Nor is every list a set: see FEW_PORTS and MANY_LISTS.
 
 Loopback is not tracked: with a forged source address a container could make itself a connection there that some other
 host seems to have begun, and answer it past all rules.
@@ -76,11 +76,17 @@ DENY_PREFIX = "garden deny"
 ALLOW_PREFIX = "garden allow "
 
 FEW_PORTS = 3
-"""So many items of a list of ports become a statement each; more become a set.
+"""So many items of a list of ports become a statement each; more become a set."""
+
+MANY_LISTS = 200
+"""A policy with more lists than this has statements in place of sets.
 
 For each set the kernel walks through all those that a table has (nf_tables_newset, nft_set_lookup): 3,000 rules with a
-set each take it 1.2 s, with two statements each 0.07.
+list of networks and one of ports take it 4 s, and statements for their items 0.4.
 """
+
+MANY_ITEMS = 64
+"""So many statements a rule of such a policy becomes at most; what is longer is a set all the same."""
 
 DNS_PORT = 53
 _ESTABLISHED = "ct state established,related"
@@ -217,9 +223,10 @@ def compile_policy(
     """
     versions = (4, 6) if has_ipv6 else (4,)
     accept = f"ct mark set {_mark(policy)} accept" if policy.generation else "accept"
+    most = MANY_ITEMS if sum(map(_count_lists, policy.rules)) > MANY_LISTS else 0
     lines = []
     for index, rule in enumerate(policy.rules):
-        lines += _rule_statements(index, rule, accept, log, versions)
+        lines += _rule_statements(index, rule, accept, log, versions, most)
     for addresses in match_addresses(denied, versions) if denied else []:
         parts = [addresses, "counter", refuse(Cause.DENIED_NETWORK), 'comment "denied_network"']
         lines.append(" ".join(part for part in parts if part))
@@ -240,10 +247,17 @@ def chain(name: str, hook: str, body: Iterable[str]) -> list[str]:
     ]
 
 
-def match_addresses(ranges: Sequence[AddressRange], versions: Sequence[int] = (4,)) -> list[str]:
+def match_addresses(
+    ranges: Sequence[AddressRange], versions: Sequence[int] = (4,), most: int = 0
+) -> list[str]:
     """Matches, any of them, for `ranges` as far as they are of `versions`: `ip daddr ...`; empty text for any address.
 
     Overlapping and touching ranges are merged, since an nft interval set refuses overlaps (nft(8), SETS).
+
+    Args:
+        ranges: none: any address.
+        versions: of IP that get here.
+        most: lists of so many items are a match for each, longer ones a set.
     """
     if not ranges:
         return [""]
@@ -260,7 +274,7 @@ def match_addresses(ranges: Sequence[AddressRange], versions: Sequence[int] = (4
             matches.append(f"meta nfproto {name}")
         elif merged:
             items = [_address_item(version, start, end) for start, end in merged]
-            matches.append(f"{family} daddr {_set(items)}")
+            matches += [f"{family} daddr {item}" for item in _in_parts(items, most)]
     return [""] if of_all == len(versions) else matches
 
 
@@ -285,14 +299,19 @@ def _mark(policy: EgressPolicy) -> str:
     return f"{CONNECTION_MARK | policy.generation & 0xFFFF:#x}"
 
 
+def _count_lists(rule: EgressRule) -> int:
+    """How many sets a rule would need."""
+    return (len(rule.networks) > 1) + (len(rule.ports) > FEW_PORTS)
+
+
 def _rule_statements(
-    index: int, rule: EgressRule, accept: str, log: LogTarget, versions: Sequence[int]
+    index: int, rule: EgressRule, accept: str, log: LogTarget, versions: Sequence[int], most: int
 ) -> list[str]:
     # Without networks of a version that gets here there is nothing to match: no statements.
     allows = rule.action is Action.ALLOW
     verdict = accept if allows else refuse(index)
     lines = []
-    for match in _matches(rule, versions):
+    for match in _matches(rule, versions, most):
         if rule.log and allows:
             # A rule of its own: a limit that is passed ends a rule without its verdict.
             told = log.statement(ALLOW_PREFIX + str(index))
@@ -301,19 +320,19 @@ def _rule_statements(
     return lines
 
 
-def _matches(rule: EgressRule, versions: Sequence[int]) -> list[str]:
+def _matches(rule: EgressRule, versions: Sequence[int], most: int) -> list[str]:
     if rule.protocol is not Protocol.ICMP:
-        protocols = _match_protocol(rule)
-        found = match_addresses(rule.networks, versions)
+        protocols = _match_protocol(rule, most)
+        found = match_addresses(rule.networks, versions, most // len(protocols))
         return [_join(addresses, protocol) for addresses in found for protocol in protocols]
     found = []
     for version in versions:  # each has a protocol of its own, with types of its own
         icmp = _match_icmp(rule, version)
-        found += [_join(addresses, icmp) for addresses in match_addresses(rule.networks, (version,))]
+        found += [_join(addresses, icmp) for addresses in match_addresses(rule.networks, (version,), most)]
     return found
 
 
-def _match_protocol(rule: EgressRule) -> list[str]:
+def _match_protocol(rule: EgressRule, most: int) -> list[str]:
     """Matches, any of them."""
     if rule.protocol is Protocol.ALL:
         return [""]
@@ -321,10 +340,7 @@ def _match_protocol(rule: EgressRule) -> list[str]:
         return [f"meta l4proto {rule.protocol.value}"]
     merged = merge((p.start, p.end) for p in rule.ports)
     items = [str(start) if start == end else f"{start}-{end}" for start, end in merged]
-    return [
-        f"{rule.protocol.value} dport {item}"
-        for item in (items if len(items) <= FEW_PORTS else [_set(items)])
-    ]
+    return [f"{rule.protocol.value} dport {item}" for item in _in_parts(items, max(FEW_PORTS, most))]
 
 
 def _match_icmp(rule: EgressRule, version: int) -> str:
@@ -355,6 +371,6 @@ def merge(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return merged
 
 
-def _set(items: Sequence[str]) -> str:
-    """One item as it is (a plain comparison is cheaper than a set lookup), several as an anonymous set."""
-    return items[0] if len(items) == 1 else f"{{ {', '.join(items)} }}"
+def _in_parts(items: list[str], most: int) -> list[str]:
+    """A few items as they are (a plain comparison is cheaper than a set lookup), several as one anonymous set."""
+    return items if len(items) <= max(1, most) else [f"{{ {', '.join(items)} }}"]
