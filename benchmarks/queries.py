@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 from cell import Cell, ping_ms
 from measure import alternate, timed_ms, timing
@@ -19,7 +20,7 @@ from garden_py.backend.net.firewall import compile_container_ruleset
 from garden_py.model.netrule import DefaultAction
 
 CONTAINERS = 50
-RULES = 100
+RULES, MANY_RULES = 100, 3000
 _PING = "bare gRPC Ping"
 # The server keeps a helper in the container's namespace for one second after a change (agent/netrules.py).
 _HELPER_GONE_S = 1.2
@@ -70,11 +71,12 @@ def running_containers(cell: Cell, count: int) -> Iterator[list[str]]:
 
 
 def measure_egress(setting: Setting) -> Iterator[Row]:
-    """Replace a policy of 100 rules again and again, beside `nft -f` of the same text in a namespace of its own."""
+    """Replace policies again and again, beside `nft -f` of the same text in a namespace of its own."""
     cell, stub = setting.cell, setting.cell.stub
     place = cell.server.place
-    rules = place / "rules.nft"
+    rules, lists = place / "rules.nft", place / "lists.nft"
     rules.write_text(_nft_text(_policy()))
+    lists.write_text(_nft_text(_policy_of_lists()))
     log = str(place / "nft.log")
     with cell.container() as handle, running_stopwatch("unshare", "--net") as stopwatch:
         # The rules speak of the container's link.
@@ -85,8 +87,13 @@ def measure_egress(setting: Setting) -> Iterator[Row]:
         def set_egress() -> float:
             return timed_ms(lambda: stub.SetEgress(request, timeout=30))
 
-        def nft() -> float:
-            return float(stopwatch.ask(op="time", argv=["nft", "-f", str(rules)], log=log)["ms"])
+        def nft(file: Path = rules) -> float:
+            return float(stopwatch.ask(op="time", argv=["nft", "-f", str(file)], log=log)["ms"])
+
+        many = pb.SetEgressRequest(handle=handle, policy=_policy_of_lists())
+
+        def set_many() -> float:
+            return timed_ms(lambda: stub.SetEgress(many, timeout=60))
 
         def set_egress_cold() -> float:
             time.sleep(_HELPER_GONE_S)
@@ -96,9 +103,30 @@ def measure_egress(setting: Setting) -> Iterator[Row]:
         seldom = alternate(
             {"garden": set_egress_cold, "nft": nft}, rounds=setting.throughput_rounds, warm_up=0
         )
+        long = alternate(
+            {"garden": set_many, "nft": lambda: nft(lists)}, rounds=setting.throughput_rounds, warm_up=1
+        )
     what, peer = f"SetEgress of {RULES} rules", "nft -f"
     yield Row(f"{what}, in a row", "ms", often["garden"], peer, often["nft"], (at_most(10),))
     yield Row(f"{what}, seldom", "ms", seldom["garden"], peer, seldom["nft"], (at_most(10),))
+    what = f"SetEgress of {MANY_RULES} rules, each with a list of networks and one of ports"
+    yield Row(what, "ms", long["garden"], peer, long["nft"])
+
+
+def _policy_of_lists() -> pb.EgressPolicy:
+    """Rules that kernels dislike: each with lists, which as sets would be walked through for each other."""
+    return pb.EgressPolicy(
+        default_action=pb.EgressPolicy.DENY,
+        rules=[
+            pb.EgressRule(
+                action=pb.EgressPolicy.ALLOW,
+                protocol=pb.EgressRule.TCP,
+                networks=[f"10.{number >> 8}.{number & 255}.{32 * part}/28" for part in range(2)],
+                ports=[pb.PortRange(start=port) for port in range(443, 453, 2)],
+            )
+            for number in range(MANY_RULES)
+        ],
+    )
 
 
 def _policy() -> pb.EgressPolicy:

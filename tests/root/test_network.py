@@ -221,6 +221,27 @@ def test_chosen_host_port_is_used_once(garden: GardenClient) -> None:
         assert udp.host_port == mapped.host_port
 
 
+@pytest.mark.parametrize("privileged", [False, True])
+def test_a_policy_may_be_long(garden: GardenClient, server_ip: str, privileged: bool) -> None:
+    """Its text is longer than what fits one message to a worker, when it is set and at create."""
+    others = tuple(
+        EgressRule(
+            protocol=EgressProtocol.TCP,
+            networks=tuple(f"192.0.{number >> 8}.{number & 255}/32" for number in (first, first + 2000)),
+            ports=tuple(PortRange(port) for port in range(1, 16, 2)),
+        )
+        for first in range(1000)
+    )
+    policy = EgressPolicy(EgressAction.DENY, (*others, *allow(server_ip, PORT).rules))
+    with garden.create(ContainerSpec(egress=policy, privileged=privileged)) as box:
+        assert ask(box, server_ip) == "hello"
+        assert box.egress().rules[-1].packets > 0
+        box.set_egress(CLOSED)
+        assert ask(box, server_ip) == ""
+        box.set_egress(policy)
+        assert ask(box, server_ip) == "hello"
+
+
 @pytest.mark.parametrize("at_create", [False, True])
 def test_a_datagram_flow_from_before_a_mapping_finds_it(garden: GardenClient, at_create: bool) -> None:
     """A sender that never pauses, as of logs, keeps its flow in the host's table, and with it where it leads."""

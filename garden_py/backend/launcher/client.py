@@ -14,6 +14,7 @@ import structlog
 
 from garden_py.backend.host.framed import FramedLink, LinkClosed, Reply, RequestRefused
 from garden_py.backend.launcher import MODULE
+from garden_py.backend.launcher.long_texts import put_out
 from garden_py.model.errors import GardenError, HostFault, ImageInvalid, InvalidField, NotSupported, PortInUse
 
 log = structlog.get_logger()
@@ -137,8 +138,10 @@ class Launcher:
         async with self._slots:
             link = self._take_idle() or await self._new_worker()
             starts = self._starts
+            own, given = list(fds or ()), len(fds or ())
             try:
-                reply: Reply = await link.request({"op": op, **params}, fds, timeout_s=timeout_s)
+                value = put_out({"op": op, **params}, own)
+                reply: Reply = await link.request(value, own, timeout_s=timeout_s)
             except RequestRefused as error:
                 self._put_back(link, starts)
                 raise _rebuild(op, error) from error
@@ -147,6 +150,9 @@ class Launcher:
             except BaseException:
                 link.close()  # an answer may still come; nobody may take it for the next job's
                 raise
+            finally:
+                for fd in own[given:]:
+                    os.close(fd)
             self._put_back(link, starts)
             return reply.value
 

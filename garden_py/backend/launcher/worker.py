@@ -14,6 +14,7 @@ from typing import Any
 from garden_py import wire
 from garden_py.backend.host.framed import receive_frames, take_fds
 from garden_py.backend.launcher.jobs import JOBS, Bench
+from garden_py.backend.launcher.long_texts import take_in
 from garden_py.backend.net.rule_socket import REST_S
 from garden_py.model.errors import GardenError
 
@@ -57,7 +58,7 @@ def _answer(sock: socket.socket, data: bytes) -> None:
 def _run(bench: Bench, frame: wire.Frame, fds: list[int]) -> tuple[int, dict[str, Any]]:
     op = str(frame.value.get("op"))
     try:
-        return wire.REPLY, JOBS[op](bench, frame.value, fds)
+        return wire.REPLY, JOBS[op](bench, take_in(frame.value, fds), fds)
     except GardenError as error:
         return wire.ERROR, {"code": error.code, "message": str(error), "facts": _facts(error)}
     except OSError as error:
