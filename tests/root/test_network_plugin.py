@@ -46,7 +46,7 @@ FAILED = "external networker encountered an error running '{}' action: exit stat
 @pytest.fixture(scope="module")
 def lab(no_trace: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PluginLab]:
     with open_plugin_lab(
-        tmp_path_factory.mktemp("plugins"), "--destroy-timeout-s", "2", image=False
+        tmp_path_factory.mktemp("plugins"), "--destroy-timeout-s", str(2 * FACTOR), image=False
     ) as found:
         yield found
 
