@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from garden_image import garden_door_of, garden_server_with, make_garden_image
+from kit.garden import wait_until
 from kit.garden_http import GardenHttp
+from kit.patience import FACTOR
 from kit.plugins import InstalledPlugin, install
 from kit.server import ServerProcess
 from kit.trace import assert_no_trace, snapshot
 
-_numbers = itertools.count()
 ROUTER_IP = "10.77.0.1"
 
 
@@ -27,7 +26,7 @@ class PluginLab:
     Attributes:
         image, privileged_image, network: the plugins.
         source: the root file system that image plugins copy.
-        router: the namespace that containers' links lead to; it answers at ROUTER_IP.
+        router: a process in the namespace that containers' links lead to, which answers at ROUTER_IP.
     """
 
     server: ServerProcess
@@ -39,10 +38,7 @@ class PluginLab:
 
     def links(self) -> list[str]:
         """The router's ends of links to containers."""
-        argv = ["ip", "-n", self.router, "-o", "link", "show", "type", "veth"]
-        return subprocess.run(
-            argv, check=True, capture_output=True, text=True, timeout=20
-        ).stdout.splitlines()
+        return _ip(self.router, "-o", "link", "show", "type", "veth").splitlines()
 
     @property
     def garden(self) -> GardenHttp:
@@ -93,15 +89,20 @@ def _obey(lab: PluginLab) -> None:
 
 
 def _add_router(undo: ExitStack) -> str:
-    """A namespace that containers' links lead to; it answers, and leads nowhere else."""
-    name = f"gt-{os.getpid()}-{next(_numbers)}"
-    _ip("netns", "add", name)
-    undo.callback(_ip, "netns", "del", name)
-    _ip("-n", name, "link", "set", "lo", "up")
-    _ip("-n", name, "address", "add", f"{ROUTER_IP}/32", "dev", "lo")
-    _ip("netns", "exec", name, "sysctl", "-qw", "net.ipv4.ip_forward=1")
-    return name
+    """A namespace that containers' links lead to; it answers, and leads nowhere else.
+
+    Without a name: `ip netns` would leave a mount on the host.
+    """
+    process = undo.enter_context(subprocess.Popen(["unshare", "--net", "sleep", "infinity"]))
+    undo.callback(process.kill)
+    own, place = Path("/proc/self/ns/net").readlink(), Path(f"/proc/{process.pid}/ns/net")
+    wait_until(lambda: place.readlink() != own, "the namespace")
+    router = str(process.pid)
+    _ip(router, "link", "set", "lo", "up")
+    _ip(router, "address", "add", f"{ROUTER_IP}/32", "dev", "lo")
+    return router
 
 
-def _ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, timeout=20)
+def _ip(pid: str, *words: str) -> str:
+    argv = ["nsenter", "-t", pid, "-n", "ip", *words]
+    return subprocess.run(argv, check=True, capture_output=True, text=True, timeout=20 * FACTOR).stdout

@@ -1,4 +1,7 @@
-"""A network plugin: a veth pair between a container and a network namespace of the test's. Settings: `router`."""
+"""A network plugin: a veth pair between a container and a network namespace of the test's.
+
+Settings: `router`, a process that is in that namespace.
+"""
 
 import argparse
 import json
@@ -30,9 +33,9 @@ def up(handle, asked, extra):
     (NUMBERS / str(number)).write_text(handle)
     address, pid, router = f"10.77.0.{number}", str(asked["Pid"]), SETTINGS["router"]
     host_end = f"p{number}"
-    ip("-n", router, "link", "add", host_end, "type", "veth", "peer", "name", "eth7", "netns", pid)
-    ip("-n", router, "link", "set", host_end, "up")
-    ip("-n", router, "route", "add", f"{address}/32", "dev", host_end)
+    inside(router, "link", "add", host_end, "type", "veth", "peer", "name", "eth7", "netns", pid)
+    inside(router, "link", "set", host_end, "up")
+    inside(router, "route", "add", f"{address}/32", "dev", host_end)
     inside(pid, "addr", "add", f"{address}/32", "dev", "eth7")
     inside(pid, "link", "set", "eth7", "up")
     inside(pid, "route", "add", "10.77.0.1/32", "dev", "eth7")
@@ -59,11 +62,7 @@ def up(handle, asked, extra):
 def down(handle, asked, extra):
     for path in NUMBERS.iterdir() if NUMBERS.exists() else ():
         if path.read_text() == handle:
-            subprocess.run(
-                ["ip", "-n", SETTINGS["router"], "link", "del", f"p{path.name}"],
-                stderr=subprocess.DEVNULL,
-                check=False,
-            )
+            inside(SETTINGS["router"], "link", "del", f"p{path.name}", check=False)
             path.unlink()
 
 
@@ -76,12 +75,9 @@ def net_out(handle, asked, extra):
     """Noted, and nothing else."""
 
 
-def ip(*words: str):
-    subprocess.run(["ip", *words], check=True, timeout=20)
-
-
-def inside(pid, *words: str):
-    subprocess.run(["nsenter", "-t", pid, "-n", "ip", *words], check=True, timeout=20)
+def inside(pid, *words: str, check=True):
+    argv = ["nsenter", "-t", pid, "-n", "ip", *words]
+    subprocess.run(argv, check=check, timeout=60, stderr=None if check else subprocess.DEVNULL)
 
 
 ACTIONS = {"up": up, "down": down, "net-in": net_in, "net-out": net_out, "bulk-net-out": net_out}
