@@ -23,8 +23,9 @@ from garden_py.service.ports import (
     ProcessRow,
     RunningProcess,
 )
+from kit.patience import FACTOR
 
-PATIENCE_S = 20.0
+PATIENCE_S = 20.0 * FACTOR
 
 
 @dataclass
