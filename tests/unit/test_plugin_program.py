@@ -13,6 +13,7 @@ import pytest
 from kit.garden import wait_until
 from kit.patience import FACTOR
 
+from garden_py.backend.plugin import program
 from garden_py.backend.plugin.program import STDERR_TAIL_BYTES, STDOUT_MAX_BYTES, Ended, run_program
 from garden_py.model.errors import HostFault
 
@@ -92,6 +93,13 @@ time.sleep(600)
     assert "did not end in" in ended.gave_up
     assert ended.status == -signal.SIGKILL
     wait_until(lambda: not is_alive(int(note.read_text())), "the child has ended too")
+
+
+def test_one_that_writes_without_a_pause_is_killed_in_time_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is always something to read; that must not put off the end."""
+    monkeypatch.setattr(program._Watch, "_read", lambda self, fd: True)  # so there is
+    ended = run("import os, time; os.write(2, b'x'); time.sleep(600)", timeout_s=1)
+    assert "did not end in 1 s" in ended.gave_up
 
 
 def is_alive(pid: int) -> bool:
