@@ -74,7 +74,7 @@ class PluginCaller:
             stdin: what it reads from its standard input.
             timeout_s: seconds until it is killed.
             lane: whose turn it has to wait for.
-            secrets: taken out of what it has written.
+            secrets: taken out of what it says: all but the standard output of a success, which is an answer.
 
         Raises:
             HostFault: it could not be started, or was killed.
@@ -109,12 +109,20 @@ class PluginCaller:
 
     async def _start(self) -> None:
         async with self._starting:
-            if self._launcher.pid is None:
-                await self._launcher.start()
+            if self._launcher.pid is not None:
+                return
+            starting = asyncio.ensure_future(self._launcher.start())
+            try:
+                await asyncio.shield(starting)
+            except asyncio.CancelledError:
+                # Threads are at it, which go on; the next caller must not find a launcher that is half there.
+                await asyncio.wait([starting])
+                raise
 
     async def close(self) -> None:
         """End the launcher, if there is one."""
-        await self._launcher.close()
+        async with self._starting:
+            await self._launcher.close()
 
 
 def _as_file(content: bytes) -> FileIO:
@@ -133,9 +141,9 @@ def said(text: str) -> str:
 
 def _without(secrets: Sequence[str], ended: Ended) -> Ended:
     for secret in filter(None, secrets):
-        ended = replace(
-            ended, stdout=ended.stdout.replace(secret, "***"), stderr=ended.stderr.replace(secret, "***")
-        )
+        ended = replace(ended, stderr=ended.stderr.replace(secret, "***"))
+        if ended.status != 0:  # an answer is told to nobody, and a path in it may hold the same letters
+            ended = replace(ended, stdout=ended.stdout.replace(secret, "***"))
     return ended
 
 

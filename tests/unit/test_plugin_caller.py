@@ -1,0 +1,82 @@
+"""What the server does around a program of somebody else's: no secret is told, no call finds a launcher half there."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+from garden_py.backend.plugin.caller import PluginCaller
+from garden_py.model.errors import HostFault
+
+SECRET = "root"
+
+
+class FakeLauncher:
+    """Answers as it was told; its start ends when it may."""
+
+    def __init__(self, answer: dict[str, Any]) -> None:
+        self.answer = {"status": 0, "stdout": "", "stderr": "", "gave_up": "", **answer}
+        self.pid: int | None = None
+        self.may_start = asyncio.Event()
+        self.starts = 0
+
+    async def start(self) -> None:
+        self.starts += 1
+        self.pid = 1
+        await self.may_start.wait()
+
+    async def run(self, *_: object, **__: object) -> dict[str, Any]:
+        assert self.may_start.is_set(), "it is not there yet"
+        return self.answer
+
+    async def close(self) -> None:
+        assert self.may_start.is_set(), "somebody is starting it"
+
+
+def caller_with(monkeypatch: pytest.MonkeyPatch, **answer: Any) -> tuple[PluginCaller, FakeLauncher]:
+    caller, launcher = PluginCaller(Path("/run/none")), FakeLauncher(answer)
+    monkeypatch.setattr(caller, "_launcher", launcher)
+    return caller, launcher
+
+
+async def test_a_secret_is_not_told_and_an_answer_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A password may be part of a path as well."""
+    for status, stdout in ((0, "/store/rootfs"), (1, "/store/***fs")):
+        caller, launcher = caller_with(
+            monkeypatch, status=status, stdout="/store/rootfs", stderr="--password root"
+        )
+        launcher.may_start.set()
+        with capture_logs() as logs:
+            ended = await caller.run(["/p"], call="create", step="s", timeout_s=1, secrets=(SECRET,))
+        assert (ended.stdout, ended.stderr) == (stdout, "--password ***")
+        assert SECRET not in str(logs)
+
+
+async def test_a_secret_is_not_told_of_one_that_was_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    caller, launcher = caller_with(monkeypatch, gave_up="it did not end", stderr="--password root")
+    launcher.may_start.set()
+    with pytest.raises(HostFault, match=r"it did not end: --password \*\*\*"):
+        await caller.run(["/p"], call="create", step="s", timeout_s=1, secrets=(SECRET,))
+
+
+async def test_a_start_of_the_launcher_is_not_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first caller leaves while it starts: neither the next one nor the server's end finds it half there."""
+    caller, launcher = caller_with(monkeypatch)
+    first = asyncio.ensure_future(caller.run(["/p"], call="create", step="s", timeout_s=1))
+    await asyncio.sleep(0)
+    first.cancel()
+    second = asyncio.ensure_future(caller.run(["/p"], call="create", step="s", timeout_s=1))
+    closing = asyncio.ensure_future(caller.close())
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not any(task.done() for task in (first, second, closing))
+    launcher.may_start.set()
+    assert (await second).status == 0
+    await closing
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    assert launcher.starts == 1
