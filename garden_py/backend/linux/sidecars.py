@@ -34,7 +34,7 @@ from garden_py.backend.linux.launching import AgentStarter, Launch, check_bind_s
 from garden_py.backend.linux.plugin_roots import PluginRoots
 from garden_py.backend.linux.site import Site
 from garden_py.backend.streams.agent_replies import AgentExit
-from garden_py.model.errors import ContainerBroken, HostFault, ProcessStartFailed, Unkillable
+from garden_py.model.errors import ContainerBroken, HostFault, ProcessIdInUse, ProcessStartFailed, Unkillable
 from garden_py.model.image import PullProgress
 from garden_py.model.process import ProcessSpec
 from garden_py.model.process import Sidecar as SidecarSpec
@@ -140,6 +140,7 @@ class Sidecars:
         Raises:
             InvalidRequest, and the errors of Images.prepared: nothing was begun.
             HostFault, ContainerBroken.
+            ProcessIdInUse: by it an image plugin knows the root of another container or sidecar.
         """
         check_bind_sources(sidecar.bind_mounts, "spec.sidecar.bind_mounts")
         if self._roots.commands_for(sidecar.image, "spec.sidecar.image"):
@@ -205,8 +206,11 @@ class Sidecars:
     async def _make_root(
         self, container: LinuxContainer, spec: ProcessSpec, apart: SidecarSpec, directory: Path
     ) -> Rootfs:
+        owner = owner_of(container.handle, spec.id)
+        if not self._roots.is_free(owner, spec.id):
+            raise ProcessIdInUse(container.handle, spec.id)
         return await self._roots.make(
-            owner_of(container.handle, spec.id),
+            owner,
             spec.id,
             directory,
             apart.image,
