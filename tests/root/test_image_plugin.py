@@ -333,7 +333,7 @@ def test_a_failing_create_is_told_in_the_plugins_words(lab: PluginLab, garden: G
 @pytest.mark.parametrize(
     ("order", "said"),
     [
-        ("garbage", "its answer is not what it should be"),
+        ("garbage", "its answer is not what it should be: Invalid JSON"),
         ('{"root": {}}', "its answer is not what it should be: root.path: Field required"),
         ('{"root": {"path": "/no/such/directory"}}', "there is no directory /no/such/directory"),
         ('{"mounts": [{"type": "tmpfs"}]}', "its answer is not what it should be: mounts.0.destination"),
@@ -350,6 +350,32 @@ def test_an_answer_that_is_none_fails_the_create(
     assert said in caught.value.error["Message"]
     assert garden.list() == []
     assert roots(lab.image) == []
+
+
+def test_an_id_by_which_a_root_is_known_is_refused(lab: PluginLab, garden: GardenHttp) -> None:
+    """The plugin would refuse it too, and then be told to delete what is the other's."""
+    with garden.container(image={"uri": IMAGE}) as first, garden.container(image={"uri": IMAGE}) as second:
+        start_sidecar(garden, first, "db")
+        for handle, process_id in ((first, first), (first, second), (second, "db")):
+            with pytest.raises(GardenHttpError, match="already in use"):
+                garden.run(handle, "true", id=process_id, image={"uri": IMAGE})
+        with pytest.raises(GardenHttpError, match="already in use"):
+            garden.create(image={"uri": IMAGE}, handle="db")
+        assert roots(lab.image) == sorted([first, second, "db"])
+        assert garden.text_of(first, "echo $FROM_PLUGIN") == "yes\n"
+
+
+def test_variables_that_are_none_are_left_out(lab: PluginLab, garden: GardenHttp) -> None:
+    """As those of the server's own images: else no program could be started."""
+    lab.order("create", json.dumps({"process": {"env": ["none", "=x", "A=\0", "B=b", "PATH=/bin"]}}))
+    with garden.container(image={"uri": IMAGE}) as handle:
+        assert garden.text_of(handle, "echo $B") == "b\n"
+
+
+@pytest.mark.parametrize("password", ["a\0b", "a\ud800b"])
+def test_a_password_that_cannot_be_an_argument_is_refused(garden: GardenHttp, password: str) -> None:
+    with pytest.raises(GardenHttpError, match=r"image_auth\.password: cannot be an argument"):
+        garden.create(image={"uri": IMAGE, "username": "u", "password": password})
 
 
 def test_a_failing_sidecar_leaves_its_container_alone(lab: PluginLab, garden: GardenHttp) -> None:

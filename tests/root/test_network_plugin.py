@@ -271,6 +271,9 @@ def test_a_failing_up_fails_the_create_and_leaves_nothing(lab: PluginLab, garden
         ("garbage", "its answer is not what it should be"),
         ('{"Properties": {"garden.network.mapped-ports": "[1]"}}', "is not a list of ports"),
         ('{"Properties": ["a"]}', "its answer is not what it should be: Properties"),
+        ('{"dns_servers": ["10.0.0.1\\nnameserver 10.0.0.2"]}', "dns_servers.0: String should match"),
+        ('{"search_domains": [""]}', "search_domains.0: String should match"),
+        ('{"Properties": {"garden.network.container-ip": "10.0.0.1\\n"}}', "container-ip is not an address"),
         ("flood", "it wrote more than 262144 bytes to its standard output"),
     ],
 )

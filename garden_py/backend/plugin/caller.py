@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import structlog
+from pydantic import ValidationError
 
 from garden_py.backend.launcher.client import Launcher
 from garden_py.backend.plugin.program import Ended
@@ -137,6 +138,13 @@ def said(text: str) -> str:
     """The last line of what a program has said, to be put behind a sentence; empty if it has said nothing."""
     lines = text.strip().splitlines()
     return f": {lines[-1][:_SAID_MAX]}" if lines else ""
+
+
+def first_problem(error: ValidationError) -> str:
+    """What is wrong with an answer, and where in it, if it is JSON at all."""
+    first = error.errors()[0]
+    where, what = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+    return ": ".join(filter(None, (where, what)))
 
 
 def _without(secrets: Sequence[str], ended: Ended) -> Ended:

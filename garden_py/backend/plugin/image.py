@@ -22,11 +22,12 @@ import structlog
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from garden_py.backend.host.threads import in_thread
-from garden_py.backend.plugin.caller import AT_ONCE, Lane, PluginCaller, said
+from garden_py.backend.plugin.caller import AT_ONCE, Lane, PluginCaller, first_problem, said
 from garden_py.backend.plugin.program import Ended
-from garden_py.model.errors import HostFault, NotSupported
+from garden_py.model.errors import HostFault, InvalidField, NotSupported
 from garden_py.model.image import RegistryAuth
 from garden_py.model.limits import DiskScope, Limits
+from garden_py.model.process import check_env
 from garden_py.service.ports import DiskUsage
 
 log = structlog.get_logger()
@@ -46,7 +47,7 @@ class PluginRootfs:
 
     Attributes:
         path: of it, on the host.
-        env: of the image, NAME=VALUE.
+        env: of the image, NAME=VALUE; what else there is, no program could be started with.
         mounts: of the OCI's runtime-spec, to be made before all others.
     """
 
@@ -136,11 +137,13 @@ class ImagePlugins:
 
         Raises:
             NotSupported: there is no plugin for this kind of container.
+            InvalidField: user or password cannot be an argument.
             HostFault: it fails, or says what it should not.
         """
         command = self._commands[privileged]
         if not command:
             raise NotSupported(f"no {_NAMES[privileged]} provided")  # the reference's words
+        _require_words(auth)
         ended = await self._caller.run(
             [*command, *_create_words(image, auth, limits), plugin_id],
             call="create",
@@ -154,7 +157,8 @@ class ImagePlugins:
         if not await in_thread(os.path.isdir, made.root.path):
             raise HostFault(CREATE_STEP, f"there is no directory {made.root.path}, which it says it has made")
         mounts = tuple(each.model_dump(exclude_none=True) for each in made.mounts or ())
-        return PluginRootfs(made.root.path, tuple((made.process or _Process()).env or ()), mounts)
+        env = (made.process or _Process()).env or ()
+        return PluginRootfs(made.root.path, tuple(each for each in env if not check_env((each,), "")), mounts)
 
     async def delete(self, plugin_id: str, made_by: Sequence[Command], *, timeout_s: float) -> None:
         """Remove a root file system; one that is not there is fine.
@@ -238,6 +242,16 @@ class ImagePlugins:
             await asyncio.wait([self._asking])
 
 
+def _require_words(auth: RegistryAuth | None) -> None:
+    for name in () if auth is None else ("username", "password"):
+        try:
+            is_word = b"\0" not in getattr(auth, name).encode()
+        except UnicodeEncodeError:
+            is_word = False
+        if not is_word:
+            raise InvalidField(f"image_auth.{name}", "cannot be an argument of the image plugin")
+
+
 def _create_words(image: str, auth: RegistryAuth | None, limits: Limits) -> list[str]:
     words = ["create"]
     if limits.disk_bytes:
@@ -262,6 +276,4 @@ def _parse(step: str, kind: type[_AnswerT], text: str) -> _AnswerT:
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise HostFault(step, f"its answer is not what it should be: {where}: {first['msg']}") from error
+        raise HostFault(step, f"its answer is not what it should be: {first_problem(error)}") from error
