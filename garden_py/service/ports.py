@@ -613,6 +613,12 @@ class Backend(LeakFinder, Protocol):
             ExecutableNotFound, NotExecutable, UserNotFound, ProcessStartFailed, ContainerBroken.
         """
 
+    def end_fetches(self) -> None:
+        """For a server that stops: give up starts of processes that still wait for an image of their own.
+
+        They end with ShuttingDown.
+        """
+
     async def adopt_process(self, handle: str, row: ProcessRow, spec: ProcessSpec) -> RunningProcess:
         """The process of a row, after `adopt`: running, or finished with its kept output."""
 

@@ -375,6 +375,9 @@ class FakeBackend:
 
     # --- processes
 
+    def end_fetches(self) -> None:
+        """Nothing is fetched."""
+
     async def start_process(
         self, handle: str, spec: ProcessSpec, env: tuple[str, ...], record: Callable[[], None]
     ) -> FakeProcess:

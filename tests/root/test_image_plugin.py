@@ -427,6 +427,35 @@ def test_a_destroy_ends_a_create_under_way(lab: PluginLab, garden: GardenHttp) -
 # --- restarts and settings
 
 
+def test_a_server_that_stops_waits_for_no_root_of_a_sidecar(no_trace: None, tmp_path: Path) -> None:
+    """Making one may take ten minutes; it is given up as that of a container is."""
+    with open_plugin_lab(tmp_path, network=False) as lab:
+        handle = lab.garden.create(image={"uri": IMAGE})
+        lab.order("create", "hang")
+
+        def start() -> None:
+            with pytest.raises((GardenHttpError, OSError)):
+                lab.garden.run(handle, "true", id="side", image={"uri": IMAGE})
+
+        caller = threading.Thread(target=start)
+        caller.start()
+        wait_until(lambda: alive(lab), "the plugin runs")
+        lab.server.stop()
+        caller.join(20 * FACTOR)
+        assert not alive(lab)
+        assert lab.image.calls("delete")[-1]["id"] == "side"
+        lab.order("create", "")
+        lab.server.start()
+        assert lab.garden.text_of(handle, "echo $FROM_PLUGIN") == "yes\n"
+        lab.garden.destroy(handle)
+
+
+def test_CA1_the_plugin_has_been_asked_when_the_first_client_asks(no_trace: None, tmp_path: Path) -> None:
+    """Diego's executor asks once, when it starts."""
+    with open_plugin_lab(tmp_path, network=False) as lab:
+        wait_until(lambda: lab.image.calls("capacity"), "it is asked")
+
+
 def test_a_killed_server_takes_its_plugin_along(no_trace: None, tmp_path: Path) -> None:
     with open_plugin_lab(tmp_path, network=False) as lab:
         kept = lab.garden.create(image={"uri": IMAGE})

@@ -183,6 +183,7 @@ class LinuxBackend:
         self._upgrades = Upgrades(self._site.bundle)
         self._heartbeat = Heartbeat(self._agents, period_s=self._config.agent_check_s)
         self._heartbeat.start()
+        self._image_plugins.capacity_bytes()  # asked for now, since Diego's executor asks us once, when it starts
 
     def _agents(self) -> Iterator[AgentOwner]:
         for container in self._containers.values():
@@ -733,6 +734,10 @@ class LinuxBackend:
     ) -> LinuxProcess:
         """Start a process; see service.ports."""
         return await self._processes.start(self._get(handle), spec, env, record)
+
+    def end_fetches(self) -> None:
+        """Give up starts of sidecars that still wait for their image; see service.ports."""
+        self._sidecars.end_fetches()
 
     async def adopt_process(self, handle: str, row: ProcessRow, spec: ProcessSpec) -> LinuxProcess:
         """The process of a row after a restart; see service.ports."""
