@@ -304,6 +304,33 @@ def test_a_failing_net_in_and_net_out_change_nothing(lab: PluginLab, garden: Gar
             assert not client.container(handle).egress().rules
 
 
+@pytest.mark.parametrize("action", ["net-in", "net-out"])
+def test_what_is_still_being_made_is_ended_before_the_container_goes(
+    lab: PluginLab, garden: GardenHttp, action: str
+) -> None:
+    """Else it could end behind the `down`, and nobody would take away what it has made."""
+    handle = garden.create()
+    lab.order(action, "hang")
+    failures: list[GardenHttpError] = []
+
+    def change() -> None:
+        try:
+            if action == "net-in":
+                garden.map_port(handle, 80)
+            else:
+                garden.json("POST", f"/containers/{handle}/net/out", RULE)
+        except GardenHttpError as error:
+            failures.append(error)
+
+    caller = threading.Thread(target=change)
+    caller.start()
+    wait_until(lambda: lab.network.calls(action) and alive(lab), "it runs")
+    garden.destroy(handle)
+    assert not alive(lab)
+    caller.join(20 * FACTOR)
+    assert "it is being destroyed" in failures[0].message
+
+
 def test_a_failing_down_keeps_the_container_till_it_succeeds(lab: PluginLab, garden: GardenHttp) -> None:
     """Statement L12; the server tries again by itself."""
     handle = garden.create()

@@ -665,7 +665,7 @@ class LinuxBackend:
         record: Callable[[dict[str, Any]], None],
     ) -> PortMapping:
         """Map one more port; a plugin cannot take it back, so it stays mapped even if it cannot be taken down."""
-        mapped = await self._plugged.map_port(container.handle, plugin, mapping)
+        mapped = await container.until_it_goes(self._plugged.map_port(container.handle, plugin, mapping))
         ports = (*plugin.ports, mapped)
         container.facts.lease = replace(container.facts.lease, plugin=replace(plugin, ports=ports))
         record(container.facts.to_json())
@@ -675,11 +675,12 @@ class LinuxBackend:
         self, handle: str, policy: EgressPolicy, opened: tuple[EgressRule, ...], *, bulk: bool
     ) -> None:
         """Put rules to those in force; see service.ports."""
-        plugin = self._get(handle).facts.lease.plugin
+        container = self._get(handle)
+        plugin = container.facts.lease.plugin
         if plugin is None:
             await self.set_egress(handle, policy)
         elif opened:
-            await self._plugged.open(handle, plugin, opened, bulk=bulk)
+            await container.until_it_goes(self._plugged.open(handle, plugin, opened, bulk=bulk))
 
     async def set_egress(self, handle: str, policy: EgressPolicy) -> None:
         """Replace the egress policy."""
