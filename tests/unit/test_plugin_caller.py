@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
 
+from garden_py.backend.plugin import caller as module
 from garden_py.backend.plugin.caller import PluginCaller
 from garden_py.model.errors import HostFault
 
@@ -21,7 +23,9 @@ class FakeLauncher:
     def __init__(self, answer: dict[str, Any]) -> None:
         self.answer = {"status": 0, "stdout": "", "stderr": "", "gave_up": "", **answer}
         self.pid: int | None = None
-        self.may_start = asyncio.Event()
+        self.may_start, self.may_answer = asyncio.Event(), asyncio.Event()
+        self.may_answer.set()
+        self.fds: list[int] = []
         self.starts = 0
 
     async def start(self) -> None:
@@ -29,8 +33,12 @@ class FakeLauncher:
         self.pid = 1
         await self.may_start.wait()
 
-    async def run(self, *_: object, **__: object) -> dict[str, Any]:
+    async def run(self, op: str, params: object, fds: list[int], **_: object) -> dict[str, Any]:
         assert self.may_start.is_set(), "it is not there yet"
+        self.fds = fds
+        await self.may_answer.wait()
+        if "error" in self.answer:
+            raise self.answer["error"]
         return self.answer
 
     async def close(self) -> None:
@@ -80,3 +88,34 @@ async def test_a_start_of_the_launcher_is_not_cut_off(monkeypatch: pytest.Monkey
     with pytest.raises(asyncio.CancelledError):
         await first
     assert launcher.starts == 1
+
+
+async def test_one_that_sigkill_does_not_end_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its worker does not answer in time; that is no deadline of a create."""
+    caller, launcher = caller_with(monkeypatch, error=TimeoutError())
+    launcher.may_start.set()
+    with pytest.raises(HostFault, match="s: /p was killed, and has not ended"):
+        await caller.run(["/p"], call="down", step="s", timeout_s=1)
+
+
+async def test_who_leaves_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the job may still have to send stays open until it is done."""
+    monkeypatch.setattr(module, "_GRACE_S", 0.01)
+    caller, launcher = caller_with(monkeypatch)
+    launcher.may_start.set()
+    launcher.may_answer.clear()
+    calling = asyncio.ensure_future(caller.run(["/p"], call="create", step="s", timeout_s=600))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    calling.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await calling
+    stdin, caller_end = launcher.fds
+    assert os.read(caller_end, 1) == b""
+    assert os.read(stdin, 1) == b""
+    launcher.may_answer.set()
+    for _ in range(5):
+        await asyncio.sleep(0)
+    for fd in launcher.fds:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)

@@ -6,8 +6,10 @@ import asyncio
 import os
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from enum import Enum
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,8 @@ class PluginCaller:
     ) -> Ended:
         """Run a program to its end. Cancelled, it is killed, and gone when the cancellation goes on.
 
+        One that SIGKILL does not end, for it is in a system call that hangs, is waited for 10 s longer, then left.
+
         Args:
             argv: with the program's path first.
             call: what it is run for, in the log.
@@ -78,7 +82,7 @@ class PluginCaller:
             secrets: taken out of what it says: all but the standard output of a success, which is an answer.
 
         Raises:
-            HostFault: it could not be started, or was killed.
+            HostFault: it could not be started, was killed, or should have been.
         """
         async with self._lanes[lane]:
             began = time.monotonic()
@@ -87,6 +91,8 @@ class PluginCaller:
                 answer = await self._run(argv, stdin, timeout_s)
             except HostFault as fault:
                 raise HostFault(step, str(fault)) from fault
+            except TimeoutError as error:
+                raise HostFault(step, f"{argv[0]} was killed, and has not ended") from error
         ended = _without(secrets, Ended(**answer))
         _tell(argv[0], call, ended, time.monotonic() - began)
         if ended.gave_up:
@@ -94,19 +100,25 @@ class PluginCaller:
         return ended
 
     async def _run(self, argv: Sequence[str], stdin: bytes, timeout_s: float) -> dict[str, Any]:
-        reading, writing = os.pipe2(os.O_CLOEXEC)
-        with FileIO(reading) as caller, FileIO(writing, "w") as leaving, _as_file(stdin) as file:
+        with ExitStack() as held:
+            reading, writing = os.pipe2(os.O_CLOEXEC)
+            caller, leaving = (
+                held.enter_context(FileIO(fd, mode)) for fd, mode in ((reading, "r"), (writing, "w"))
+            )
+            file = held.enter_context(_as_file(stdin))
             params = {"argv": list(argv), "timeout_ms": round(timeout_s * 1000)}
             fds = [file.fileno(), caller.fileno()]
             job = asyncio.ensure_future(
                 self._launcher.run("plugin.run", params, fds, timeout_s=timeout_s + _GRACE_S)
             )
-            try:
-                return await asyncio.shield(job)
-            except asyncio.CancelledError:
-                leaving.close()
-                await asyncio.wait([job])
-                raise
+            # Not before: a job that still waits for its worker would send whatever has these numbers by then.
+            job.add_done_callback(partial(_finished, held.pop_all()))
+        try:
+            return await asyncio.shield(job)
+        except asyncio.CancelledError:
+            leaving.close()
+            await asyncio.wait([job], timeout=_GRACE_S)
+            raise
 
     async def _start(self) -> None:
         async with self._starting:
@@ -124,6 +136,12 @@ class PluginCaller:
         """End the launcher, if there is one."""
         async with self._starting:
             await self._launcher.close()
+
+
+def _finished(held: ExitStack, job: asyncio.Future[Any]) -> None:
+    held.close()
+    if not job.cancelled():
+        job.exception()  # seen, also when the caller has left
 
 
 def _as_file(content: bytes) -> FileIO:
