@@ -16,12 +16,13 @@ import asyncio
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import structlog
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from garden_py.backend.host.threads import in_thread
+from garden_py.backend.host.threads import in_spare_thread
 from garden_py.backend.plugin.caller import AT_ONCE, Lane, PluginCaller, first_problem, said
 from garden_py.backend.plugin.program import Ended
 from garden_py.model.errors import HostFault, InvalidField, NotSupported
@@ -154,7 +155,8 @@ class ImagePlugins:
         )
         _require_success(ended, CREATE_STEP)
         made = _parse(CREATE_STEP, _Made, ended.stdout)
-        if not await in_thread(os.path.isdir, made.root.path):
+        # Its file system may hang; whoever gives the create up does not wait for that.
+        if not await in_spare_thread(partial(os.path.isdir, made.root.path)):
             raise HostFault(CREATE_STEP, f"there is no directory {made.root.path}, which it says it has made")
         mounts = tuple(each.model_dump(exclude_none=True) for each in made.mounts or ())
         env = (made.process or _Process()).env or ()
