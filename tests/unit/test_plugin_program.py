@@ -48,7 +48,8 @@ def test_both_outputs_and_the_status_come_back() -> None:
 
 
 def test_a_signal_is_a_status_below_zero() -> None:
-    assert run("import os; os.kill(os.getpid(), 9)").status == -signal.SIGKILL
+    ended = run("import os; os.kill(os.getpid(), 9)")
+    assert (ended.status, ended.how) == (-signal.SIGKILL, "killed by signal 9")
 
 
 def test_what_is_not_text_is_shown_as_such() -> None:

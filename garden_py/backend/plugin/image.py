@@ -270,7 +270,7 @@ def _create_words(image: str, auth: RegistryAuth | None, limits: Limits) -> list
 def _require_success(ended: Ended, step: str) -> None:
     """HostFault with what a plugin that has failed says: on stdout, for stderr has its log (statement MP1)."""
     if ended.status != 0:
-        told = ended.stdout.strip() or f"exit status {ended.status}{said(ended.stderr)}"
+        told = ended.stdout.strip() or f"{ended.how}{said(ended.stderr)}"
         raise HostFault(step, told[:_MESSAGE_MAX])
 
 

@@ -165,7 +165,7 @@ class NetworkPlugin:
         ended = await self._caller.run(argv, call=action, step=step, stdin=stdin, timeout_s=timeout_s)
         if ended.status != 0:
             told = said(ended.stderr) or said(ended.stdout)
-            raise HostFault(step, f"exit status {ended.status}{told}")
+            raise HostFault(step, f"{ended.how}{told}")
         return ended.stdout
 
     def _parse(self, action: str, kind: type[_AnswerT], text: str) -> _AnswerT:

@@ -36,6 +36,11 @@ class Ended:
     stderr: str
     gave_up: str = ""
 
+    @property
+    def how(self) -> str:
+        """The status in words."""
+        return f"exit status {self.status}" if self.status >= 0 else f"killed by signal {-self.status}"
+
 
 def run_program(argv: Sequence[str], *, stdin: int, caller: int, timeout_s: float) -> Ended:
     """Run a program to its end, or kill it with all of its process group.
