@@ -455,6 +455,12 @@ class Backend(LeakFinder, Protocol):
     def capacity(self) -> HostCapacity:
         """What host and pools offer."""
 
+    async def capacity_told(self) -> None:
+        """Wait until what others are asked for about the capacity has been told once, or they have failed to.
+
+        For callers that ask once and for all, as Diego's executor does when it starts.
+        """
+
     def pools(self) -> dict[str, PoolLevel]:
         """Levels of what containers take from, by a fixed name for each pool; after `open`."""
 

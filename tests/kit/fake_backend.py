@@ -162,6 +162,9 @@ class FakeBackend:
 
     # --- containers
 
+    async def capacity_told(self) -> None:
+        """Nobody else is asked."""
+
     def capacity(self) -> HostCapacity:
         return HostCapacity(
             memory_bytes=1 << 34,

@@ -450,10 +450,15 @@ def test_a_server_that_stops_waits_for_no_root_of_a_sidecar(no_trace: None, tmp_
         lab.garden.destroy(handle)
 
 
-def test_CA1_the_plugin_has_been_asked_when_the_first_client_asks(no_trace: None, tmp_path: Path) -> None:
-    """Diego's executor asks once, when it starts."""
+def test_CA1_the_first_client_is_told_what_the_plugin_says(no_trace: None, tmp_path: Path) -> None:
+    """Diego's executor asks once, when it starts. One that does not say holds up nobody for long."""
     with open_plugin_lab(tmp_path, network=False) as lab:
-        wait_until(lambda: lab.image.calls("capacity"), "it is asked")
+        assert lab.garden.json("GET", "/capacity")["schedulable_disk_in_bytes"] == 12_345_678_912
+        lab.server.stop()
+        lab.order("capacity", "fail")
+        lab.server.start()
+        found = lab.garden.json("GET", "/capacity")
+        assert found["schedulable_disk_in_bytes"] == found["disk_in_bytes"]
 
 
 def test_a_killed_server_takes_its_plugin_along(no_trace: None, tmp_path: Path) -> None:

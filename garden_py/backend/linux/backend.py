@@ -183,7 +183,7 @@ class LinuxBackend:
         self._upgrades = Upgrades(self._site.bundle)
         self._heartbeat = Heartbeat(self._agents, period_s=self._config.agent_check_s)
         self._heartbeat.start()
-        self._image_plugins.capacity_bytes()  # asked for now, since Diego's executor asks us once, when it starts
+        self._image_plugins.capacity_bytes()  # asked for now; see capacity_told
 
     def _agents(self) -> Iterator[AgentOwner]:
         for container in self._containers.values():
@@ -382,6 +382,10 @@ class LinuxBackend:
             cpus=len(os.sched_getaffinity(0)),
             schedulable_disk_bytes=0 if self._config.no_image_plugin else schedulable,
         )
+
+    async def capacity_told(self) -> None:
+        """Wait until the image plugin has told its part, or has not; see service.ports."""
+        await self._image_plugins.capacity_told()
 
     def pools(self) -> dict[str, PoolLevel]:
         """How full they are."""

@@ -116,6 +116,7 @@ class ImagePlugins:
         self._create_timeout_s = create_timeout_s
         self._capacity, self._asked_at = 0, float("-inf")
         self._asking: asyncio.Task[None] | None = None
+        self._has_asked = False
         self._questions = asyncio.Semaphore(AT_ONCE[Lane.ASK])
         self._silent_until = float("-inf")
 
@@ -206,8 +207,13 @@ class ImagePlugins:
             self._asking.add_done_callback(self._asked)
         return self._capacity
 
+    async def capacity_told(self) -> None:
+        """Wait for the end of the first question about the capacity, if that has been asked."""
+        if self._asking is not None and not self._has_asked:
+            await asyncio.wait([self._asking])
+
     def _asked(self, task: asyncio.Task[None]) -> None:
-        self._asking = None
+        self._asking, self._has_asked = None, True
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("plugin.capacity_unknown", error=str(error))
 
