@@ -11,7 +11,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from garden_py.backend.plugin import caller as module
-from garden_py.backend.plugin.caller import PluginCaller
+from garden_py.backend.plugin.caller import AT_ONCE, Lane, PluginCaller
+from garden_py.backend.plugin.network import NetworkPlugin
 from garden_py.model.errors import HostFault
 
 SECRET = "root"
@@ -88,6 +89,27 @@ async def test_a_start_of_the_launcher_is_not_cut_off(monkeypatch: pytest.Monkey
     with pytest.raises(asyncio.CancelledError):
         await first
     assert launcher.starts == 1
+
+
+async def test_containers_can_go_while_none_can_be_connected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls of `up` that hang until the creates give up keep no destroy waiting."""
+    caller, launcher = caller_with(monkeypatch)
+    launcher.may_start.set()
+    plugin = NetworkPlugin(("/p",), caller)
+    launcher.may_answer.clear()
+    hanging = [
+        asyncio.ensure_future(plugin.up("box", 1, {}, (), (), timeout_s=600))
+        for _ in range(AT_ONCE[Lane.CHANGE] + 1)
+    ]
+    for _ in range(20):
+        await asyncio.sleep(0)
+    launcher.fds = []
+    going = asyncio.ensure_future(plugin.down("other", timeout_s=1))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert launcher.fds, "it was not run"
+    launcher.may_answer.set()
+    await asyncio.gather(going, *hanging)
 
 
 async def test_one_that_sigkill_does_not_end_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:

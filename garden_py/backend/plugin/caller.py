@@ -34,9 +34,10 @@ class Lane(Enum):
     MAKE = "make"
     ASK = "ask"
     CHANGE = "change"
+    REMOVE = "remove"
 
 
-AT_ONCE = {Lane.MAKE: 8, Lane.ASK: 4, Lane.CHANGE: 8}
+AT_ONCE = {Lane.MAKE: 8, Lane.ASK: 4, Lane.CHANGE: 8, Lane.REMOVE: 8}
 
 
 class PluginCaller:

@@ -177,7 +177,11 @@ class ImagePlugins:
         for command in self.commands or made_by:
             step = "running image plugin delete"
             ended = await self._caller.run(
-                [*command, "delete", plugin_id], call="delete", step=step, timeout_s=timeout_s
+                [*command, "delete", plugin_id],
+                call="delete",
+                step=step,
+                timeout_s=timeout_s,
+                lane=Lane.REMOVE,
             )
             _require_success(ended, step)
 

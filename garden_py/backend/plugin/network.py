@@ -14,7 +14,7 @@ from typing import Annotated, Any, Final, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
-from garden_py.backend.plugin.caller import PluginCaller, first_problem, said
+from garden_py.backend.plugin.caller import Lane, PluginCaller, first_problem, said
 from garden_py.model.errors import HostFault
 from garden_py.model.netrule import EgressRule, Protocol
 from garden_py.model.spec import PortMapping
@@ -135,7 +135,7 @@ class NetworkPlugin:
 
     async def down(self, handle: str, *, timeout_s: float) -> None:
         """Disconnect a container; one that is not connected is fine."""
-        await self._call("down", handle, None, timeout_s)
+        await self._call("down", handle, None, timeout_s, lane=Lane.REMOVE)
 
     async def map_port(
         self, handle: str, wanted: PortMapping, *, external_ip: str, container_ip: str, timeout_s: float
@@ -159,10 +159,14 @@ class NetworkPlugin:
         asked = {"netout_rules": found} if bulk else {"netout_rule": found[0]}
         await self._call(action, handle, {"container_ip": container_ip, **asked}, timeout_s)
 
-    async def _call(self, action: str, handle: str, value: Any, timeout_s: float) -> str:
+    async def _call(
+        self, action: str, handle: str, value: Any, timeout_s: float, lane: Lane = Lane.CHANGE
+    ) -> str:
         step, stdin = _step(action), json.dumps(value).encode()
         argv = [*self.command, "--action", action, "--handle", handle]
-        ended = await self._caller.run(argv, call=action, step=step, stdin=stdin, timeout_s=timeout_s)
+        ended = await self._caller.run(
+            argv, call=action, step=step, stdin=stdin, timeout_s=timeout_s, lane=lane
+        )
         if ended.status != 0:
             told = said(ended.stderr) or said(ended.stdout)
             raise HostFault(step, f"{ended.how}{told}")
