@@ -51,6 +51,7 @@ class Core:
         await self.janitor.close()
         await self.throttling.close()
         self.containers.end_fetches()
+        self.backend.end_fetches()
         await self.guard.close()
         await self.processes.close()
         await self.backend.close()

@@ -455,6 +455,12 @@ class Backend(LeakFinder, Protocol):
     def capacity(self) -> HostCapacity:
         """What host and pools offer."""
 
+    async def capacity_told(self) -> None:
+        """Wait until what others are asked for about the capacity has been told once, or they have failed to.
+
+        For callers that ask once and for all, as Diego's executor does when it starts.
+        """
+
     def pools(self) -> dict[str, PoolLevel]:
         """Levels of what containers take from, by a fixed name for each pool; after `open`."""
 
@@ -611,6 +617,12 @@ class Backend(LeakFinder, Protocol):
 
         Raises:
             ExecutableNotFound, NotExecutable, UserNotFound, ProcessStartFailed, ContainerBroken.
+        """
+
+    def end_fetches(self) -> None:
+        """For a server that stops: give up starts of processes that still wait for an image of their own.
+
+        They end with ShuttingDown.
         """
 
     async def adopt_process(self, handle: str, row: ProcessRow, spec: ProcessSpec) -> RunningProcess:

@@ -94,6 +94,7 @@ class FakeBackend:
         create_gate: creates wait for it after recording, before anything is made.
         create_failure: raised by the next create, after recording.
         start_gate: starts of processes wait for it.
+        usage_gates: by handle, what its measurement waits for.
         destroy_failures: raised by one destroy each, in order, before anything is removed.
         destroy_gate: destroys wait for it.
         looks: what each search for leaks finds, in order.
@@ -113,6 +114,7 @@ class FakeBackend:
         self.create_gate = open_gate()
         self.create_failure: Exception | None = None
         self.start_gate = open_gate()
+        self.usage_gates: dict[str, asyncio.Event] = {}
         self.destroy_failures: list[errors.GardenError] = []
         self.destroy_gate = open_gate()
         self.looks: list[Callable[[Witness], list[Leak]]] = []
@@ -159,6 +161,9 @@ class FakeBackend:
         self.connected.clear()
 
     # --- containers
+
+    async def capacity_told(self) -> None:
+        """Nobody else is asked."""
 
     def capacity(self) -> HostCapacity:
         return HostCapacity(
@@ -277,6 +282,8 @@ class FakeBackend:
         return sum(1 for process in self._get(handle).processes.values() if process.exit is None)
 
     async def usage(self, handle: str, process_id: str | None = None) -> Usage:
+        if (gate := self.usage_gates.get(handle)) is not None:
+            await gate.wait()
         limits = self._get(handle).limits
         return Usage(
             memory_bytes=4096,
@@ -374,6 +381,9 @@ class FakeBackend:
         return EgressCounts((RuleCount(),) * rules, RuleCount())
 
     # --- processes
+
+    def end_fetches(self) -> None:
+        """Nothing is fetched."""
 
     async def start_process(
         self, handle: str, spec: ProcessSpec, env: tuple[str, ...], record: Callable[[], None]

@@ -341,7 +341,7 @@ def test_a_failing_create_is_told_in_the_plugins_words(lab: PluginLab, garden: G
 @pytest.mark.parametrize(
     ("order", "said"),
     [
-        ("garbage", "its answer is not what it should be"),
+        ("garbage", "its answer is not what it should be: Invalid JSON"),
         ('{"root": {}}', "its answer is not what it should be: root.path: Field required"),
         ('{"root": {"path": "/no/such/directory"}}', "there is no directory /no/such/directory"),
         ('{"mounts": [{"type": "tmpfs"}]}', "its answer is not what it should be: mounts.0.destination"),
@@ -358,6 +358,32 @@ def test_an_answer_that_is_none_fails_the_create(
     assert said in caught.value.error["Message"]
     assert garden.list() == []
     assert roots(lab.image) == []
+
+
+def test_an_id_by_which_a_root_is_known_is_refused(lab: PluginLab, garden: GardenHttp) -> None:
+    """The plugin would refuse it too, and then be told to delete what is the other's."""
+    with garden.container(image={"uri": IMAGE}) as first, garden.container(image={"uri": IMAGE}) as second:
+        start_sidecar(garden, first, "db")
+        for handle, process_id in ((first, first), (first, second), (second, "db")):
+            with pytest.raises(GardenHttpError, match="already in use"):
+                garden.run(handle, "true", id=process_id, image={"uri": IMAGE})
+        with pytest.raises(GardenHttpError, match="already in use"):
+            garden.create(image={"uri": IMAGE}, handle="db")
+        assert roots(lab.image) == sorted([first, second, "db"])
+        assert garden.text_of(first, "echo $FROM_PLUGIN") == "yes\n"
+
+
+def test_variables_that_are_none_are_left_out(lab: PluginLab, garden: GardenHttp) -> None:
+    """As those of the server's own images: else no program could be started."""
+    lab.order("create", json.dumps({"process": {"env": ["none", "=x", "A=\0", "B=b", "PATH=/bin"]}}))
+    with garden.container(image={"uri": IMAGE}) as handle:
+        assert garden.text_of(handle, "echo $B") == "b\n"
+
+
+@pytest.mark.parametrize("password", ["a\0b", "a\ud800b"])
+def test_a_password_that_cannot_be_an_argument_is_refused(garden: GardenHttp, password: str) -> None:
+    with pytest.raises(GardenHttpError, match=r"image_auth\.password: cannot be an argument"):
+        garden.create(image={"uri": IMAGE, "username": "u", "password": password})
 
 
 def test_a_failing_sidecar_leaves_its_container_alone(lab: PluginLab, garden: GardenHttp) -> None:
@@ -407,6 +433,40 @@ def test_a_destroy_ends_a_create_under_way(lab: PluginLab, garden: GardenHttp) -
 
 
 # --- restarts and settings
+
+
+def test_a_server_that_stops_waits_for_no_root_of_a_sidecar(no_trace: None, tmp_path: Path) -> None:
+    """Making one may take ten minutes; it is given up as that of a container is."""
+    with open_plugin_lab(tmp_path, network=False) as lab:
+        handle = lab.garden.create(image={"uri": IMAGE})
+        lab.order("create", "hang")
+
+        def start() -> None:
+            with pytest.raises((GardenHttpError, OSError)):
+                lab.garden.run(handle, "true", id="side", image={"uri": IMAGE})
+
+        caller = threading.Thread(target=start)
+        caller.start()
+        wait_until(lambda: alive(lab), "the plugin runs")
+        lab.server.stop()
+        caller.join(20 * FACTOR)
+        assert not alive(lab)
+        assert lab.image.calls("delete")[-1]["id"] == "side"
+        lab.order("create", "")
+        lab.server.start()
+        assert lab.garden.text_of(handle, "echo $FROM_PLUGIN") == "yes\n"
+        lab.garden.destroy(handle)
+
+
+def test_CA1_the_first_client_is_told_what_the_plugin_says(no_trace: None, tmp_path: Path) -> None:
+    """Diego's executor asks once, when it starts. One that does not say holds up nobody for long."""
+    with open_plugin_lab(tmp_path, network=False) as lab:
+        assert lab.garden.json("GET", "/capacity")["schedulable_disk_in_bytes"] == 12_345_678_912
+        lab.server.stop()
+        lab.order("capacity", "fail")
+        lab.server.start()
+        found = lab.garden.json("GET", "/capacity")
+        assert found["schedulable_disk_in_bytes"] == found["disk_in_bytes"]
 
 
 def test_a_killed_server_takes_its_plugin_along(no_trace: None, tmp_path: Path) -> None:

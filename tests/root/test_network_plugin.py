@@ -270,6 +270,9 @@ def test_a_failing_up_fails_the_create_and_leaves_nothing(lab: PluginLab, garden
         ("garbage", "its answer is not what it should be"),
         ('{"Properties": {"garden.network.mapped-ports": "[1]"}}', "is not a list of ports"),
         ('{"Properties": ["a"]}', "its answer is not what it should be: Properties"),
+        ('{"dns_servers": ["10.0.0.1\\nnameserver 10.0.0.2"]}', "dns_servers.0: String should match"),
+        ('{"search_domains": [""]}', "search_domains.0: String should match"),
+        ('{"Properties": {"garden.network.container-ip": "10.0.0.1\\n"}}', "container-ip is not an address"),
         ("flood", "it wrote more than 262144 bytes to its standard output"),
     ],
 )
@@ -298,6 +301,33 @@ def test_a_failing_net_in_and_net_out_change_nothing(lab: PluginLab, garden: Gar
             garden.json("POST", f"/containers/{handle}/net/out", RULE)
         with GardenClient(lab.server.address) as client:
             assert not client.container(handle).egress().rules
+
+
+@pytest.mark.parametrize("action", ["net-in", "net-out"])
+def test_what_is_still_being_made_is_ended_before_the_container_goes(
+    lab: PluginLab, garden: GardenHttp, action: str
+) -> None:
+    """Else it could end behind the `down`, and nobody would take away what it has made."""
+    handle = garden.create()
+    lab.order(action, "hang")
+    failures: list[GardenHttpError] = []
+
+    def change() -> None:
+        try:
+            if action == "net-in":
+                garden.map_port(handle, 80)
+            else:
+                garden.json("POST", f"/containers/{handle}/net/out", RULE)
+        except GardenHttpError as error:
+            failures.append(error)
+
+    caller = threading.Thread(target=change)
+    caller.start()
+    wait_until(lambda: lab.network.calls(action) and alive(lab), "it runs")
+    garden.destroy(handle)
+    assert not alive(lab)
+    caller.join(20 * FACTOR)
+    assert "it is being destroyed" in failures[0].message
 
 
 def test_a_failing_down_keeps_the_container_till_it_succeeds(lab: PluginLab, garden: GardenHttp) -> None:

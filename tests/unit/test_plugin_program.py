@@ -13,6 +13,7 @@ import pytest
 from kit.garden import wait_until
 from kit.patience import FACTOR
 
+from garden_py.backend.plugin import program
 from garden_py.backend.plugin.program import STDERR_TAIL_BYTES, STDOUT_MAX_BYTES, Ended, run_program
 from garden_py.model.errors import HostFault
 
@@ -47,7 +48,8 @@ def test_both_outputs_and_the_status_come_back() -> None:
 
 
 def test_a_signal_is_a_status_below_zero() -> None:
-    assert run("import os; os.kill(os.getpid(), 9)").status == -signal.SIGKILL
+    ended = run("import os; os.kill(os.getpid(), 9)")
+    assert (ended.status, ended.how) == (-signal.SIGKILL, "killed by signal 9")
 
 
 def test_what_is_not_text_is_shown_as_such() -> None:
@@ -92,6 +94,13 @@ time.sleep(600)
     assert "did not end in" in ended.gave_up
     assert ended.status == -signal.SIGKILL
     wait_until(lambda: not is_alive(int(note.read_text())), "the child has ended too")
+
+
+def test_one_that_writes_without_a_pause_is_killed_in_time_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is always something to read; that must not put off the end."""
+    monkeypatch.setattr(program._Watch, "_read", lambda self, fd: True)  # so there is
+    ended = run("import os, time; os.write(2, b'x'); time.sleep(600)", timeout_s=1)
+    assert "did not end in 1 s" in ended.gave_up
 
 
 def is_alive(pid: int) -> bool:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 from kit.core import Server
 from kit.virtual_clock import in_virtual_time, settle
 
+from garden_py.api._pb import garden_pb2 as pb
+from garden_py.api.grpc.servicer import GardenServicer
 from garden_py.model import errors
 from garden_py.model.process import ProcessSpec
 from garden_py.model.spec import ContainerSpec
@@ -61,3 +64,23 @@ async def test_server_that_stops_knows_what_it_has_just_started() -> None:
     assert (await starting).id == "p"
     core = await server.start()
     assert core.processes.get("box", "p").exit is None
+
+
+@in_virtual_time
+async def test_metrics_of_many_are_had_at_the_same_time_and_survive_one_that_goes() -> None:
+    """A plugin that counts may take seconds; the whole call would fail for a container destroyed meanwhile."""
+    server = Server()
+    core = await server.start()
+    gates = server.backend.usage_gates = {"slow": asyncio.Event()}
+    for handle in ("slow", "swift"):
+        await core.containers.create(ContainerSpec(handle=handle))
+    context: Any = None
+    asking = asyncio.ensure_future(
+        GardenServicer(core).GetMetrics(pb.GetMetricsRequest(handles=["swift", "slow"]), context)
+    )
+    await settle()
+    await core.containers.destroy("swift")
+    gates["slow"].set()
+    swift, slow = (await asking).metrics
+    assert (slow.handle, slow.error, slow.pids) == ("slow", "", 1)
+    assert (swift.handle, swift.error) == ("swift", "unknown handle: swift")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from base64 import b64encode
+from urllib.parse import quote
 
 import pytest
 from google.protobuf.any_pb2 import Any as AnyMessage
@@ -119,3 +121,14 @@ def test_failed_copies_have_the_code_of_their_reason(reason: str, code: StatusCo
 def test_unkillable_can_be_retried() -> None:
     """UNAVAILABLE is the code that says: ask again."""
     assert code_of(errors.Unkillable("box", "stuck")) is StatusCode.UNAVAILABLE
+
+
+@pytest.mark.parametrize("text", ["a" * 9000, "\N{EURO SIGN}" * 9000, "%\n" * 4000])
+def test_a_status_is_no_longer_than_clients_take(text: str) -> None:
+    """What a program of somebody else's says can be long; the client would say nothing but RESOURCE_EXHAUSTED."""
+    for error in (errors.HostFault("running image plugin create", text), errors.Unkillable("box", text)):
+        status = status_of(error)
+        (payload,) = [value for key, value in status.trailing_metadata if key == "grpc-status-details-bin"]
+        assert len(quote(status.details, safe=" ")) + len(b64encode(payload)) < 8000
+        assert status.details.endswith("...")
+        assert status.details[:-3] == str(error)[: len(status.details) - 3]

@@ -15,7 +15,7 @@ from garden_py.api.grpc import convert
 from garden_py.api.grpc.chunks import Encoded, encode_chunk, encode_stream_out
 from garden_py.api.grpc.image_servicer import ImageServicer
 from garden_py.api.grpc.streams import CHUNK_BYTES, ProcessFeed, feed_input
-from garden_py.model.errors import GardenError, InvalidField
+from garden_py.model.errors import ContainerNotFound, GardenError, InvalidField
 from garden_py.model.process import OutputStream
 from garden_py.observe.calls import name_container
 from garden_py.observe.metrics import Stream
@@ -160,14 +160,18 @@ class GardenServicer(ImageServicer, garden_pb2_grpc.GardenServicer):
         if request.handles or not request.processes:
             found = await self._core.containers.usage(list(request.handles))
         for handle, usage in found.items():
-            if isinstance(usage, GardenError):
-                response.metrics.add(handle=handle, error=str(usage))
-            else:
-                created_ns = self._core.registry.get(handle).created_ns
-                response.metrics.append(convert.metrics_to(handle, usage, created_ns))
+            response.metrics.append(self._metrics_of(handle, usage))
         for name in request.processes:
             response.metrics.append(await self._metrics_of_process(name.handle, name.process_id))
         return response
+
+    def _metrics_of(self, handle: str, usage: Usage | GardenError) -> pb.ContainerMetrics:
+        container = self._core.registry.find(handle)
+        if isinstance(usage, GardenError):
+            return pb.ContainerMetrics(handle=handle, error=str(usage))
+        if container is None:  # it has gone while others were measured
+            return pb.ContainerMetrics(handle=handle, error=str(ContainerNotFound(handle)))
+        return convert.metrics_to(handle, usage, container.created_ns)
 
     async def _metrics_of_process(self, handle: str, process_id: str) -> pb.ContainerMetrics:
         try:

@@ -13,6 +13,9 @@ from grpc_status import rpc_status
 from garden_py.model import errors
 
 DOMAIN = "garden.v1"
+# As it travels in the header grpc-message. A client refuses some answers with more than 8 KiB of headers, and all with
+# more than 16 (GRPC_ARG_MAX_METADATA_SIZE); the text is there up to three times: as message, and twice in the details.
+_TEXT_MAX = 2048
 
 CODES: dict[type[errors.GardenError], StatusCode] = {
     errors.InvalidRequest: StatusCode.INVALID_ARGUMENT,
@@ -72,12 +75,25 @@ def code_of(error: errors.GardenError) -> StatusCode:
 def status_of(error: errors.GardenError) -> Status:
     """The whole status of an error, details included."""
     code = code_of(error)
-    proto = status_pb2.Status(code=code.value[0], message=str(error))
+    proto = status_pb2.Status(code=code.value[0], message=_cut(str(error)))
     for detail in _details(error):
         packed = any_pb2.Any()
         packed.Pack(detail)
         proto.details.append(packed)
     return rpc_status.to_status(proto)
+
+
+def _cut(text: str) -> str:
+    """What of a text there is room for; it may be the words of a program of somebody else's.
+
+    Source: gRPC over HTTP2, "Percent-Encoded".
+    """
+    left = _TEXT_MAX
+    for i, character in enumerate(text):
+        left -= 1 if " " <= character <= "~" and character != "%" else 3 * len(character.encode())
+        if left < 0:
+            return f"{text[:i]}..."
+    return text
 
 
 def _details(
@@ -91,7 +107,7 @@ def _details(
     info = error_details_pb2.ErrorInfo(reason=error.code.upper(), domain=DOMAIN)
     for name, value in vars(error).items():
         if isinstance(value, str | int) and name != "problem":
-            info.metadata[name] = str(value)
+            info.metadata[name] = _cut(str(value))
     found: list[
         error_details_pb2.ErrorInfo
         | error_details_pb2.BadRequest

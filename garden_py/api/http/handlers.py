@@ -62,6 +62,7 @@ class GardenHandlers:
 
     async def capacity(self, match: Match, request: Request) -> Answer:
         """Route 2."""
+        await self._core.backend.capacity_told()
         host, most, _ = self._core.containers.capacity()
         return json_reply(encode.capacity_json(host, most))
 

@@ -335,6 +335,10 @@ class ImageStore:
         """What a container or sidecar was started from; None: from a directory."""
         return self._users.get(owner)
 
+    def holders(self) -> Iterator[tuple[str, UsedImage]]:
+        """All containers and sidecars that were not started from a directory, and from what."""
+        return iter(self._users.items())
+
     def let_go(self, owner: str) -> None:
         """The owner is gone, with whatever is inside of it; twice is fine."""
         for name in [name for name in self._users if name == owner or name.startswith(f"{owner}/")]:

@@ -183,6 +183,7 @@ class LinuxBackend:
         self._upgrades = Upgrades(self._site.bundle)
         self._heartbeat = Heartbeat(self._agents, period_s=self._config.agent_check_s)
         self._heartbeat.start()
+        self._image_plugins.capacity_bytes()  # asked for now; see capacity_told
 
     def _agents(self) -> Iterator[AgentOwner]:
         for container in self._containers.values():
@@ -381,6 +382,10 @@ class LinuxBackend:
             cpus=len(os.sched_getaffinity(0)),
             schedulable_disk_bytes=0 if self._config.no_image_plugin else schedulable,
         )
+
+    async def capacity_told(self) -> None:
+        """Wait until the image plugin has told its part, or has not; see service.ports."""
+        await self._image_plugins.capacity_told()
 
     def pools(self) -> dict[str, PoolLevel]:
         """How full they are."""
@@ -664,7 +669,7 @@ class LinuxBackend:
         record: Callable[[dict[str, Any]], None],
     ) -> PortMapping:
         """Map one more port; a plugin cannot take it back, so it stays mapped even if it cannot be taken down."""
-        mapped = await self._plugged.map_port(container.handle, plugin, mapping)
+        mapped = await container.until_it_goes(self._plugged.map_port(container.handle, plugin, mapping))
         ports = (*plugin.ports, mapped)
         container.facts.lease = replace(container.facts.lease, plugin=replace(plugin, ports=ports))
         record(container.facts.to_json())
@@ -674,11 +679,12 @@ class LinuxBackend:
         self, handle: str, policy: EgressPolicy, opened: tuple[EgressRule, ...], *, bulk: bool
     ) -> None:
         """Put rules to those in force; see service.ports."""
-        plugin = self._get(handle).facts.lease.plugin
+        container = self._get(handle)
+        plugin = container.facts.lease.plugin
         if plugin is None:
             await self.set_egress(handle, policy)
         elif opened:
-            await self._plugged.open(handle, plugin, opened, bulk=bulk)
+            await container.until_it_goes(self._plugged.open(handle, plugin, opened, bulk=bulk))
 
     async def set_egress(self, handle: str, policy: EgressPolicy) -> None:
         """Replace the egress policy."""
@@ -733,6 +739,10 @@ class LinuxBackend:
     ) -> LinuxProcess:
         """Start a process; see service.ports."""
         return await self._processes.start(self._get(handle), spec, env, record)
+
+    def end_fetches(self) -> None:
+        """Give up starts of sidecars that still wait for their image; see service.ports."""
+        self._sidecars.end_fetches()
 
     async def adopt_process(self, handle: str, row: ProcessRow, spec: ProcessSpec) -> LinuxProcess:
         """The process of a row after a restart; see service.ports."""

@@ -26,7 +26,7 @@ from garden_py.backend.linux.site import NO_SLOT, Site
 from garden_py.backend.plugin.image import Command
 from garden_py.backend.plugin.network import Connected
 from garden_py.backend.rootfs.names import build_hosts, build_resolv_conf
-from garden_py.model.errors import ProfileNotLoaded
+from garden_py.model.errors import HandleInUse, ProfileNotLoaded
 from garden_py.model.handle import hostname_for
 from garden_py.model.netrule import DefaultAction, EgressPolicy, at_field
 from garden_py.model.network import NetworkMode, SubnetChoice
@@ -79,6 +79,8 @@ class Construction:
             raise ProfileNotLoaded(profile)
         image_plugins = self.image_plugins_of(spec)
         if image_plugins:
+            if not self._roots.is_free(spec.handle, spec.handle):
+                raise HandleInUse(spec.handle)  # by a sidecar
             self._disk.check_for_plugin(spec.limits)
         else:
             self._disk.check(spec.limits)

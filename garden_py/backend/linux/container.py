@@ -7,11 +7,11 @@ import errno
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from garden_py.backend.boot import read_boot_id
 from garden_py.backend.cgroup import groups
@@ -37,6 +37,7 @@ from garden_py.service.ports import BackendEvents
 if TYPE_CHECKING:
     from garden_py.backend.linux.sidecars import Sidecar
 
+T = TypeVar("T")
 # Removed before open(2), and between it and read(2) as cgroups and as links' statistics say it.
 _GONE = (errno.ENOENT, errno.ENODEV, errno.EINVAL)
 COPY_PREFIX = ".copy-"  # names of the agent's own helpers; no caller's process id begins with a dot
@@ -160,9 +161,25 @@ class LinuxContainer(AgentOwner):
         self._connect(socket_path, patience_s=patience_s, on_exit=self.exited, on_lost=self._lost)
 
     def track(self, job: asyncio.Future[Any]) -> None:
-        """Hold a job about a sidecar, until it is done or the container goes."""
+        """Hold a job about a sidecar, or a plugin's, until it is done or the container goes."""
         self.jobs.add(job)
         job.add_done_callback(self.jobs.discard)
+
+    async def until_it_goes(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do work that must have ended when the container's removal begins.
+
+        Raises:
+            ContainerBroken: it has begun.
+        """
+        job = asyncio.ensure_future(work)
+        self.track(job)
+        try:
+            return await job
+        except asyncio.CancelledError:
+            current = asyncio.current_task()
+            if current is not None and current.cancelling():
+                raise
+            raise ContainerBroken(self.handle, "it is being destroyed") from None
 
     def watch(self, pidfd: int) -> None:
         """Be told when PID 1 ends, and when the workload runs out of memory.

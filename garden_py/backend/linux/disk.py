@@ -12,6 +12,7 @@ from garden_py.backend.disk.volumes import Volumes
 from garden_py.backend.images.images import Images, Rootfs
 from garden_py.backend.images.intake import is_tar
 from garden_py.backend.linux.container import LinuxContainer
+from garden_py.backend.linux.plugin_roots import plugin_id_of
 from garden_py.backend.plugin.image import Command, ImagePlugins
 from garden_py.model.errors import GardenError, InvalidField, NotSupported
 from garden_py.model.image import Transport, parse_image
@@ -37,8 +38,8 @@ class WritableLayer:
 
     @property
     def plugin_id(self) -> str:
-        """By which an image plugin knows it: of a sidecar its process's id (Garden statement MP4)."""
-        return self.owner.rpartition("/")[2]
+        """By which an image plugin knows it."""
+        return plugin_id_of(self.owner)
 
 
 def layer_of(container: LinuxContainer) -> WritableLayer:

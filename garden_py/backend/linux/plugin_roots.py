@@ -37,6 +37,16 @@ class PluginRoots:
         commands = self._plugins.commands
         return commands if commands and self._images.is_for_plugin(image, field) else ()
 
+    def is_free(self, owner: str, plugin_id: str) -> bool:
+        """Whether plugins know no root file system by this id but the owner's.
+
+        Should one be made all the same, it would fail, and what removes it would remove the other's.
+        """
+        return not any(
+            used.made_by and other != owner and plugin_id_of(other) == plugin_id
+            for other, used in self._images.store.holders()
+        )
+
     async def make(
         self,
         owner: str,
@@ -98,6 +108,11 @@ class PluginRoots:
             await self.remove(owner, plugin_id, timeout_s=_until(deadline))
         if facts.image_plugins:
             await self._plugins.delete(handle, facts.image_plugins, timeout_s=_until(deadline))
+
+
+def plugin_id_of(owner: str) -> str:
+    """By which an image plugin knows a container or sidecar: of the latter its process's id (Garden statement MP4)."""
+    return owner.rpartition("/")[2]
 
 
 def _until(deadline: float) -> float:

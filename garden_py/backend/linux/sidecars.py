@@ -19,9 +19,10 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AsyncExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -34,7 +35,14 @@ from garden_py.backend.linux.launching import AgentStarter, Launch, check_bind_s
 from garden_py.backend.linux.plugin_roots import PluginRoots
 from garden_py.backend.linux.site import Site
 from garden_py.backend.streams.agent_replies import AgentExit
-from garden_py.model.errors import ContainerBroken, HostFault, ProcessStartFailed, Unkillable
+from garden_py.model.errors import (
+    ContainerBroken,
+    HostFault,
+    ProcessIdInUse,
+    ProcessStartFailed,
+    ShuttingDown,
+    Unkillable,
+)
 from garden_py.model.image import PullProgress
 from garden_py.model.process import ProcessSpec
 from garden_py.model.process import Sidecar as SidecarSpec
@@ -131,6 +139,8 @@ class Sidecars:
         self._disk = disk
         self._roots = roots
         self._on_lost = on_lost
+        self._fetching: set[asyncio.Task[Any]] = set()
+        self._ending = False
 
     # --- start
 
@@ -139,7 +149,8 @@ class Sidecars:
 
         Raises:
             InvalidRequest, and the errors of Images.prepared: nothing was begun.
-            HostFault, ContainerBroken.
+            HostFault, ContainerBroken, ShuttingDown.
+            ProcessIdInUse: by it an image plugin knows the root of another container or sidecar.
         """
         check_bind_sources(sidecar.bind_mounts, "spec.sidecar.bind_mounts")
         if self._roots.commands_for(sidecar.image, "spec.sidecar.image"):
@@ -154,6 +165,8 @@ class Sidecars:
             current = asyncio.current_task()
             if current is not None and current.cancelling():
                 raise
+            if self._ending:
+                raise ShuttingDown from None
             raise ContainerBroken(container.handle, "it is being destroyed") from None
 
     async def _prepare_and_launch(
@@ -164,9 +177,29 @@ class Sidecars:
 
         if self._roots.commands_for(apart.image, "spec.sidecar.image"):
             return await self._launch(container, spec, apart, None)
-        images = self._images
-        async with images.prepared(apart.image, apart.image_auth, "spec.sidecar.image", report) as rootfs:
+        async with AsyncExitStack() as held:
+            with self._fetch():
+                rootfs = await held.enter_async_context(
+                    self._images.prepared(apart.image, apart.image_auth, "spec.sidecar.image", report)
+                )
             return await self._launch(container, spec, apart, rootfs)
+
+    @contextmanager
+    def _fetch(self) -> Iterator[None]:
+        """While an image is fetched, or a plugin makes a root of it: nothing runs yet, and it may take minutes."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._fetching.add(task)
+        try:
+            yield
+        finally:
+            self._fetching.discard(task)
+
+    def end_fetches(self) -> None:
+        """For a server that stops: give up starts of which nothing but the fetch of an image has been done."""
+        self._ending = True
+        for task in self._fetching:
+            task.cancel()
 
     async def _launch(
         self, container: LinuxContainer, spec: ProcessSpec, apart: SidecarSpec, rootfs: Rootfs | None
@@ -176,7 +209,9 @@ class Sidecars:
         try:
             async with asyncio.timeout(timeout_s):
                 directory = await self._claim(container, process_id)
-            rootfs = rootfs or await self._make_root(container, spec, apart, directory)
+            if rootfs is None:
+                with self._fetch():
+                    rootfs = await self._make_root(container, spec, apart, directory)
             async with asyncio.timeout(timeout_s):
                 sidecar = await self._make(container, spec, apart, rootfs, directory)
                 await sidecar.greet(timeout_s=timeout_s)
@@ -205,8 +240,11 @@ class Sidecars:
     async def _make_root(
         self, container: LinuxContainer, spec: ProcessSpec, apart: SidecarSpec, directory: Path
     ) -> Rootfs:
+        owner = owner_of(container.handle, spec.id)
+        if not self._roots.is_free(owner, spec.id):
+            raise ProcessIdInUse(container.handle, spec.id)
         return await self._roots.make(
-            owner_of(container.handle, spec.id),
+            owner,
             spec.id,
             directory,
             apart.image,

@@ -6,13 +6,16 @@ import asyncio
 import os
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from enum import Enum
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import structlog
+from pydantic import ValidationError
 
 from garden_py.backend.launcher.client import Launcher
 from garden_py.backend.plugin.program import Ended
@@ -31,9 +34,10 @@ class Lane(Enum):
     MAKE = "make"
     ASK = "ask"
     CHANGE = "change"
+    REMOVE = "remove"
 
 
-AT_ONCE = {Lane.MAKE: 8, Lane.ASK: 4, Lane.CHANGE: 8}
+AT_ONCE = {Lane.MAKE: 8, Lane.ASK: 4, Lane.CHANGE: 8, Lane.REMOVE: 8}
 
 
 class PluginCaller:
@@ -67,6 +71,8 @@ class PluginCaller:
     ) -> Ended:
         """Run a program to its end. Cancelled, it is killed, and gone when the cancellation goes on.
 
+        One that SIGKILL does not end, for it is in a system call that hangs, is waited for 10 s longer, then left.
+
         Args:
             argv: with the program's path first.
             call: what it is run for, in the log.
@@ -74,10 +80,10 @@ class PluginCaller:
             stdin: what it reads from its standard input.
             timeout_s: seconds until it is killed.
             lane: whose turn it has to wait for.
-            secrets: taken out of what it has written.
+            secrets: taken out of what it says: all but the standard output of a success, which is an answer.
 
         Raises:
-            HostFault: it could not be started, or was killed.
+            HostFault: it could not be started, was killed, or should have been.
         """
         async with self._lanes[lane]:
             began = time.monotonic()
@@ -86,6 +92,8 @@ class PluginCaller:
                 answer = await self._run(argv, stdin, timeout_s)
             except HostFault as fault:
                 raise HostFault(step, str(fault)) from fault
+            except TimeoutError as error:
+                raise HostFault(step, f"{argv[0]} was killed, and has not ended") from error
         ended = _without(secrets, Ended(**answer))
         _tell(argv[0], call, ended, time.monotonic() - began)
         if ended.gave_up:
@@ -93,28 +101,48 @@ class PluginCaller:
         return ended
 
     async def _run(self, argv: Sequence[str], stdin: bytes, timeout_s: float) -> dict[str, Any]:
-        reading, writing = os.pipe2(os.O_CLOEXEC)
-        with FileIO(reading) as caller, FileIO(writing, "w") as leaving, _as_file(stdin) as file:
+        with ExitStack() as held:
+            reading, writing = os.pipe2(os.O_CLOEXEC)
+            caller, leaving = (
+                held.enter_context(FileIO(fd, mode)) for fd, mode in ((reading, "r"), (writing, "w"))
+            )
+            file = held.enter_context(_as_file(stdin))
             params = {"argv": list(argv), "timeout_ms": round(timeout_s * 1000)}
             fds = [file.fileno(), caller.fileno()]
             job = asyncio.ensure_future(
                 self._launcher.run("plugin.run", params, fds, timeout_s=timeout_s + _GRACE_S)
             )
-            try:
-                return await asyncio.shield(job)
-            except asyncio.CancelledError:
-                leaving.close()
-                await asyncio.wait([job])
-                raise
+            # Not before: a job that still waits for its worker would send whatever has these numbers by then.
+            job.add_done_callback(partial(_finished, held.pop_all()))
+        try:
+            return await asyncio.shield(job)
+        except asyncio.CancelledError:
+            leaving.close()
+            await asyncio.wait([job], timeout=_GRACE_S)
+            raise
 
     async def _start(self) -> None:
         async with self._starting:
-            if self._launcher.pid is None:
-                await self._launcher.start()
+            if self._launcher.pid is not None:
+                return
+            starting = asyncio.ensure_future(self._launcher.start())
+            try:
+                await asyncio.shield(starting)
+            except asyncio.CancelledError:
+                # Threads are at it, which go on; the next caller must not find a launcher that is half there.
+                await asyncio.wait([starting])
+                raise
 
     async def close(self) -> None:
         """End the launcher, if there is one."""
-        await self._launcher.close()
+        async with self._starting:
+            await self._launcher.close()
+
+
+def _finished(held: ExitStack, job: asyncio.Future[Any]) -> None:
+    held.close()
+    if not job.cancelled():
+        job.exception()  # seen, also when the caller has left
 
 
 def _as_file(content: bytes) -> FileIO:
@@ -131,11 +159,18 @@ def said(text: str) -> str:
     return f": {lines[-1][:_SAID_MAX]}" if lines else ""
 
 
+def first_problem(error: ValidationError) -> str:
+    """What is wrong with an answer, and where in it, if it is JSON at all."""
+    first = error.errors()[0]
+    where, what = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+    return ": ".join(filter(None, (where, what)))
+
+
 def _without(secrets: Sequence[str], ended: Ended) -> Ended:
     for secret in filter(None, secrets):
-        ended = replace(
-            ended, stdout=ended.stdout.replace(secret, "***"), stderr=ended.stderr.replace(secret, "***")
-        )
+        ended = replace(ended, stderr=ended.stderr.replace(secret, "***"))
+        if ended.status != 0:  # an answer is told to nobody, and a path in it may hold the same letters
+            ended = replace(ended, stdout=ended.stdout.replace(secret, "***"))
     return ended
 
 

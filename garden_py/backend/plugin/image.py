@@ -16,17 +16,19 @@ import asyncio
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import structlog
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from garden_py.backend.host.threads import in_thread
-from garden_py.backend.plugin.caller import AT_ONCE, Lane, PluginCaller, said
+from garden_py.backend.host.threads import in_spare_thread
+from garden_py.backend.plugin.caller import AT_ONCE, Lane, PluginCaller, first_problem, said
 from garden_py.backend.plugin.program import Ended
-from garden_py.model.errors import HostFault, NotSupported
+from garden_py.model.errors import HostFault, InvalidField, NotSupported
 from garden_py.model.image import RegistryAuth
 from garden_py.model.limits import DiskScope, Limits
+from garden_py.model.process import check_env
 from garden_py.service.ports import DiskUsage
 
 log = structlog.get_logger()
@@ -46,7 +48,7 @@ class PluginRootfs:
 
     Attributes:
         path: of it, on the host.
-        env: of the image, NAME=VALUE.
+        env: of the image, NAME=VALUE; what else there is, no program could be started with.
         mounts: of the OCI's runtime-spec, to be made before all others.
     """
 
@@ -114,6 +116,7 @@ class ImagePlugins:
         self._create_timeout_s = create_timeout_s
         self._capacity, self._asked_at = 0, float("-inf")
         self._asking: asyncio.Task[None] | None = None
+        self._has_asked = False
         self._questions = asyncio.Semaphore(AT_ONCE[Lane.ASK])
         self._silent_until = float("-inf")
 
@@ -136,11 +139,13 @@ class ImagePlugins:
 
         Raises:
             NotSupported: there is no plugin for this kind of container.
+            InvalidField: user or password cannot be an argument.
             HostFault: it fails, or says what it should not.
         """
         command = self._commands[privileged]
         if not command:
             raise NotSupported(f"no {_NAMES[privileged]} provided")  # the reference's words
+        _require_words(auth)
         ended = await self._caller.run(
             [*command, *_create_words(image, auth, limits), plugin_id],
             call="create",
@@ -151,10 +156,12 @@ class ImagePlugins:
         )
         _require_success(ended, CREATE_STEP)
         made = _parse(CREATE_STEP, _Made, ended.stdout)
-        if not await in_thread(os.path.isdir, made.root.path):
+        # Its file system may hang; whoever gives the create up does not wait for that.
+        if not await in_spare_thread(partial(os.path.isdir, made.root.path)):
             raise HostFault(CREATE_STEP, f"there is no directory {made.root.path}, which it says it has made")
         mounts = tuple(each.model_dump(exclude_none=True) for each in made.mounts or ())
-        return PluginRootfs(made.root.path, tuple((made.process or _Process()).env or ()), mounts)
+        env = (made.process or _Process()).env or ()
+        return PluginRootfs(made.root.path, tuple(each for each in env if not check_env((each,), "")), mounts)
 
     async def delete(self, plugin_id: str, made_by: Sequence[Command], *, timeout_s: float) -> None:
         """Remove a root file system; one that is not there is fine.
@@ -170,7 +177,11 @@ class ImagePlugins:
         for command in self.commands or made_by:
             step = "running image plugin delete"
             ended = await self._caller.run(
-                [*command, "delete", plugin_id], call="delete", step=step, timeout_s=timeout_s
+                [*command, "delete", plugin_id],
+                call="delete",
+                step=step,
+                timeout_s=timeout_s,
+                lane=Lane.REMOVE,
             )
             _require_success(ended, step)
 
@@ -200,8 +211,13 @@ class ImagePlugins:
             self._asking.add_done_callback(self._asked)
         return self._capacity
 
+    async def capacity_told(self) -> None:
+        """Wait for the end of the first question about the capacity, if that has been asked."""
+        if self._asking is not None and not self._has_asked:
+            await asyncio.wait([self._asking])
+
     def _asked(self, task: asyncio.Task[None]) -> None:
-        self._asking = None
+        self._asking, self._has_asked = None, True
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("plugin.capacity_unknown", error=str(error))
 
@@ -238,6 +254,16 @@ class ImagePlugins:
             await asyncio.wait([self._asking])
 
 
+def _require_words(auth: RegistryAuth | None) -> None:
+    for name in () if auth is None else ("username", "password"):
+        try:
+            is_word = b"\0" not in getattr(auth, name).encode()
+        except UnicodeEncodeError:
+            is_word = False
+        if not is_word:
+            raise InvalidField(f"image_auth.{name}", "cannot be an argument of the image plugin")
+
+
 def _create_words(image: str, auth: RegistryAuth | None, limits: Limits) -> list[str]:
     words = ["create"]
     if limits.disk_bytes:
@@ -254,7 +280,7 @@ def _create_words(image: str, auth: RegistryAuth | None, limits: Limits) -> list
 def _require_success(ended: Ended, step: str) -> None:
     """HostFault with what a plugin that has failed says: on stdout, for stderr has its log (statement MP1)."""
     if ended.status != 0:
-        told = ended.stdout.strip() or f"exit status {ended.status}{said(ended.stderr)}"
+        told = ended.stdout.strip() or f"{ended.how}{said(ended.stderr)}"
         raise HostFault(step, told[:_MESSAGE_MAX])
 
 
@@ -262,6 +288,4 @@ def _parse(step: str, kind: type[_AnswerT], text: str) -> _AnswerT:
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise HostFault(step, f"its answer is not what it should be: {where}: {first['msg']}") from error
+        raise HostFault(step, f"its answer is not what it should be: {first_problem(error)}") from error

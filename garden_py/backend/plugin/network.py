@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
-from garden_py.backend.plugin.caller import PluginCaller, said
+from garden_py.backend.plugin.caller import Lane, PluginCaller, first_problem, said
 from garden_py.model.errors import HostFault
 from garden_py.model.netrule import EgressRule, Protocol
 from garden_py.model.spec import PortMapping
@@ -28,6 +28,9 @@ MAPPED_PORTS: Final = f"{PREFIX}mapped-ports"
 INTERFACE: Final = f"{PREFIX}interface"
 _SENT_PREFIX: Final = "network."
 _LOG_CONFIG: Final = "log_config"
+_ADDRESSES: Final = (CONTAINER_IP, CONTAINER_IPV6, HOST_IP)
+# What is a word stays one in hosts(5) and resolv.conf(5).
+_Word = Annotated[str, Field(pattern=r"^\S+$")]
 _PROTOCOLS: Final = {Protocol.ALL: 0, Protocol.TCP: 1, Protocol.UDP: 2, Protocol.ICMP: 3}
 
 
@@ -59,8 +62,17 @@ class _Port(_Answer):
 
 class _Up(_Answer):
     properties: dict[str, str] | None = Field(default=None, alias="Properties")
-    dns_servers: list[str] | None = None
-    search_domains: list[str] | None = None
+    dns_servers: list[_Word] | None = None
+    search_domains: list[_Word] | None = None
+
+    @field_validator("properties")
+    @classmethod
+    def _addresses(cls, properties: dict[str, str] | None) -> dict[str, str] | None:
+        for key in _ADDRESSES:
+            address = (properties or {}).get(key, "")
+            if address and address.split() != [address]:
+                raise ValueError(f"{key} is not an address")
+        return properties
 
 
 class _NetIn(_Answer):
@@ -123,7 +135,7 @@ class NetworkPlugin:
 
     async def down(self, handle: str, *, timeout_s: float) -> None:
         """Disconnect a container; one that is not connected is fine."""
-        await self._call("down", handle, None, timeout_s)
+        await self._call("down", handle, None, timeout_s, lane=Lane.REMOVE)
 
     async def map_port(
         self, handle: str, wanted: PortMapping, *, external_ip: str, container_ip: str, timeout_s: float
@@ -147,23 +159,25 @@ class NetworkPlugin:
         asked = {"netout_rules": found} if bulk else {"netout_rule": found[0]}
         await self._call(action, handle, {"container_ip": container_ip, **asked}, timeout_s)
 
-    async def _call(self, action: str, handle: str, value: Any, timeout_s: float) -> str:
+    async def _call(
+        self, action: str, handle: str, value: Any, timeout_s: float, lane: Lane = Lane.CHANGE
+    ) -> str:
         step, stdin = _step(action), json.dumps(value).encode()
         argv = [*self.command, "--action", action, "--handle", handle]
-        ended = await self._caller.run(argv, call=action, step=step, stdin=stdin, timeout_s=timeout_s)
+        ended = await self._caller.run(
+            argv, call=action, step=step, stdin=stdin, timeout_s=timeout_s, lane=lane
+        )
         if ended.status != 0:
             told = said(ended.stderr) or said(ended.stdout)
-            raise HostFault(step, f"exit status {ended.status}{told}")
+            raise HostFault(step, f"{ended.how}{told}")
         return ended.stdout
 
     def _parse(self, action: str, kind: type[_AnswerT], text: str) -> _AnswerT:
         try:
             return kind.model_validate_json(text if text.strip() else "{}")
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
             raise HostFault(
-                _step(action), f"its answer is not what it should be: {where}: {first['msg']}"
+                _step(action), f"its answer is not what it should be: {first_problem(error)}"
             ) from error
 
     def _read_ports(self, text: str) -> tuple[PortMapping, ...]:
