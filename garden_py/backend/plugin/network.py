@@ -56,8 +56,8 @@ class _Answer(BaseModel):
 
 
 class _Port(_Answer):
-    host_port: int = Field(alias="HostPort", ge=0, le=0xFFFF)
-    container_port: int = Field(alias="ContainerPort", ge=0, le=0xFFFF)
+    host_port: int = Field(alias="HostPort", ge=1, le=0xFFFF)
+    container_port: int = Field(alias="ContainerPort", ge=1, le=0xFFFF)
 
 
 class _Up(_Answer):
