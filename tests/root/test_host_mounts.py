@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from garden_image import make_garden_image
 from kit.garden import sh
+from kit.patience import FACTOR
 from own_server import own_garden, own_server  # noqa: F401 - fixtures
 
 from garden_py.client import BindMount, ContainerSpec, GardenClient, MountMode, ProcessSpec, Sidecar
@@ -68,3 +70,25 @@ def test_of_a_directory_that_is_an_image(garden: GardenClient, tmp_path: Path, i
             assert box.run(sh("cat /sbin/hello-world")).output().exit.code == 0
     finally:
         subprocess.run(["umount", volume], check=True, timeout=20)
+
+
+LATE_THREAD = """
+import threading, time
+from garden_py.backend.host import syscalls
+from garden_py.backend.rootfs.host_mounts import HostMounts
+mounts = HostMounts()
+mounts.remember()
+syscalls.unshare(syscalls.CLONE_NEWNS)
+mounts.left()
+threading.Thread(target=time.sleep, args=(0.2,)).start()
+with mounts.entered():
+    print("there")
+"""
+
+
+def test_a_thread_that_is_about_to_end_is_waited_for() -> None:
+    """Of a worker's last job; found by chaos. The kernel changes the namespace of no process with two threads."""
+    done = subprocess.run(
+        [sys.executable, "-c", LATE_THREAD], capture_output=True, text=True, timeout=20 * FACTOR
+    )
+    assert (done.stdout, done.stderr) == ("there\n", "")

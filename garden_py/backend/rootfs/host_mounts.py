@@ -7,11 +7,15 @@ show what lies below the mount, without a word. So what is the host's is taken i
 
 from __future__ import annotations
 
+import errno
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from garden_py.backend.host import syscalls
+
+_THREAD_END_S, _TRY_AGAIN_S = 1.0, 0.0002
 
 
 class HostMounts:
@@ -34,7 +38,7 @@ class HostMounts:
         self._own = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
         root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            syscalls.set_namespace(self._own, syscalls.CLONE_NEWNS)
+            _join(self._own)
             if not os.path.samestat(before, os.stat("/")):
                 self._host = -1
                 os.fchdir(root)
@@ -48,11 +52,28 @@ class HostMounts:
         if self._own < 0 or self._host < 0:
             yield
             return
-        syscalls.set_namespace(self._host, syscalls.CLONE_NEWNS)
+        _join(self._host)
         try:
             yield
         finally:
-            syscalls.set_namespace(self._own, syscalls.CLONE_NEWNS)
+            _join(self._own)
+
+
+def _join(namespace: int) -> None:
+    """setns(2), which refuses whoever shares its root and working directory with another thread (EINVAL).
+
+    A thread that has been joined ends a little later for the kernel than for Python.
+    """
+    deadline = time.monotonic() + _THREAD_END_S
+    while True:
+        try:
+            syscalls.set_namespace(namespace, syscalls.CLONE_NEWNS)
+        except OSError as error:
+            if error.errno != errno.EINVAL or time.monotonic() > deadline:
+                raise
+            time.sleep(_TRY_AGAIN_S)
+        else:
+            return
 
 
 HOST_MOUNTS = HostMounts()
