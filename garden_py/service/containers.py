@@ -15,7 +15,6 @@ from typing import Any
 import structlog
 
 from garden_py.model import errors
-from garden_py.model.codec import dump_container_spec
 from garden_py.model.cpu import Entitlement, Standing, stated_shares, with_quota
 from garden_py.model.handle import hostname_for, make_name
 from garden_py.model.image import PullProgress, RegistryAuth, UsedImage
@@ -48,7 +47,6 @@ from garden_py.service.events import EventHub, EventKind
 from garden_py.service.expiry import Expiry
 from garden_py.service.guard import Guard
 from garden_py.service.janitor import RECLAIM
-from garden_py.service.meanwhile import meanwhile
 from garden_py.service.ports import Backend, EgressCounts, HostCapacity, Usage
 from garden_py.service.registry import Container, Registry
 
@@ -517,21 +515,17 @@ class Containers:
         bulk: bool = True,
     ) -> None:
         handle = container.handle
-        changed = replace(container.spec, egress=wanted)
         if opened is None:
-            work = self._backend.set_egress(handle, wanted)
+            await self._backend.set_egress(handle, wanted)
         else:
-            work = self._backend.open_egress(handle, wanted, opened, bulk=bulk)
-        _, (dumped, etag) = await meanwhile(
-            work,
-            lambda: (dump_container_spec(changed), egress_etag(wanted)),
-        )
+            await self._backend.open_egress(handle, wanted, opened, bulk=bulk)
+        changed = replace(container.spec, egress=wanted)
         await self._or_undo(
             container,
-            lambda: self._registry.save(container, spec=changed, dumped=dumped),
+            lambda: self._registry.save(container, spec=changed),
             lambda: self._backend.set_egress(handle, former),
         )
-        container.egress_etag = etag
+        container.egress_etag = egress_etag(wanted)
         self._events.publish(EventKind.EGRESS_CHANGED, handle, etag=container.egress_etag)
 
     async def open_egress(self, handle: str, rules: tuple[EgressRule, ...], *, bulk: bool = True) -> None:

@@ -168,14 +168,13 @@ class Registry:
         """Make a container known whose row is there already."""
         self._containers[container.handle] = container
 
-    def save(self, container: Container, *, dumped: dict[str, Any] | None = None, **changes: Any) -> None:
+    def save(self, container: Container, **changes: Any) -> None:
         """Write a container's row, with `changes` to its fields; they are made only once they are written.
 
         So what callers are told is what the next server knows, also when the disk is full.
 
         Args:
             container: whose row.
-            dumped: the new spec's JSON values, if somebody has them already.
             changes: new values of its spec, state, state_reason or facts.
 
         Raises:
@@ -193,7 +192,7 @@ class Registry:
                 state_reason=changes.get("state_reason", container.state_reason),
                 request_id=container.request_id,
                 created_ns=container.created_ns,
-                spec=dumped or dump_container_spec(changes.get("spec", container.spec)),
+                spec=dump_container_spec(changes.get("spec", container.spec)),
                 facts=changes.get("facts", container.facts),
             )
         )

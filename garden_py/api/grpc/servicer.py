@@ -20,7 +20,6 @@ from garden_py.model.process import OutputStream
 from garden_py.observe.calls import name_container
 from garden_py.observe.metrics import Stream
 from garden_py.service.core import Core
-from garden_py.service.meanwhile import meanwhile
 from garden_py.service.ports import AgentFacts, NetworkFacts, RunningProcess, Usage
 from garden_py.service.registry import Container
 
@@ -206,12 +205,8 @@ class GardenServicer(ImageServicer, garden_pb2_grpc.GardenServicer):
         """See the proto."""
         policy = convert.policy_from(request.policy, self._core.default_egress, "policy")
         cut = convert.cuts(request.established)
-        _, answer = await meanwhile(
-            self._core.containers.set_egress(request.handle, policy, request.policy.etag, cut=cut),
-            lambda: convert.policy_to(policy, etag="not known yet"),
-        )
-        answer.etag = self._core.containers.egress_etag(request.handle)
-        return answer
+        policy = await self._core.containers.set_egress(request.handle, policy, request.policy.etag, cut=cut)
+        return convert.policy_to(policy, etag=self._core.containers.egress_etag(request.handle))
 
     async def ExplainEgress(
         self, request: pb.ExplainEgressRequest, context: Context
