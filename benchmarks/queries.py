@@ -22,8 +22,8 @@ from garden_py.model.netrule import DefaultAction
 CONTAINERS = 50
 RULES, MANY_RULES = 100, 3000
 _PING = "bare gRPC Ping"
-# The server keeps a helper in the container's namespace for one second after a change (agent/netrules.py).
-_HELPER_GONE_S = 1.2
+# The server keeps a socket in the container's namespace for one second after a change (backend/net/rule_socket.py).
+_SOCKET_GONE_S = 1.2
 
 
 def measure_queries(setting: Setting) -> Iterator[Row]:
@@ -96,7 +96,7 @@ def measure_egress(setting: Setting) -> Iterator[Row]:
             return timed_ms(lambda: stub.SetEgress(many, timeout=60))
 
         def set_egress_cold() -> float:
-            time.sleep(_HELPER_GONE_S)
+            time.sleep(_SOCKET_GONE_S)
             return set_egress()
 
         often = alternate({"garden": set_egress, "nft": nft}, rounds=setting.rounds)
