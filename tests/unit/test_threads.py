@@ -8,6 +8,7 @@ from contextlib import suppress
 
 import pytest
 
+from garden_py.backend.host import threads
 from garden_py.backend.host.threads import in_spare_thread
 from garden_py.model.errors import HostFault
 
@@ -21,8 +22,11 @@ async def test_results_and_errors_come_back() -> None:
         await in_spare_thread(fail)
 
 
-async def test_who_is_cancelled_leaves_a_hanging_thread_behind_and_too_many_are_refused() -> None:
+async def test_who_is_cancelled_leaves_a_hanging_thread_behind_and_too_many_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """So a container that is diagnosed again and again while it hangs does not fill the server with threads."""
+    monkeypatch.setattr(threads, "_spare", set())  # another test may have left one behind
     let_go = threading.Event()
     try:
         waiting = [asyncio.ensure_future(in_spare_thread(lambda: let_go.wait(60))) for _ in range(32)]
