@@ -29,7 +29,10 @@ def snapshot() -> dict[str, set[str]]:
 
 
 def _mounts() -> set[str]:
-    return {line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()}
+    found = {line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()}
+    return found - {
+        "/run/netns"
+    }  # `ip netns` makes it once for the host, with its first namespace (ip-netns(8))
 
 
 def _cgroups() -> list[Path]:
