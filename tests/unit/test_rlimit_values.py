@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from kit.rights import may_raise_limits
 
+from garden_py.backend.cgroup.groups import pids_below
 from garden_py.backend.host import rlimits as host
 from garden_py.backend.linux import resource_limits
 from garden_py.backend.linux.resource_limits import Task, owner_of, parse_task
@@ -86,6 +87,21 @@ def test_task_that_has_just_ended_is_none() -> None:
     """The kernel leaves its numbers out."""
     assert parse_task("Name:\tsh\nPPid:\t0\n", 1) is None
     assert parse_task("PPid:\t0\nNSpid:\t100\nNSsid:\t0\n", 1) is None
+
+
+def test_task_that_the_kernel_has_released_is_none() -> None:
+    """It is called 0, and limits of process 0 are the server's own."""
+    assert parse_task("PPid:\t0\nNSpid:\t0\t0\nNSsid:\t0\t0\n", 1) is None
+    before = resource.getrlimit(resource.RLIMIT_CORE)
+    with pytest.raises(ProcessLookupError):
+        host.exchange_limit(0, "core", (0, 0))
+    assert resource.getrlimit(resource.RLIMIT_CORE) == before
+
+
+def test_no_process_of_a_group_is_0(tmp_path: Path) -> None:
+    """That would be the server itself, also for kill(2)."""
+    (tmp_path / "cgroup.procs").write_text("0\n12\n0\n")
+    assert pids_below(tmp_path) == [12]
 
 
 TASKS = {

@@ -163,7 +163,8 @@ def pids_below(top: Path) -> list[int]:
     found: list[int] = []
     for parent, _, _ in os.walk(top):
         try:
-            found += [int(line) for line in Path(parent, "cgroup.procs").read_text().split()]
+            # 0 is none that could be signalled, but the reader itself and its group (kill(2)).
+            found += [pid for pid in map(int, Path(parent, "cgroup.procs").read_text().split()) if pid]
         except (FileNotFoundError, OSError) as error:
             if error.errno not in (errno.ENOENT, errno.ENODEV):  # removed while we looked
                 raise

@@ -103,6 +103,10 @@ def exchange_limit(pid: int, name: str, limit: tuple[int, int] | None = None) ->
         PermissionError: this process may not, see obstacle_to; or the other one has other ids and is not in a user
             namespace of ours, which takes CAP_SYS_RESOURCE too.
     """
+    if pid <= 0:
+        raise ProcessLookupError(
+            errno.ESRCH, "no process has this number, by which the kernel means the caller", str(pid)
+        )
     if limit is None:
         soft, hard = resource.prlimit(pid, _number(name))
     else:

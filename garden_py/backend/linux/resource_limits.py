@@ -68,7 +68,7 @@ def parse_task(status: str, depth: int) -> Task | None:
     """
     fields = {name: text.split() for name, _, text in (line.partition(":") for line in status.splitlines())}
     try:
-        return Task(
+        task = Task(
             int(fields["NSpid"][0]),
             int(fields["PPid"][0]),
             int(fields["NSpid"][depth]),
@@ -76,6 +76,9 @@ def parse_task(status: str, depth: int) -> Task | None:
         )
     except (KeyError, IndexError):
         return None
+    return (
+        task if task.pid and task.inner_pid else None
+    )  # 0 is what the kernel calls one that it has just released
 
 
 def owner_of(
