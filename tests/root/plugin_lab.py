@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 from garden_image import garden_door_of, garden_server_with, make_garden_image
 from kit.garden import wait_until
 from kit.garden_http import GardenHttp
@@ -44,6 +45,17 @@ class PluginLab:
     def garden(self) -> GardenHttp:
         return GardenHttp(garden_door_of(self.server))
 
+    def obey(self) -> None:
+        """Have all actions do what they should again."""
+        for plugin in (self.image, self.privileged_image, self.network):
+            for order in (plugin.place / "orders").iterdir():
+                order.unlink()
+
+    def alive(self) -> list[int]:
+        """Calls of plugins that run."""
+        plugins = (self.image, self.privileged_image, self.network)
+        return [pid for plugin in plugins for pid in plugin.pids() if Path(f"/proc/{pid}").exists()]
+
     def order(self, action: str, what: str) -> None:
         """Change what an action does from now on, in whichever plugin has it; see InstalledPlugin.order."""
         for plugin in (self.image, self.privileged_image, self.network):
@@ -77,15 +89,9 @@ def open_plugin_lab(
             given += ["--network-plugin", connecting.program, "--network-plugin-extra-arg=--config=/c.json"]
         server = undo.enter_context(garden_server_with(server_place, *given))
         lab = PluginLab(server, plain, privileged, connecting, source, router)
-        undo.callback(_obey, lab)  # or containers could not be destroyed at the end
+        undo.callback(lab.obey)  # or containers could not be destroyed at the end
         yield lab
     assert_no_trace(before)
-
-
-def _obey(lab: PluginLab) -> None:
-    for plugin in (lab.image, lab.privileged_image, lab.network):
-        for order in (plugin.place / "orders").iterdir():
-            order.unlink()
 
 
 def _add_router(undo: ExitStack) -> str:
@@ -106,3 +112,11 @@ def _add_router(undo: ExitStack) -> str:
 def _ip(pid: str, *words: str) -> str:
     argv = ["nsenter", "-t", pid, "-n", "ip", *words]
     return subprocess.run(argv, check=True, capture_output=True, text=True, timeout=20 * FACTOR).stdout
+
+
+@pytest.fixture(autouse=True)
+def obedient(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test of a module's lab ends with plugins that do what they should."""
+    yield
+    if "lab" in request.fixturenames:
+        request.getfixturevalue("lab").obey()

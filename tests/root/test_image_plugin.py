@@ -15,7 +15,7 @@ from kit.garden import wait_until
 from kit.garden_http import GardenHttp, GardenHttpError
 from kit.patience import FACTOR
 from kit.plugins import InstalledPlugin
-from plugin_lab import PluginLab, open_plugin_lab
+from plugin_lab import PluginLab, obedient, open_plugin_lab  # noqa: F401 - a fixture
 
 from garden_py.client import (
     ContainerSpec,
@@ -37,16 +37,6 @@ def lab(no_trace: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pl
         yield found
 
 
-@pytest.fixture(autouse=True)
-def obedient(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Every test ends with plugins that do what they should."""
-    yield
-    if "lab" in request.fixturenames:
-        found = request.getfixturevalue("lab")
-        for action in ("create", "delete", "stats", "capacity"):
-            found.order(action, "")
-
-
 @pytest.fixture
 def garden(lab: PluginLab) -> GardenHttp:
     return lab.garden
@@ -56,12 +46,6 @@ def roots(plugin: InstalledPlugin) -> list[str]:
     """Ids of what a plugin has in its store."""
     store = plugin.place / "store"
     return sorted(os.listdir(store)) if store.exists() else []
-
-
-def alive(lab: PluginLab) -> list[int]:
-    """Calls of plugins that run."""
-    pids = [*lab.image.pids(), *lab.privileged_image.pids()]
-    return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
 
 def start_sidecar(garden: GardenHttp, handle: str, process_id: str) -> None:
@@ -156,7 +140,7 @@ def test_a_plugin_that_does_not_answer_holds_up_no_more_than_itself(no_trace: No
             target=lab.garden.json, args=("GET", f"/containers/bulk_metrics?handles={','.join(handles)}")
         )
         asking.start()
-        wait_until(lambda: alive(lab), "it is asked")
+        wait_until(lambda: lab.alive(), "it is asked")
         lab.garden.destroy(handles.pop())
         with lab.garden.container(image={"uri": IMAGE}):
             assert asking.is_alive()
@@ -421,13 +405,13 @@ def test_a_destroy_ends_a_create_under_way(lab: PluginLab, garden: GardenHttp) -
 
     caller = threading.Thread(target=create)
     caller.start()
-    wait_until(lambda: alive(lab), "the plugin runs")
+    wait_until(lambda: lab.alive(), "the plugin runs")
     began = time.monotonic()
     garden.destroy("slow")
     assert time.monotonic() - began < 20 * FACTOR
     caller.join(20 * FACTOR)
     assert failures
-    assert not alive(lab)
+    assert not lab.alive()
     assert lab.image.calls("delete")[-1]["id"] == "slow"
     assert garden.list("?garden.state=all") == []
 
@@ -447,10 +431,10 @@ def test_a_server_that_stops_waits_for_no_root_of_a_sidecar(no_trace: None, tmp_
 
         caller = threading.Thread(target=start)
         caller.start()
-        wait_until(lambda: alive(lab), "the plugin runs")
+        wait_until(lambda: lab.alive(), "the plugin runs")
         lab.server.stop()
         caller.join(20 * FACTOR)
-        assert not alive(lab)
+        assert not lab.alive()
         assert lab.image.calls("delete")[-1]["id"] == "side"
         lab.order("create", "")
         lab.server.start()
@@ -481,9 +465,9 @@ def test_a_killed_server_takes_its_plugin_along(no_trace: None, tmp_path: Path) 
 
         caller = threading.Thread(target=create)
         caller.start()
-        wait_until(lambda: alive(lab), "the plugin runs")
+        wait_until(lambda: lab.alive(), "the plugin runs")
         lab.server.kill()
-        wait_until(lambda: not alive(lab), "it has ended with its server")
+        wait_until(lambda: not lab.alive(), "it has ended with its server")
         caller.join(20 * FACTOR)
         lab.order("create", "")
         lab.server.start()
@@ -526,5 +510,5 @@ def test_a_create_that_takes_too_long_is_given_up(no_trace: None, tmp_path: Path
         lab.order("create", "hang")
         with pytest.raises(GardenHttpError, match=r"running image plugin create: .* did not end in 1 s"):
             lab.garden.create(image={"uri": IMAGE})
-        assert not alive(lab)
+        assert not lab.alive()
         assert lab.garden.list() == []

@@ -15,7 +15,7 @@ import pytest
 from kit.garden import wait_until
 from kit.garden_http import GardenHttp, GardenHttpError
 from kit.patience import FACTOR
-from plugin_lab import ROUTER_IP, PluginLab, open_plugin_lab
+from plugin_lab import ROUTER_IP, PluginLab, obedient, open_plugin_lab  # noqa: F401 - a fixture
 
 from garden_py.client import (
     ContainerSpec,
@@ -50,16 +50,6 @@ def lab(no_trace: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pl
         tmp_path_factory.mktemp("plugins"), "--destroy-timeout-s", str(2 * FACTOR), image=False
     ) as found:
         yield found
-
-
-@pytest.fixture(autouse=True)
-def obedient(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Every test begins with plugins that do what they should."""
-    yield
-    if "lab" in request.fixturenames:
-        found = request.getfixturevalue("lab")
-        for action in ("up", "down", "net-in", "net-out", "bulk-net-out"):
-            found.order(action, "")
 
 
 @pytest.fixture
@@ -323,9 +313,9 @@ def test_what_is_still_being_made_is_ended_before_the_container_goes(
 
     caller = threading.Thread(target=change)
     caller.start()
-    wait_until(lambda: lab.network.calls(action) and alive(lab), "it runs")
+    wait_until(lambda: lab.network.calls(action) and lab.alive(), "it runs")
     garden.destroy(handle)
-    assert not alive(lab)
+    assert not lab.alive()
     caller.join(20 * FACTOR)
     assert "it is being destroyed" in failures[0].message
 
@@ -351,12 +341,7 @@ def test_a_down_that_hangs_does_not_hold_up_the_caller(lab: PluginLab, garden: G
             client.container(handle).destroy()
         lab.order("down", "")
         wait_until(lambda: not list(client.list(all_states=True)), "destroyed in the background")
-    assert not alive(lab)
-
-
-def alive(lab: PluginLab) -> list[int]:
-    """Calls of the plugin that run."""
-    return [pid for pid in lab.network.pids() if Path(f"/proc/{pid}").exists()]
+    assert not lab.alive()
 
 
 # --- restarts
@@ -376,8 +361,8 @@ def test_a_killed_server_takes_its_plugin_along(no_trace: None, tmp_path: Path) 
 
         caller = threading.Thread(target=create)
         caller.start()
-        wait_until(lambda: alive(lab), "the plugin runs")
-        (pid,) = alive(lab)
+        wait_until(lambda: lab.alive(), "the plugin runs")
+        (pid,) = lab.alive()
         lab.server.kill()
         wait_until(lambda: not Path(f"/proc/{pid}").exists(), "the plugin has ended")
         caller.join(20 * FACTOR)
@@ -428,5 +413,5 @@ def test_a_create_that_takes_too_long_is_given_up(no_trace: None, tmp_path: Path
         with pytest.raises(GardenHttpError, match=r"create deadline has passed|did not end in"):
             lab.garden.create()
         assert time.monotonic() - began < 30 * FACTOR
-        assert not alive(lab)
+        assert not lab.alive()
         assert lab.garden.list() == []

@@ -40,12 +40,12 @@ class Both:
     """The same rules through libnftables and as messages, each in an empty ruleset."""
 
     def __init__(self) -> None:
-        self.library = Nft()
+        self.libnftables = Nft()
         self.sockets = RuleSockets()
 
     def compare(self, text: str, base: str = "") -> None:
         self._begin(base)
-        self.library.run(text)
+        self.libnftables.run(text)
         wanted = self._listing()
         self._begin(base)
         self.sockets.run(text)
@@ -54,13 +54,13 @@ class Both:
         assert self._listing() == wanted
 
     def _begin(self, base: str) -> None:
-        self.library.run(f"flush ruleset\n{base}")
+        self.libnftables.run(f"flush ruleset\n{base}")
 
     def _listing(self) -> Any:
-        return without_handles(self.library.run_json("list ruleset"))
+        return without_handles(self.libnftables.run_json("list ruleset"))
 
     def close(self) -> None:
-        self.library.close()
+        self.libnftables.close()
         self.sockets.close()
 
 
@@ -118,7 +118,7 @@ def test_the_same_expressions_are_run(both: Both) -> None:
         denied=DENIED,
         has_ipv6=True,
     )
-    both.library.run(text)
+    both.libnftables.run(text)
     wanted = expressions()
     both.sockets.run(text)
     assert expressions() == wanted
@@ -208,7 +208,7 @@ def test_a_policy_of_the_largest_size_is_one_message(both: Both) -> None:
     """One more would not be atomic."""
     rules = tuple(parse_egress_rule(f"tcp:10.{n >> 8}.{n & 255}.0/24:443") for n in range(10_000))
     both.sockets.run(compile_container_ruleset(EgressPolicy(DefaultAction.DENY, rules)))
-    chain = both.library.run_json("list chain inet garden output")
+    chain = both.libnftables.run_json("list chain inet garden output")
     assert sum("rule" in each for each in chain) == len(rules) + 4
 
 

@@ -45,9 +45,9 @@ def take_in(value: Any, fds: list[int]) -> Any:
 
 def _take_in(value: Any, fds: list[int], places: set[int]) -> Any:
     match value:
-        case {"@text": int(place)}:
-            places.add(place)
-            return _read(fds[place])
+        case dict() if _MARK in value:
+            places.add(value[_MARK])
+            return _read(fds[value[_MARK]])
         case dict():
             return {key: _take_in(each, fds, places) for key, each in value.items()}
         case list():

@@ -79,7 +79,7 @@ class Construction:
             raise ProfileNotLoaded(profile)
         image_plugins = self.image_plugins_of(spec)
         if image_plugins:
-            if not self._roots.is_free(spec.handle, spec.handle):
+            if not self._roots.is_free(spec.handle):
                 raise HandleInUse(spec.handle)  # by a sidecar
             self._disk.check_for_plugin(spec.limits)
         else:
@@ -143,7 +143,6 @@ class Construction:
     async def _make_root(self, spec: ContainerSpec, directory: Path) -> Rootfs:
         with step(Step.IMAGE):
             return await self._roots.make(
-                spec.handle,
                 spec.handle,
                 directory,
                 spec.image,

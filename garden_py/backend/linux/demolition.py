@@ -18,7 +18,7 @@ from garden_py.backend.linux.container import ContainerFacts
 from garden_py.backend.linux.disk import ContainerDisk
 from garden_py.backend.linux.network import LinuxNetwork
 from garden_py.backend.linux.plugin_network import PluginNetwork
-from garden_py.backend.linux.plugin_roots import PluginRoots
+from garden_py.backend.linux.plugin_roots import PluginRoots, seconds_until
 from garden_py.backend.linux.sidecars import owner_of, sidecar_directories
 from garden_py.backend.linux.site import Site
 from garden_py.model.errors import Unkillable
@@ -28,7 +28,6 @@ from garden_py.observe.steps import Step, step
 
 log = structlog.get_logger()
 _RETRY_S = 0.005
-_LEAST_S = 1.0  # that a plugin gets
 
 
 class Demolition:
@@ -104,13 +103,13 @@ class Demolition:
     async def _remove_roots(self, handle: str, facts: ContainerFacts, deadline: float) -> None:
         """What image plugins have made, of the container and of sidecars that are left in it."""
         directories = sidecar_directories(self._site.depot.directory(handle))
-        sidecars = [(owner_of(handle, process_id), process_id) for process_id, _ in directories]
+        sidecars = [owner_of(handle, process_id) for process_id, _ in directories]
         await self._roots.remove_all(handle, facts, sidecars, deadline=deadline)
 
     async def _detach(self, handle: str, facts: ContainerFacts, deadline: float) -> None:
         with step(Step.NETWORK):
             if facts.lease.plugin is not None:
-                timeout_s = max(_LEAST_S, deadline - time.monotonic())
+                timeout_s = seconds_until(deadline)
                 await self._plugged.detach(handle, facts.lease.plugin, timeout_s=timeout_s)
             await self._network.detach(handle, facts.lease, privileged=facts.privileged)
         failpoints.reach(Point.DESTROY_DETACH)

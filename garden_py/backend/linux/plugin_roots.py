@@ -37,20 +37,19 @@ class PluginRoots:
         commands = self._plugins.commands
         return commands if commands and self._images.is_for_plugin(image, field) else ()
 
-    def is_free(self, owner: str, plugin_id: str) -> bool:
-        """Whether plugins know no root file system by this id but the owner's.
+    def is_free(self, owner: str) -> bool:
+        """Whether plugins know no other root file system by the id that they would know the owner's by.
 
         Should one be made all the same, it would fail, and what removes it would remove the other's.
         """
         return not any(
-            used.made_by and other != owner and plugin_id_of(other) == plugin_id
+            used.made_by and other != owner and plugin_id_of(other) == plugin_id_of(owner)
             for other, used in self._images.store.holders()
         )
 
     async def make(
         self,
         owner: str,
-        plugin_id: str,
         directory: Path,
         image: str,
         auth: RegistryAuth | None,
@@ -62,7 +61,6 @@ class PluginRoots:
 
         Args:
             owner: as the store of images knows the container or sidecar.
-            plugin_id: as plugins know it.
             directory: of the container or sidecar, where it is noted before it is begun.
             image: the reference; empty for the default.
             auth: for a registry.
@@ -75,12 +73,12 @@ class PluginRoots:
         name = self._images.name_of(image)
         used = UsedImage("", name, (), ImageConfig(), 0, made_by=self._plugins.commands)
         self._images.store.hold(owner, directory, used)
-        made = await self._plugins.create(plugin_id, name, auth, limits, privileged=privileged)
+        made = await self._plugins.create(plugin_id_of(owner), name, auth, limits, privileged=privileged)
         used = replace(used, config=ImageConfig(env=made.env))
         self._images.store.hold(owner, directory, used)
         return Rootfs(name, (), used, ready=Path(made.path), mounts=made.mounts)
 
-    async def remove(self, owner: str, plugin_id: str, *, timeout_s: float) -> None:
+    async def remove(self, owner: str, *, timeout_s: float) -> None:
         """Have one removed, if a plugin was to make it; gone is fine.
 
         Raises:
@@ -88,26 +86,26 @@ class PluginRoots:
         """
         used = self._images.store.held_by(owner)
         if used is not None and used.made_by:
-            await self._plugins.delete(plugin_id, used.made_by, timeout_s=timeout_s)
+            await self._plugins.delete(plugin_id_of(owner), used.made_by, timeout_s=timeout_s)
 
     async def remove_all(
-        self, handle: str, facts: ContainerFacts, sidecars: Sequence[tuple[str, str]], *, deadline: float
+        self, handle: str, facts: ContainerFacts, sidecars: Sequence[str], *, deadline: float
     ) -> None:
         """Have those of a container and of its sidecars removed.
 
         Args:
             handle: of the container.
             facts: as recorded.
-            sidecars: owner and plugin's id of each that there may be.
+            sidecars: those that there may be, as owners.
             deadline: for all of it, by time.monotonic().
 
         Raises:
             HostFault.
         """
-        for owner, plugin_id in sidecars:
-            await self.remove(owner, plugin_id, timeout_s=_until(deadline))
+        for owner in sidecars:
+            await self.remove(owner, timeout_s=seconds_until(deadline))
         if facts.image_plugins:
-            await self._plugins.delete(handle, facts.image_plugins, timeout_s=_until(deadline))
+            await self._plugins.delete(handle, facts.image_plugins, timeout_s=seconds_until(deadline))
 
 
 def plugin_id_of(owner: str) -> str:
@@ -115,5 +113,6 @@ def plugin_id_of(owner: str) -> str:
     return owner.rpartition("/")[2]
 
 
-def _until(deadline: float) -> float:
+def seconds_until(deadline: float) -> float:
+    """What a plugin is given till a deadline of time.monotonic(): a second in any case."""
     return max(_LEAST_S, deadline - time.monotonic())

@@ -157,17 +157,12 @@ class Sidecars:
             self._disk.check_for_plugin(spec.limits)
         else:
             self._disk.check(spec.limits)
-        job = asyncio.ensure_future(self._prepare_and_launch(container, spec, sidecar))
-        container.track(job)
         try:
-            return await job
-        except asyncio.CancelledError:
-            current = asyncio.current_task()
-            if current is not None and current.cancelling():
-                raise
-            if self._ending:
+            return await container.until_it_goes(self._prepare_and_launch(container, spec, sidecar))
+        except ContainerBroken:
+            if self._ending and not container.broken_because:
                 raise ShuttingDown from None
-            raise ContainerBroken(container.handle, "it is being destroyed") from None
+            raise
 
     async def _prepare_and_launch(
         self, container: LinuxContainer, spec: ProcessSpec, apart: SidecarSpec
@@ -241,11 +236,10 @@ class Sidecars:
         self, container: LinuxContainer, spec: ProcessSpec, apart: SidecarSpec, directory: Path
     ) -> Rootfs:
         owner = owner_of(container.handle, spec.id)
-        if not self._roots.is_free(owner, spec.id):
+        if not self._roots.is_free(owner):
             raise ProcessIdInUse(container.handle, spec.id)
         return await self._roots.make(
             owner,
-            spec.id,
             directory,
             apart.image,
             apart.image_auth,
@@ -371,7 +365,7 @@ class Sidecars:
             shutil.rmtree(self._site.runtime_root / runtime_id)
         await self._disk.remove(runtime_id)
         owner = owner_of(container.handle, process_id)
-        await self._roots.remove(owner, process_id, timeout_s=self._site.config.destroy_timeout_s)
+        await self._roots.remove(owner, timeout_s=self._site.config.destroy_timeout_s)
         self._site.depot.throw_away(self._directory(container, process_id))
         self._images.store.let_go(owner)
 

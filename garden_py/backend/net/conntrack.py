@@ -72,7 +72,7 @@ def forget_datagrams(port: int, local: Collection[IPAddress], owners: Collection
     Args:
         port: of the host.
         local: the host's addresses; flows to a port of this number elsewhere are left alone.
-        owners: the addresses that the port is mapped to.
+        owners: the addresses that the port is mapped to, one of each version of IP that it is mapped in.
 
     Returns:
         How many those were.
@@ -82,7 +82,7 @@ def forget_datagrams(port: int, local: Collection[IPAddress], owners: Collection
     """
     forgotten = 0
     with open_socket(_TIMEOUT_S) as opened:
-        for family in (IPv4Address(0), IPv6Address(0)):
+        for family in owners:  # each of another version of IP
             here, theirs = ({each.packed for each in some} for some in (local, owners))
             found = _list_datagrams(opened, family, struct.pack("!H", port), here, theirs)
             _delete(opened, family, sorted(found))
