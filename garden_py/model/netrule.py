@@ -22,6 +22,7 @@ import re
 import socket
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 from types import TracebackType
 
@@ -30,6 +31,9 @@ from garden_py.model.errors import InvalidField
 MAX_PORT = 65535
 MAX_RULES = 10_000
 """A policy above this is a mistake of the caller; it would take the kernel about a second to load."""
+
+RULES_REMEMBERED = 2048
+"""What has been made of so many rules is kept: a policy is mostly the one before, or another container's, changed."""
 
 IPAddress = IPv4Address | IPv6Address
 _MAPPED = IPv6Network("::ffff:0:0/96")  # RFC 4291 §2.5.5.2
@@ -108,6 +112,11 @@ class AddressRange:
             raise InvalidField("end", f"{self.start} and {self.end} are of different IP versions")
         if int(self.end) < int(self.start):
             raise InvalidField("end", f"range is reversed: {self.start}-{self.end}")
+
+    def __hash__(self) -> int:
+        return hash(
+            (int(self.start), int(self.end))
+        )  # rules are keys of caches; an address's own takes 20 times as long
 
     @classmethod
     def parse(cls, text: str) -> AddressRange:
@@ -440,6 +449,7 @@ def parse_egress_rule(text: str) -> EgressRule:
     )
 
 
+@lru_cache(maxsize=RULES_REMEMBERED)
 def format_egress_rule(rule: EgressRule) -> str:
     """The shortest text that `parse_egress_rule` turns into an equal rule."""
     networks = ",".join(f"[{n}]" if n.start.version == 6 else str(n) for n in rule.networks)

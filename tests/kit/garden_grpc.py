@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import grpc
@@ -21,6 +21,7 @@ from kit.garden_http import TIMEOUT_S, GardenClientBase, GardenHttpError, Proces
 
 _CHUNK_BYTES = 1 << 20
 _SIGNALS = {0: 15, 1: 9}
+_DISK_SCOPES = {0: pb.Limits.TOTAL, 1: pb.Limits.EXCLUSIVE}
 _TYPES = {
     "EXECUTABLE_NOT_FOUND": "ExecutableNotFoundError",
     "PROCESS_NOT_FOUND": "ProcessNotFoundError",
@@ -59,9 +60,14 @@ class GrpcGarden(GardenClientBase):
     def create(self, **spec: Any) -> str:
         grace_ns, limits = spec.pop("grace_time", None), spec.pop("limits", {})
         image = spec.pop("image", {})
+        netin, rules = spec.pop("netin", ()), spec.pop("netout_rules", ())
         found = pb.ContainerSpec(
-            bind_mounts=[bind_mount(**mount) for mount in spec.pop("bind_mounts", ())], **spec
+            bind_mounts=[bind_mount(**mount) for mount in spec.pop("bind_mounts", ())],
+            port_mappings=[pb.PortMapping(**mapping) for mapping in netin],
+            **spec,
         )
+        if rules:
+            found.egress.rules.extend(egress_rule(**rule) for rule in rules)
         if image:
             found.image = image.get("uri", "")
             if (auth := auth_of(image)) is not None:
@@ -84,6 +90,10 @@ class GrpcGarden(GardenClientBase):
             "State": pb.ContainerState.Name(found.state).lower(),
             "Events": list(found.events),
             "ContainerIP": found.container_ip,
+            "ContainerIPv6": found.container_ipv6,
+            "HostIP": found.host_ip,
+            "ExternalIP": found.external_ip,
+            "Properties": dict(found.spec.properties),
             "MappedPorts": [
                 {"HostPort": each.host_port, "ContainerPort": each.container_port}
                 for each in found.mapped_ports
@@ -103,12 +113,21 @@ class GrpcGarden(GardenClientBase):
             "PidStat": {"Current": found.pids, "Max": found.pids_limit},
             "Age": found.age.ToNanoseconds(),
             "CPUStat": {"Usage": found.cpu_usage_ns},
+            "DiskStat": {
+                "ExclusiveBytesUsed": found.disk_exclusive_bytes,
+                "TotalBytesUsed": found.disk_total_bytes,
+            },
         }
 
     def map_port(self, handle: str, container_port: int) -> tuple[int, int]:
         wanted = pb.PortMapping(container_port=container_port)
         found = self.ask("MapPort", pb.MapPortRequest(handle=handle, mapping=wanted))
         return found.host_port, found.container_port
+
+    def net_out(self, handle: str, *rules: dict[str, Any]) -> None:
+        policy = self.ask("GetEgress", pb.GetEgressRequest(handle=handle))
+        policy.rules.extend(egress_rule(**rule) for rule in rules)
+        self.ask("SetEgress", pb.SetEgressRequest(handle=handle, policy=policy))
 
     # --- files
 
@@ -238,8 +257,27 @@ def auth_of(image: dict[str, str]) -> pb.RegistryAuth | None:
     return pb.RegistryAuth(username=image["username"], password=image["password"])
 
 
+def egress_rule(
+    protocol: int = 0,
+    networks: Iterable[dict[str, str]] = (),
+    ports: Iterable[dict[str, int]] = (),
+    icmps: dict[str, int] | None = None,
+    log: bool = False,
+) -> pb.EgressRule:
+    """A rule in gRPC's words; the protocols have the same numbers."""
+    return pb.EgressRule(
+        protocol=protocol,
+        networks=[f"{network['start']}-{network['end']}" for network in networks],
+        ports=[pb.PortRange(**each) for each in ports],
+        icmp=None if icmps is None else pb.IcmpMatch(**icmps),
+        log=log,
+    )
+
+
 def limits_of(
-    memory_limits: dict[str, int] | None = None, pid_limits: dict[str, int] | None = None
+    memory_limits: dict[str, int] | None = None,
+    pid_limits: dict[str, int] | None = None,
+    disk_limits: dict[str, int] | None = None,
 ) -> pb.Limits:
     """Limits in gRPC's words."""
     found = pb.Limits()
@@ -247,4 +285,7 @@ def limits_of(
         found.memory_bytes = memory_limits["limit_in_bytes"]
     if pid_limits is not None:
         found.pids = pid_limits["max"]
+    if disk_limits is not None:
+        found.disk_bytes = disk_limits["byte_hard"]
+        found.disk_scope = _DISK_SCOPES[disk_limits.get("scope", 0)]
     return found

@@ -200,6 +200,10 @@ class GardenClientBase(ABC):
         """(host port, container port) of a mapping with a host port from the pool."""
 
     @abstractmethod
+    def net_out(self, handle: str, *rules: dict[str, Any]) -> None:
+        """Allow one destination more, or several at once."""
+
+    @abstractmethod
     def stream_in(self, handle: str, tar: bytes, *, user: str, destination: str) -> None: ...
 
     @abstractmethod
@@ -287,6 +291,13 @@ class WireClient(GardenClientBase):
         wanted = {"host_port": 0, "container_port": container_port}
         found = self.json("POST", f"/containers/{quote(handle)}/net/in", wanted)
         return found["host_port"], found["container_port"]
+
+    def net_out(self, handle: str, *rules: dict[str, Any]) -> None:
+        path = f"/containers/{quote(handle)}/net/out"
+        if len(rules) == 1:
+            assert self.json("POST", path, rules[0]) == {}
+        else:
+            assert self.json("POST", f"{path}/bulk", rules) == {}
 
     def stream_in(self, handle: str, tar: bytes, **query: str) -> None:
         self.succeed(self.call("PUT", f"/containers/{quote(handle)}/files?{urlencode(query)}", tar))

@@ -1,15 +1,14 @@
-"""An external network plugin: statements N40 to N44, and what happens when it does not do as it should."""
+"""An external network plugin: what it cannot be told, and what happens when it does not do as it should.
+
+The statements about it: test_garden_plugins.py.
+"""
 
 from __future__ import annotations
 
-import json
-import re
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from kit.garden import wait_until
@@ -33,7 +32,6 @@ from garden_py.client import (
     PortRange,
     Unimplemented,
 )
-from garden_py.config import load_config
 
 pytestmark = pytest.mark.root
 RULE = {
@@ -55,92 +53,6 @@ def lab(no_trace: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pl
 @pytest.fixture
 def garden(lab: PluginLab) -> GardenHttp:
     return lab.garden
-
-
-@pytest.mark.parametrize("privileged", [False, True])
-def test_N40_N41_N43_a_container_is_connected_by_the_plugin(
-    lab: PluginLab, garden: GardenHttp, privileged: bool
-) -> None:
-    """It is told what the container wants and which process is in its namespace; what it answers is the container's."""
-    spec: dict[str, Any] = {
-        "privileged": privileged,
-        "properties": {
-            "network.app_id": "a1",
-            "network.ports": "8080",
-            "log_config": '{"guid":"g"}',
-            "other": "x",
-        },
-        "netin": [{"host_port": 0, "container_port": 8080}, {"host_port": 9500, "container_port": 2222}],
-        "netout_rules": [RULE, {"protocol": 3, "icmps": {"type": 8, "code": 0}, "log": True}],
-    }
-    with garden.container(**spec) as handle:
-        call = lab.network.calls("up")[-1]
-        assert call["argv"] == ["--config=/c.json", "--action", "up", "--handle", handle]
-        asked = call["asked"]
-        assert asked["Properties"] == {"app_id": "a1", "ports": "8080", "log_config": '{"guid":"g"}'}
-        assert asked["netin"] == spec["netin"]
-        assert asked["netout_rules"] == spec["netout_rules"]
-        assert Path(f"/proc/{asked['Pid']}/comm").read_text().strip() == "garden-init"
-        info = garden.info(handle)
-        address = info["ContainerIP"]
-        assert re.fullmatch(r"10\.77\.0\.\d+", address)
-        assert (info["HostIP"], info["ContainerIPv6"]) == (ROUTER_IP, "")
-        assert [port["ContainerPort"] for port in info["MappedPorts"]] == [8080, 2222]
-        assert info["MappedPorts"][1]["HostPort"] == 9500
-        properties = info["Properties"]
-        assert properties["garden.network.container-ip"] == address
-        assert properties["garden.network.interface"] == "eth7"
-        assert json.loads(properties["garden.network.mapped-ports"]) == info["MappedPorts"]
-        assert properties["plugin.color"] == "green"
-        assert properties["other"] == "x"
-        garden.text_of(handle, f"ping -c 1 -W 5 {ROUTER_IP}")
-    assert lab.network.calls("down")[-1]["handle"] == handle
-    assert lab.network.calls("down")[-1]["asked"] is None
-    assert not lab.links()
-
-
-def test_N31_names_are_served_by_whom_the_plugin_says(garden: GardenHttp) -> None:
-    with garden.container() as handle:
-        lines = garden.text_of(handle, "cat /etc/resolv.conf").splitlines()
-        told = [line for line in lines if line.split()[0] in ("search", "nameserver")]
-        assert told == ["search apps.internal example.org", f"nameserver {ROUTER_IP}"]
-        address = garden.info(handle)["ContainerIP"]
-        assert f"{address} {handle}" in garden.text_of(handle, "cat /etc/hosts")
-        garden.text_of(handle, "echo mine >> /etc/hosts")
-
-
-def test_N42_ports_and_destinations_are_added(lab: PluginLab, garden: GardenHttp) -> None:
-    with garden.container() as handle:
-        address = garden.info(handle)["ContainerIP"]
-        external = garden.info(handle)["ExternalIP"]
-        assert garden.map_port(handle, 7070) == (9999, 7070)
-        asked = lab.network.calls("net-in")[-1]["asked"]
-        assert asked == {"HostIP": external, "HostPort": 0, "ContainerIP": address, "ContainerPort": 7070}
-        assert garden.info(handle)["MappedPorts"] == [{"HostPort": 9999, "ContainerPort": 7070}]
-        garden.json("POST", f"/containers/{handle}/net/out", RULE)
-        assert lab.network.calls("net-out")[-1]["asked"] == {"container_ip": address, "netout_rule": RULE}
-        garden.json("POST", f"/containers/{handle}/net/out/bulk", [RULE])
-        assert lab.network.calls("bulk-net-out")[-1]["asked"] == {
-            "container_ip": address,
-            "netout_rules": [RULE],
-        }
-
-
-def test_N44_there_is_nothing_of_our_own(lab: PluginLab, garden: GardenHttp) -> None:
-    """No table, no link of the server's; the external address is told to everybody before the plugin speaks."""
-    with garden.container() as handle:
-        tag = load_config({"state_dir": str(lab.server.place / "state")}, environ={}).tag
-        assert f"garden_{tag}" not in output_of("nft", "list", "tables")
-        assert f"gdn{tag}" not in output_of("ip", "-o", "link", "show")
-        assert garden.info(handle)["Properties"]["garden.network.external-ip"]
-        assert garden.json("GET", "/capacity")["max_containers"] == 300  # of --uid-pool-size
-    with GardenClient(lab.server.address) as client:
-        assert not client.check_leaks()
-
-
-def output_of(*argv: str) -> str:
-    done = subprocess.run(argv, check=True, capture_output=True, text=True, timeout=20 * FACTOR)
-    return done.stdout
 
 
 def test_metrics_are_read_inside(garden: GardenHttp) -> None:
@@ -318,18 +230,6 @@ def test_what_is_still_being_made_is_ended_before_the_container_goes(
     assert not lab.alive()
     caller.join(20 * FACTOR)
     assert "it is being destroyed" in failures[0].message
-
-
-def test_a_failing_down_keeps_the_container_till_it_succeeds(lab: PluginLab, garden: GardenHttp) -> None:
-    """Statement L12; the server tries again by itself."""
-    handle = garden.create()
-    lab.order("down", "fail")
-    with pytest.raises(GardenHttpError, match="running 'down' action: exit status 1: said on stderr"):
-        garden.destroy(handle)
-    with GardenClient(lab.server.address) as client:
-        assert [each.handle for each in client.list(all_states=True)] == [handle]
-        lab.order("down", "")
-        wait_until(lambda: not list(client.list(all_states=True)), "destroyed in the background")
 
 
 def test_a_down_that_hangs_does_not_hold_up_the_caller(lab: PluginLab, garden: GardenHttp) -> None:

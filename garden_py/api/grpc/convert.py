@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import TypeVar
 
 from google.protobuf.duration_pb2 import Duration
@@ -169,7 +170,7 @@ def policy_from(message: pb.EgressPolicy, default: netrule.DefaultAction, field:
         case unknown:
             raise InvalidField(f"{field}.default_action", f"unknown value {unknown}")
     with netrule.at_field(field):
-        return netrule.EgressPolicy(action, _each_from(message.rules, "rules", _rule_from))
+        return netrule.EgressPolicy(action, _each_from(message.rules, "rules", _known_rule_from))
 
 
 def _each_from(
@@ -183,6 +184,15 @@ def _each_from(
     except InvalidField as error:
         raise InvalidField(f"{field}[{len(values)}].{error.field}", error.problem) from error
     return tuple(values)
+
+
+def _known_rule_from(message: pb.EgressRule) -> netrule.EgressRule:
+    return _unpack_rule(message.SerializeToString())
+
+
+@lru_cache(maxsize=netrule.RULES_REMEMBERED)
+def _unpack_rule(packed: bytes) -> netrule.EgressRule:
+    return _rule_from(pb.EgressRule.FromString(packed))
 
 
 def _rule_from(message: pb.EgressRule) -> netrule.EgressRule:
@@ -264,7 +274,7 @@ def policy_to(
         etag=etag or egress_etag(policy),
     )
     for each in policy.rules:
-        _put_rule(message.rules.add(), each)
+        message.rules.add().MergeFromString(_pack_rule(each))
     if counts is not None:
         message.default_packets, message.default_bytes = counts.default.packets, counts.default.bytes
         message.denied_network_packets = counts.denied_network.packets
@@ -274,13 +284,13 @@ def policy_to(
     return message
 
 
+@lru_cache(maxsize=netrule.RULES_REMEMBERED)
+def _pack_rule(rule: netrule.EgressRule) -> bytes:
+    return _rule_to(rule).SerializeToString()
+
+
 def _rule_to(rule: netrule.EgressRule) -> pb.EgressRule:
     message = pb.EgressRule()
-    _put_rule(message, rule)
-    return message
-
-
-def _put_rule(message: pb.EgressRule, rule: netrule.EgressRule) -> None:
     message.action = _RULE_ACTIONS_OUT[rule.action]
     message.protocol = _PROTOCOLS_OUT[rule.protocol]
     message.networks.extend(map(str, rule.networks))
@@ -289,6 +299,7 @@ def _put_rule(message: pb.EgressRule, rule: netrule.EgressRule) -> None:
     message.log = rule.log
     if rule.icmp is not None:
         message.icmp.CopyFrom(pb.IcmpMatch(type=rule.icmp.type, code=rule.icmp.code))
+    return message
 
 
 # --- containers

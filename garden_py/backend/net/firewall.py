@@ -27,11 +27,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address
 
 from garden_py.agent.netrules import ROUTED_REALM
 from garden_py.backend.net.plan import CONTAINER_LINK
 from garden_py.model.netrule import (
+    RULES_REMEMBERED,
     AddressRange,
     Cause,
     DefaultAction,
@@ -305,7 +307,7 @@ def _count_lists(rule: EgressRule) -> int:
 
 
 def _rule_statements(
-    index: int, rule: EgressRule, accept: str, log: LogTarget, versions: Sequence[int], most: int
+    index: int, rule: EgressRule, accept: str, log: LogTarget, versions: tuple[int, ...], most: int
 ) -> list[str]:
     # Without networks of a version that gets here there is nothing to match: no statements.
     allows = rule.action is Action.ALLOW
@@ -320,16 +322,17 @@ def _rule_statements(
     return lines
 
 
-def _matches(rule: EgressRule, versions: Sequence[int], most: int) -> list[str]:
+@lru_cache(maxsize=RULES_REMEMBERED)
+def _matches(rule: EgressRule, versions: tuple[int, ...], most: int) -> tuple[str, ...]:
     if rule.protocol is not Protocol.ICMP:
         protocols = _match_protocol(rule, most)
         found = match_addresses(rule.networks, versions, most // len(protocols))
-        return [_join(addresses, protocol) for addresses in found for protocol in protocols]
-    found = []
+        return tuple(_join(addresses, protocol) for addresses in found for protocol in protocols)
+    matches: list[str] = []
     for version in versions:  # each has a protocol of its own, with types of its own
         icmp = _match_icmp(rule, version)
-        found += [_join(addresses, icmp) for addresses in match_addresses(rule.networks, (version,), most)]
-    return found
+        matches += [_join(addresses, icmp) for addresses in match_addresses(rule.networks, (version,), most)]
+    return tuple(matches)
 
 
 def _match_protocol(rule: EgressRule, most: int) -> list[str]:

@@ -7,6 +7,7 @@ change what an action does: `fail`, `hang`, `garbage`, `flood`, or a Python expr
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from dataclasses import dataclass
@@ -40,6 +41,11 @@ class InstalledPlugin:
             path.write_text(what)
         else:
             path.unlink(missing_ok=True)
+
+    def roots(self) -> list[str]:
+        """Ids of what an image plugin has in its store."""
+        store = self.place / "store"
+        return sorted(os.listdir(store)) if store.exists() else []
 
     def pids(self) -> list[int]:
         """Of calls that run."""
