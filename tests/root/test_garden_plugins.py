@@ -204,19 +204,23 @@ def test_N40_N41_N43_a_container_is_connected_by_the_plugin(
         assert [port["ContainerPort"] for port in info["MappedPorts"]] == [8080, 2222]
         assert info["MappedPorts"][1]["HostPort"] == 9500
         properties = info["Properties"]
-        assert properties["garden.network.container-ip"] == address
         assert properties["garden.network.interface"] == "eth7"
-        ports = [
-            {"HostPort": port["HostPort"], "ContainerPort": port["ContainerPort"]}
-            for port in info["MappedPorts"]
-        ]
-        assert json.loads(properties["garden.network.mapped-ports"]) == ports
         assert properties["plugin.color"] == "green"
         assert properties["other"] == "x"
         garden.text_of(handle, f"ping -c 1 -W 5 {ROUTER_IP}")
     assert lab.network.calls("down")[-1]["handle"] == handle
     assert lab.network.calls("down")[-1]["asked"] is None
     assert not lab.links()
+
+
+@pytest.mark.garden_only("over gRPC they are fields")
+def test_N41_what_the_plugin_answers_are_properties(garden: WireClient) -> None:
+    with garden.container(netin=[{"host_port": 0, "container_port": 8080}]) as handle:
+        info = garden.info(handle)
+        properties = info["Properties"]
+        assert properties["garden.network.container-ip"] == info["ContainerIP"]
+        assert json.loads(properties["garden.network.mapped-ports"]) == info["MappedPorts"]
+        assert properties["garden.network.external-ip"] == info["ExternalIP"]
 
 
 def test_N31_names_are_served_by_whom_the_plugin_says(garden: GardenClientBase) -> None:

@@ -122,6 +122,7 @@ def sidecar_metrics_json(process: RunningProcess, usage: Usage) -> dict[str, Any
     return {
         **EMPTY_METRICS,
         **_usage_json(usage),
+        "DiskStat": _disk_json(usage),
         "Age": max(1, time.time_ns() - process.started_ns),
     }
 
