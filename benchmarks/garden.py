@@ -15,7 +15,8 @@ from pathlib import Path
 
 from kit.garden_http import GardenHttp, HttpProcess, connect
 from kit.server import running_server
-from measure import alternate, timing
+from measure import Subject, alternate, timing
+from processes import in_a_row, in_a_streak
 from report import Mark, Row, at_most
 from setting import Setting
 
@@ -40,9 +41,13 @@ def _measure_processes(setting: Setting, garden: GardenHttp) -> Iterator[Row]:
     with garden.container() as handle, _bare_sender() as sender:
         runc.run_ms(name)
         try:
-            runs = alternate(
-                {"garden": lambda: _run_ms(garden, handle), "runc": lambda: runc.exec_ms(name, "/bin/true")},
-                rounds=setting.rounds,
+            subjects: dict[str, Subject] = {
+                "garden": lambda: _run_ms(garden, handle),
+                "runc": lambda: runc.exec_ms(name, "/bin/true"),
+            }
+            runs, streaks = (
+                alternate({subject: so(act) for subject, act in subjects.items()}, rounds=setting.rounds)
+                for so in (in_a_row, in_a_streak)
             )
         finally:
             runc.delete_ms(name)
@@ -54,7 +59,9 @@ def _measure_processes(setting: Setting, garden: GardenHttp) -> Iterator[Row]:
         into = alternate(
             {"garden": lambda: _stdin_mb_s(garden, handle)}, rounds=setting.throughput_rounds, warm_up=1
         )
-    yield Row("Garden: run `true` → exit", "ms", runs["garden"], "runc exec", runs["runc"], (at_most(6),))
+    what, peer, marks = "Garden: run `true` → exit", "runc exec", (at_most(6),)
+    yield Row(what, "ms", runs["garden"], peer, runs["runc"], marks)
+    yield Row(f"{what}, 20 in a row", "ms", streaks["garden"], peer, streaks["runc"], marks)
     yield Row(
         "Garden: stdout",
         "MB/s",

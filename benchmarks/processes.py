@@ -29,14 +29,14 @@ def measure_run(setting: Setting) -> Iterator[Row]:
         try:
             subjects = _subjects(setting, handle, name, lambda: loop.run(_run_true_async(asynchronous[1])))
             found = alternate(
-                {subject: _in_a_row(act) for subject, act in subjects.items()}, rounds=setting.rounds
+                {subject: in_a_row(act) for subject, act in subjects.items()}, rounds=setting.rounds
             )
             paused = alternate(
                 {subject: _after_a_pause(subjects[subject]) for subject in ("raw stub", _PEER)},
                 rounds=setting.rounds,
             )
             streak = alternate(
-                {subject: _streak(subjects[subject]) for subject in ("raw stub", _PEER)},
+                {subject: in_a_streak(subjects[subject]) for subject in ("raw stub", _PEER)},
                 rounds=setting.rounds,
             )
         finally:
@@ -60,7 +60,7 @@ def _subjects(setting: Setting, handle: str, runc_name: str, run_async: Subject)
     }
 
 
-def _in_a_row(act: Subject) -> Subject:
+def in_a_row(act: Subject) -> Subject:
     """The second of two: else each subject would meet the state that the one before it has left."""
 
     def second() -> float:
@@ -70,7 +70,7 @@ def _in_a_row(act: Subject) -> Subject:
     return second
 
 
-def _streak(act: Subject) -> Subject:
+def in_a_streak(act: Subject) -> Subject:
     """The median of twenty in a row: what a client meets that runs one process after the other."""
 
     def median_of_many() -> float:
