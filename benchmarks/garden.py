@@ -15,8 +15,7 @@ from pathlib import Path
 
 from kit.garden_http import GardenHttp, HttpProcess, connect
 from kit.server import running_server
-from measure import Subject, alternate, timing
-from processes import in_a_row, in_a_streak
+from measure import Subject, alternate, in_a_row, in_a_streak, timing
 from report import Mark, Row, at_most
 from setting import Setting
 

@@ -64,3 +64,23 @@ def timed_ms(act: Callable[[], object]) -> float:
 def timing(act: Callable[[], object]) -> Subject:
     """A subject whose figure is the milliseconds that act takes."""
     return lambda: timed_ms(act)
+
+
+def in_a_row(act: Subject) -> Subject:
+    """The second of two: else each subject would meet the state that the one before it has left."""
+
+    def second() -> float:
+        act()
+        return act()
+
+    return second
+
+
+def in_a_streak(act: Subject) -> Subject:
+    """The median of twenty in a row: what a client meets that runs one process after the other."""
+
+    def median_of_many() -> float:
+        act()
+        return statistics.median(act() for _ in range(20))
+
+    return median_of_many

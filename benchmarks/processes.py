@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import statistics
 import time
 from collections.abc import Iterator
 
-from measure import Subject, alternate
+from measure import Subject, alternate, in_a_row, in_a_streak
 from report import Row, at_most, ratio_at_most
 from setting import Setting
 
@@ -58,26 +57,6 @@ def _subjects(setting: Setting, handle: str, runc_name: str, run_async: Subject)
         "client library": lambda: _run_true(container),
         "async client library": run_async,
     }
-
-
-def in_a_row(act: Subject) -> Subject:
-    """The second of two: else each subject would meet the state that the one before it has left."""
-
-    def second() -> float:
-        act()
-        return act()
-
-    return second
-
-
-def in_a_streak(act: Subject) -> Subject:
-    """The median of twenty in a row: what a client meets that runs one process after the other."""
-
-    def median_of_many() -> float:
-        act()
-        return statistics.median(act() for _ in range(20))
-
-    return median_of_many
 
 
 def _after_a_pause(act: Subject) -> Subject:

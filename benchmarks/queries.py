@@ -6,10 +6,11 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 from cell import Cell, ping_ms
-from measure import alternate, timed_ms, timing
+from measure import alternate, in_a_row, timed_ms, timing
 from report import Row, at_most
 from setting import Setting
 from stopwatch import running_stopwatch
@@ -90,6 +91,12 @@ def measure_egress(setting: Setting) -> Iterator[Row]:
         def nft(file: Path = rules) -> float:
             return float(stopwatch.ask(op="time", argv=["nft", "-f", str(file)], log=log)["ms"])
 
+        fresh = (pb.SetEgressRequest(handle=handle, policy=_policy(first)) for first in count(1))
+
+        def set_new() -> float:
+            new = next(fresh)
+            return timed_ms(lambda: stub.SetEgress(new, timeout=30))
+
         many = pb.SetEgressRequest(handle=handle, policy=_policy_of_lists())
 
         def set_many() -> float:
@@ -99,7 +106,8 @@ def measure_egress(setting: Setting) -> Iterator[Row]:
             time.sleep(_SOCKET_GONE_S)
             return set_egress()
 
-        often = alternate({"garden": set_egress, "nft": nft}, rounds=setting.rounds)
+        often = alternate({"garden": in_a_row(set_egress), "nft": in_a_row(nft)}, rounds=setting.rounds)
+        new = alternate({"garden": in_a_row(set_new), "nft": in_a_row(nft)}, rounds=setting.rounds)
         seldom = alternate(
             {"garden": set_egress_cold, "nft": nft}, rounds=setting.throughput_rounds, warm_up=0
         )
@@ -108,6 +116,7 @@ def measure_egress(setting: Setting) -> Iterator[Row]:
         )
     what, peer = f"SetEgress of {RULES} rules", "nft -f"
     yield Row(f"{what}, in a row", "ms", often["garden"], peer, often["nft"], (at_most(10),))
+    yield Row(f"{what}, none of which it has seen", "ms", new["garden"], peer, new["nft"], (at_most(10),))
     yield Row(f"{what}, seldom", "ms", seldom["garden"], peer, seldom["nft"], (at_most(10),))
     what = f"SetEgress of {MANY_RULES} rules, each with a list of networks and one of ports"
     yield Row(what, "ms", long["garden"], peer, long["nft"])
@@ -129,15 +138,19 @@ def _policy_of_lists() -> pb.EgressPolicy:
     )
 
 
-def _policy() -> pb.EgressPolicy:
-    """Rules as security groups have them: a network, a protocol, a few ports."""
+def _policy(first: int = 0) -> pb.EgressPolicy:
+    """Rules as security groups have them: a network, a protocol, a few ports.
+
+    Args:
+        first: its rules have nothing in common with those of another number.
+    """
     return pb.EgressPolicy(
         default_action=pb.EgressPolicy.DENY,
         rules=[
             pb.EgressRule(
                 action=pb.EgressPolicy.ALLOW,
                 protocol=pb.EgressRule.TCP,
-                networks=[f"10.{number}.0.0/16"],
+                networks=[f"10.{number}.{first & 255}.0/{24 if first else 16}"],
                 ports=[pb.PortRange(start=443), pb.PortRange(start=8000 + number, end=8100 + number)],
             )
             for number in range(RULES)

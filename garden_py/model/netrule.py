@@ -32,7 +32,7 @@ MAX_PORT = 65535
 MAX_RULES = 10_000
 """A policy above this is a mistake of the caller; it would take the kernel about a second to load."""
 
-RULES_REMEMBERED = 2048
+RULES_REMEMBERED = 4096
 """What has been made of so many rules is kept: a policy is mostly the one before, or another container's, changed."""
 
 IPAddress = IPv4Address | IPv6Address
