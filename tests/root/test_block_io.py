@@ -6,11 +6,15 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from kit.garden import cgroups_of, sh, wait_until
+from kit.patience import FACTOR
 from kit.server import ServerProcess, running_server
 from own_server import own_garden, own_server
 
@@ -183,3 +187,78 @@ def test_defaults_of_the_server(no_trace: None) -> None:
             assert rate(box, "write") < 3 * MIB
         with garden.create(ContainerSpec(limits=Limits(io_write_bytes_per_s=0))) as box:
             assert box.limits().io_write_bytes_per_s == 0
+
+
+# --- weights
+
+
+@pytest.fixture
+def bfq_disk(no_trace: None, tmp_path: Path) -> Iterator[tuple[Path, Path]]:
+    """A file system on a device whose scheduler divides by weight, and where to choose its scheduler."""
+    file, place = tmp_path / "disk", Path(tempfile.mkdtemp(dir="/var/tmp"))
+    with ExitStack() as undo:
+        undo.callback(place.rmdir)
+        with file.open("wb") as disk:
+            disk.truncate(512 * MIB)
+        run("mkfs.ext4", "-q", "-E", "lazy_itable_init=1,lazy_journal_init=1", str(file))
+        device = run("losetup", "--find", "--show", "--direct-io=on", str(file)).strip()
+        undo.callback(run, "losetup", "--detach", device)
+        scheduler = Path("/sys/block") / Path(device).name / "queue/scheduler"
+        if "bfq" not in scheduler.read_text():
+            pytest.skip("the kernel has no bfq scheduler")
+        before = scheduler_of_text(scheduler.read_text())
+        scheduler.write_text("bfq")
+        undo.callback(scheduler.write_text, before)
+        run("mount", device, str(place))
+        undo.callback(run, "umount", str(place))
+        yield place, scheduler
+
+
+def scheduler_of_text(text: str) -> str:
+    """The one in brackets."""
+    return text.partition("[")[2].partition("]")[0]
+
+
+def run(*argv: str) -> str:
+    done = subprocess.run(argv, check=True, capture_output=True, text=True, timeout=60 * FACTOR)
+    return done.stdout
+
+
+def test_weights_divide_a_device(bfq_disk: tuple[Path, Path]) -> None:
+    """At create and live, by the server's default for who states none; said where nothing divides any more."""
+    place, scheduler = bfq_disk
+    flags = ("--state-dir", str(place / "state"), "--default-container-blockio-weight", "200")
+    with (
+        running_server(*flags) as server,
+        GardenClient(server.address) as garden,
+        garden.create(ContainerSpec(limits=Limits(io_weight=1000))) as heavy,
+        garden.create(ContainerSpec(limits=Limits(io_weight=100))) as light,
+        garden.create() as neither,
+    ):
+        assert [box.limits().io_weight for box in (heavy, light, neither)] == [1000, 100, 200]
+        for box in (heavy, light):
+            box.start(sh(dd("write")))
+        assert ratio(heavy, light) > 2
+        assert light.update_limits(Limits(io_weight=1000)).io_weight == 1000
+        heavy.update_limits(Limits(io_weight=100))
+        rate(heavy, "write", 1.0)  # what was under way
+        assert ratio(light, heavy) > 2
+        with pytest.raises(GardenError, match="bfq scheduler takes at most 1000"):
+            heavy.update_limits(Limits(io_weight=1001))
+        server.kill()
+        server.start()
+        assert [garden.container(box.handle).limits().io_weight for box in (heavy, light)] == [100, 1000]
+        scheduler.write_text("none")
+        assert heavy.limits().io_weight is None
+        with pytest.raises(GardenError, match="not bfq"):
+            heavy.update_limits(Limits(io_weight=500))
+
+
+def ratio(one: Container, other: Container) -> float:
+    """How much more one writes than another in the same two seconds."""
+    for box in (one, other):
+        wait_until(lambda box=box: moved_bytes(box, "write"), "the first transfer")
+    before, started = [moved_bytes(box, "write") for box in (one, other)], time.monotonic()
+    wait_until(lambda: time.monotonic() - started > 2.0, "the window's end")
+    moved = [moved_bytes(box, "write") - had for box, had in zip((one, other), before, strict=True)]
+    return moved[0] / max(1, moved[1])
