@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from garden_image import any_client
-from kit.garden_grpc import GrpcGarden
 from kit.garden_http import GardenClientBase, GardenHttpError
 
 pytestmark = pytest.mark.root
@@ -128,9 +127,7 @@ def test_BI6_binds_may_cover_the_image(garden: GardenClientBase, place: Path) ->
 
 def test_N20_ports_in_the_create(garden: GardenClientBase) -> None:
     """Through the Garden door as `netin`, over gRPC as port mappings."""
-    ports = [{"container_port": 8080}, {"container_port": 9090}]
-    key = "port_mappings" if isinstance(garden, GrpcGarden) else "netin"
-    with garden.container(**{key: ports}) as handle:
+    with garden.container(netin=[{"container_port": 8080}, {"container_port": 9090}]) as handle:
         mapped = garden.info(handle)["MappedPorts"]
         assert [each["ContainerPort"] for each in mapped] == [8080, 9090]
         listener = garden.run(handle, "nc", "-l", "-p", "9090", "-e", "echo", "hello")
