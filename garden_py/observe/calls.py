@@ -9,12 +9,19 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Mapping
+from contextvars import ContextVar
 
 from structlog.contextvars import bind_contextvars, clear_contextvars
 
 REQUEST_ID_HEADER = "x-request-id"
 """Of gRPC metadata and HTTP headers, both ways."""
 
+TRACE_HEADERS = ("traceparent", "tracestate")
+"""Likewise, by which a call is part of a trace of its caller's. Source: W3C Trace Context, §3.2, §3.3."""
+
+_NO_TRACE: Mapping[str, str] = {}
+_trace: ContextVar[Mapping[str, str]] = ContextVar("trace", default=_NO_TRACE)
 _SANE = re.compile(r"[A-Za-z0-9._:/@+=-]{1,128}")
 _HANDLE_SHOWN = 128  # of what may be anything: it is checked after it was logged
 
@@ -24,15 +31,17 @@ def choose_request_id(given: str) -> str:
     return given if _SANE.fullmatch(given) else secrets.token_hex(8)
 
 
-def begin_call(given: str, handle: str = "") -> str:
+def begin_call(given: str, handle: str = "", trace: Mapping[str, str] = _NO_TRACE) -> str:
     """Begin a call in this task; the id it has.
 
     Args:
         given: the id that the caller sent; empty: none.
         handle: the container it names; empty: none, or not known yet.
+        trace: what the caller sent of TRACE_HEADERS.
     """
     request_id = choose_request_id(given)
     clear_contextvars()
+    _trace.set(trace)
     bind_contextvars(request_id=request_id)
     name_container(handle)
     return request_id
@@ -42,3 +51,8 @@ def name_container(handle: str) -> None:
     """From here on the call is about this container; empty: nothing is known."""
     if handle:
         bind_contextvars(handle=handle[:_HANDLE_SHOWN])
+
+
+def trace_of_caller() -> Mapping[str, str]:
+    """What the caller of this call sent of TRACE_HEADERS, as it came."""
+    return _trace.get()

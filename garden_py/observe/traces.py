@@ -1,4 +1,6 @@
-"""OpenTelemetry traces, an extra: each create and each destroy is one trace, with its steps as spans.
+"""OpenTelemetry traces, an extra: each create and each destroy is a span with its steps as spans below it.
+
+It is a trace of its own, or a part of its caller's trace where that one tells of it (calls.TRACE_HEADERS).
 
 The SDK is loaded only when traces are wanted. It sends in a thread of its own, and drops what the collector does not
 take: nobody waits for it. Source: opentelemetry.io/docs/specs/otlp, §OTLP/HTTP.
@@ -14,6 +16,7 @@ import structlog
 from structlog.contextvars import get_contextvars
 
 from garden_py.model.errors import InvalidField
+from garden_py.observe.calls import trace_of_caller
 from garden_py.observe.steps import Operation
 
 if TYPE_CHECKING:
@@ -38,14 +41,16 @@ class Tracing:
         """A `steps.Listener`; the spans get the times that were taken then."""
         from opentelemetry.context import Context
         from opentelemetry.trace import Status, StatusCode, set_span_in_context
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         attributes = {"garden.handle": operation.handle}
         if request_id := get_contextvars().get("request_id"):
             attributes["garden.request_id"] = request_id
+        caller = TraceContextTextMapPropagator().extract(trace_of_caller(), Context())
         whole = self._tracer.start_span(
-            operation.name, context=Context(), attributes=attributes, start_time=operation.began_ns
+            operation.name, context=caller, attributes=attributes, start_time=operation.began_ns
         )
-        inside = set_span_in_context(whole, Context())
+        inside = set_span_in_context(whole, caller)
         for step in operation.steps:
             span = self._tracer.start_span(step.step.value, context=inside, start_time=step.began_ns)
             if step.failure:

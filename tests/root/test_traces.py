@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from kit.collector import attributes_of, running_collector
+from kit.garden import open_stub
+from kit.garden_http import GardenHttp
 from kit.server import running_server
 from kit.trace import assert_no_trace, snapshot
 
+from garden_py.api._pb import garden_pb2 as pb
 from garden_py.client import ContainerSpec, GardenClient
 from garden_py.observe.steps import CREATE_STEPS, DESTROY_STEPS
 
@@ -35,6 +39,32 @@ def test_a_create_is_one_trace_with_its_steps_and_so_is_a_destroy(no_trace: None
     (launch,) = [span for span in created if span.name == "launch"]
     (runtime,) = [span for span in created if span.name == "runtime"]
     assert launch.start_time_unix_nano <= runtime.start_time_unix_nano < launch.end_time_unix_nano
+    assert_no_trace(before)
+
+
+def test_a_create_is_part_of_its_callers_trace(no_trace: None, tmp_path: Path) -> None:
+    """By gRPC metadata, and by a header of the Garden door."""
+    before = snapshot()
+    theirs, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    header = ("traceparent", f"00-{theirs}-{parent}-01")
+    door = f"unix:{tmp_path}/garden.sock"
+    with running_collector() as collector:
+        with (
+            running_server("--otel-endpoint", collector.endpoint, "--garden-http", door) as server,
+            GardenClient(server.address) as garden,
+            open_stub(server.address) as stub,
+        ):
+            request = pb.CreateContainerRequest(spec=pb.ContainerSpec(handle="one"))
+            stub.CreateContainer(request, metadata=(header,), timeout=60)
+            body = b'{"handle": "two", "image": {}, "limits": {}}'
+            assert GardenHttp(door).call("POST", "/containers", body, ": ".join(header)).status == 200
+            for handle in ("one", "two"):
+                garden.container(handle).destroy()
+        assert len(collector.traces("destroy")) == 2
+        found = [span for span in collector.spans if span.parent_span_id.hex() == parent]
+    assert {attributes_of(span)["garden.handle"] for span in found} == {"one", "two"}
+    for span in found:
+        assert (span.name, span.trace_id.hex()) == ("create", theirs)
     assert_no_trace(before)
 
 

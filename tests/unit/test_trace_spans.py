@@ -52,6 +52,32 @@ def test_failures_are_marked() -> None:
     assert [(span.status.code, span.status.message) for span in trace] == [(2, "OSError")] * 2
 
 
+def test_a_caller_finds_its_create_in_its_own_trace() -> None:
+    """W3C Trace Context §3.2; what is no such header begins a trace, and what is not to be sampled is not sent."""
+    theirs, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    with running_collector() as collector:
+        tracing = open_tracing(collector.endpoint, version="1", instance="x")
+        assert tracing is not None
+        for handle, sent in (
+            ("in", {"traceparent": f"00-{theirs}-{parent}-01", "tracestate": "vendor=1"}),
+            ("unsampled", {"traceparent": f"00-{theirs}-{parent}-00"}),
+            ("alone", {"traceparent": "nonsense"}),
+            ("alone too", {}),
+        ):
+            begin_call("", handle, sent)
+            with operation(CREATE, handle, [tracing.operation_ended]), step(Step.LEASE):
+                pass
+        tracing.close()
+    found = {attributes_of(span)["garden.handle"]: span for span in collector.spans if span.name == "create"}
+    assert set(found) == {"in", "alone", "alone too"}
+    assert (found["in"].trace_id.hex(), found["in"].parent_span_id.hex()) == (theirs, parent)
+    assert found["in"].trace_state == "vendor=1"
+    (lease,) = [span for span in collector.spans if span.parent_span_id == found["in"].span_id]
+    assert lease.trace_id.hex() == theirs
+    assert not found["alone"].parent_span_id
+    assert found["alone"].trace_id != found["alone too"].trace_id
+
+
 def test_a_collector_that_is_not_there_harms_nobody(capfd: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))

@@ -13,11 +13,12 @@ from garden_py.api.grpc.drain import Drain
 from garden_py.api.grpc.outcome import Outcome, counted
 from garden_py.api.grpc.status import status_of
 from garden_py.model.errors import GardenError, HostFault
-from garden_py.observe.calls import REQUEST_ID_HEADER, begin_call
+from garden_py.observe.calls import REQUEST_ID_HEADER, TRACE_HEADERS, begin_call
 from garden_py.observe.metrics import Metrics
 
 log = structlog.get_logger()
 _OURS = "/garden.v1.Garden/"
+_HEADERS = {REQUEST_ID_HEADER, *TRACE_HEADERS}
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
@@ -93,10 +94,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
 
 def _begin(context: Context, request: Any) -> str:
     """Name the call in the log and to its caller; grpc runs each call in a task of its own."""
-    given = next(
-        (value for key, value in context.invocation_metadata() or () if key == REQUEST_ID_HEADER), ""
-    )
-    request_id = begin_call(str(given), getattr(request, "handle", ""))
+    given = {key: str(value) for key, value in context.invocation_metadata() or () if key in _HEADERS}
+    request_id = begin_call(given.pop(REQUEST_ID_HEADER, ""), getattr(request, "handle", ""), given)
     context.set_trailing_metadata(((REQUEST_ID_HEADER, request_id),))
     return request_id
 

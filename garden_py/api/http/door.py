@@ -30,7 +30,7 @@ from garden_py.api.http.routes import Match, NoMatch, match_route
 from garden_py.api.unix_socket import socket_file
 from garden_py.config import Config
 from garden_py.model.errors import GardenError, HostFault, InvalidField
-from garden_py.observe.calls import REQUEST_ID_HEADER, begin_call
+from garden_py.observe.calls import REQUEST_ID_HEADER, TRACE_HEADERS, begin_call
 from garden_py.service.core import Core
 
 log = structlog.get_logger()
@@ -152,7 +152,8 @@ class GardenDoor:
         if isinstance(match, NoMatch):
             return self._counted(_NO_ROUTE, _no_route(match), started)
         handle = match.captures.get("handle", "")
-        request_id = begin_call(_given_id(request), handle)  # a hijacked connection goes on under it
+        trace = {name: request.headers[name] for name in TRACE_HEADERS if name in request.headers}
+        request_id = begin_call(_given_id(request), handle, trace)  # a hijacked connection goes on under it
         answer = await self._do(match, request, handle, started)
         if not isinstance(answer, Hijack):  # its head is written by the protocol's letter
             answer = replace(answer, headers=(*answer.headers, (_REQUEST_ID, request_id)))
