@@ -22,18 +22,15 @@ import re
 import socket
 from dataclasses import dataclass
 from enum import Enum
-from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 from types import TracebackType
 
 from garden_py.model.errors import InvalidField
+from garden_py.model.remember import remembered
 
 MAX_PORT = 65535
 MAX_RULES = 10_000
 """A policy above this is a mistake of the caller; it would take the kernel about a second to load."""
-
-RULES_REMEMBERED = 4096
-"""What has been made of so many rules is kept: a policy is mostly the one before, or another container's, changed."""
 
 IPAddress = IPv4Address | IPv6Address
 _MAPPED = IPv6Network("::ffff:0:0/96")  # RFC 4291 §2.5.5.2
@@ -259,6 +256,11 @@ class EgressRule:
         if self.icmp is not None and self.protocol is not Protocol.ICMP:
             raise InvalidField("icmp", f"protocol is {self.protocol.value}; use icmp")
 
+    @property
+    def is_short(self) -> bool:
+        """Whether what is made of it is remembered: a policy is mostly the one before, with changes."""
+        return len(self.networks) + len(self.ports) <= 16
+
     def __str__(self) -> str:
         return format_egress_rule(self)
 
@@ -449,7 +451,7 @@ def parse_egress_rule(text: str) -> EgressRule:
     )
 
 
-@lru_cache(maxsize=RULES_REMEMBERED)
+@remembered(lambda rule: rule.is_short)
 def format_egress_rule(rule: EgressRule) -> str:
     """The shortest text that `parse_egress_rule` turns into an equal rule."""
     networks = ",".join(f"[{n}]" if n.start.version == 6 else str(n) for n in rule.networks)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from functools import lru_cache
 from typing import TypeVar
 
 from google.protobuf.duration_pb2 import Duration
@@ -20,6 +19,7 @@ from garden_py.model.lifecycle import State
 from garden_py.model.limits import DiskScope, Limits
 from garden_py.model.network import NetworkMode
 from garden_py.model.process import ExitStatus, OutputStream, ProcessSpec, Sidecar, WindowSize, parse_signal
+from garden_py.model.remember import is_short, remembered
 from garden_py.model.spec import ContainerSpec, PortMapping, Transport
 from garden_py.service.containers import egress_etag
 from garden_py.service.events import Event
@@ -190,7 +190,7 @@ def _known_rule_from(message: pb.EgressRule) -> netrule.EgressRule:
     return _unpack_rule(message.SerializeToString())
 
 
-@lru_cache(maxsize=netrule.RULES_REMEMBERED)
+@remembered(is_short)
 def _unpack_rule(packed: bytes) -> netrule.EgressRule:
     return _rule_from(pb.EgressRule.FromString(packed))
 
@@ -284,7 +284,7 @@ def policy_to(
     return message
 
 
-@lru_cache(maxsize=netrule.RULES_REMEMBERED)
+@remembered(lambda rule: rule.is_short)
 def _pack_rule(rule: netrule.EgressRule) -> bytes:
     return _rule_to(rule).SerializeToString()
 

@@ -27,13 +27,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address
 
 from garden_py.agent.netrules import ROUTED_REALM
 from garden_py.backend.net.plan import CONTAINER_LINK
 from garden_py.model.netrule import (
-    RULES_REMEMBERED,
     AddressRange,
     Cause,
     DefaultAction,
@@ -42,6 +40,7 @@ from garden_py.model.netrule import (
     Protocol,
 )
 from garden_py.model.netrule import RuleAction as Action
+from garden_py.model.remember import remembered
 
 CONTAINER_TABLE = "garden"
 LOG_GROUP = 0x6764
@@ -322,7 +321,7 @@ def _rule_statements(
     return lines
 
 
-@lru_cache(maxsize=RULES_REMEMBERED)
+@remembered(lambda rule, versions, most: rule.is_short)
 def _matches(rule: EgressRule, versions: tuple[int, ...], most: int) -> tuple[str, ...]:
     if rule.protocol is not Protocol.ICMP:
         protocols = _match_protocol(rule, most)

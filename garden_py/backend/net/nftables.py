@@ -21,11 +21,11 @@ import socket
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import islice
 
 from garden_py.backend.net import nft_messages as m
 from garden_py.backend.net.firewall import merge
+from garden_py.model.remember import is_short, remembered
 
 _NFPROTO = {"ipv4": b"\x02", "ipv6": b"\x0a"}
 _L4PROTO = {
@@ -240,9 +240,9 @@ class _Rule:
         self.add(m.compare(m.EQUAL, value))
 
 
-@lru_cache(maxsize=4096)
+@remembered(is_short)
 def _read_rule(statements: str) -> _Rule:
-    """What a rule says, without its comment; remembered, since a policy is mostly the one before with a few changes."""
+    """What a rule says, without its comment."""
     rule, words = _Rule(), _split(statements)
     for word in words:
         _STATEMENTS[word](rule, words)
