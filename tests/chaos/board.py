@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from garden_py.client import ContainerSpec
+from garden_py.client import ContainerSpec, ExitStatus
 
 # How long after an attack its effects may still be met: a launcher is replaced at the next job, a disk is full until
 # the journal has written again.
@@ -40,6 +40,7 @@ class Subject:
         pid: its PID 1, 0 until the create was answered.
         hurt: attacks that broke it on purpose.
         ran: ids of the processes that must have run exactly once.
+        exits: how those ended whose end was told.
         doing: what its client waits for right now.
     """
 
@@ -47,6 +48,7 @@ class Subject:
     pid: int = 0
     hurt: list[str] = field(default_factory=list)
     ran: list[str] = field(default_factory=list)
+    exits: dict[str, ExitStatus] = field(default_factory=dict)
     doing: str = "create"
     ending: bool = False
 
@@ -71,7 +73,7 @@ class Board:
     Args:
         image: a root file system for sidecars.
         images: references that containers may be made of.
-        notes: a directory in which sidecars write their names, into a file of their container's name.
+        notes: a directory in which processes write their names, into a file of their container's name.
     """
 
     def __init__(self, image: Path, images: list[str], notes: Path) -> None:

@@ -68,7 +68,7 @@ class Cell:
 
     @property
     def notes(self) -> Path:
-        """A directory for what sidecars tell."""
+        """A directory for what processes tell; not on the disk that is filled now and then."""
         directory = self.place / "notes"
         directory.mkdir(exist_ok=True)
         return directory

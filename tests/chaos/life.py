@@ -14,7 +14,7 @@ from functools import partial
 from chaos.board import Board, Failure, Hurt, Subject
 from chaos.patience import persist
 from chaos.plan import CHANGES, LifePlan, Step, draw_policy, plan_life
-from chaos.work import RAN, Work
+from chaos.work import Work, notes_mount
 from garden_py.client import AsyncContainer, AsyncGardenClient, ContainerState, Limits, NotFound
 
 EXPIRY_S = 30.0
@@ -76,7 +76,7 @@ class Life:
         return await persist(self._board, self._subject, what, act)
 
     async def _create(self) -> None:
-        handle, spec = self._subject.handle, self._plan.spec
+        handle, spec = self._subject.handle, replace(self._plan.spec, bind_mounts=(notes_mount(self._board),))
         if self._plan.image is not None:
             spec = replace(spec, image=self._board.images[self._plan.image])
 
@@ -165,21 +165,18 @@ class Life:
     # --- checks
 
     async def _check_ran(self) -> None:
-        """Every process has run once: it has written its name, once, into a file in memory."""
+        """Every process has run once, it has written its name; and ended as its readers were told."""
         if not self._subject.ran:
             return
-        process = await self._ask(
-            "read what ran",
-            lambda: self._container.run(["sh", "-c", f"cat {RAN} || true"], id="ran", request_id="ran"),
-        )
-        output = await self._ask("read what ran", process.output)
-        notes = self._board.notes / self._subject.handle  # of sidecars, whose memory files are their own
-        found = output.stdout.decode().split() + (notes.read_text().split() if notes.exists() else [])
+        notes = self._board.notes / self._subject.handle
+        found = notes.read_text().split() if notes.exists() else []
         if sorted(found) != sorted(self._subject.ran) and not self._subject.hurt:
             raise Failure(f"started were {sorted(self._subject.ran)}, run have {sorted(found)}")
         listed = await self._ask("list processes", self._container.processes)
-        if {info.id for info in listed if info.exit is not None} != {*self._subject.ran, "ran"}:
-            raise Failure(f"started were {sorted(self._subject.ran)}, the list has {listed}")
+        exits = {info.id: (info.exit.code, info.exit.signal) for info in listed if info.exit is not None}
+        told = {name: (status.code, status.signal) for name, status in self._subject.exits.items()}
+        if (exits != told or set(told) != set(self._subject.ran)) and not self._subject.hurt:
+            raise Failure(f"started were {sorted(self._subject.ran)}, ended {told}, the list has {listed}")
 
     async def _check_listed(self) -> None:
         async def handles() -> dict[str, ContainerState]:

@@ -13,6 +13,9 @@ WORKS = ("count", "blob", "crash", "trap", "stdin", "late", "terminal", "tight",
 STYLES = ("run", "slow", "vanish", "detached", "twice", "crowd")
 CHANGES = ("properties", "egress", "limits", "port", "look", "copy")
 IMAGES = 6
+_MOST_DIGITS = 5.3
+MOST = int(10**_MOST_DIGITS)
+"""Lines or bytes of one process."""
 ENDINGS = ("destroy", "destroy", "destroy", "stop", "expire", "twice", "busy")
 
 
@@ -101,7 +104,7 @@ def draw_step(draw: random.Random) -> Step:
     return Step(
         kind=kind,
         style=draw.choice(STYLES),
-        size=int(10 ** draw.uniform(1, 5.3)),
+        size=int(10 ** draw.uniform(1, _MOST_DIGITS)),
         code=draw.choice((0, 0, 0, 1, 42, 255)),
         fraction=draw.random(),
         # A sidecar ends with its process; what a `late` one has left would go on.
