@@ -22,6 +22,7 @@ Source: setns(2), user_namespaces(7), network_namespaces(7).
 
 from __future__ import annotations
 
+import base64
 import ctypes
 import errno
 import json
@@ -36,7 +37,15 @@ from functools import partial
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Any, NoReturn
 
-from garden_py.agent.nft import Nft, NftError, load_library, read_counters
+from garden_py.agent.nft import (
+    BatchRefused,
+    Nft,
+    NftError,
+    load_library,
+    open_batch_socket,
+    read_counters,
+    send_batch,
+)
 from garden_py.agent.rtnetlink import Link, Rate, Rtnetlink, RtnetlinkError
 
 CLONE_NEWUSER = 0x10000000  # linux/sched.h
@@ -59,13 +68,15 @@ class NetrulesError(Exception):
         step: setns, sysctl, link, nft, counters, deadline or child.
         errno: the kernel's number, 0 if there is none.
         message: the kernel's or libnftables' words.
+        refused: of step nft, the number of the message that was refused.
     """
 
-    def __init__(self, step: str, errno_: int, message: str) -> None:
+    def __init__(self, step: str, errno_: int, message: str, refused: int = 0) -> None:
         super().__init__(f"{step}: {message}")
         self.step = step
         self.errno = errno_
         self.message = message
+        self.refused = refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +132,7 @@ def inject(
             "loopback": True: IPv6 off, lo up, and nothing else.
             "rate": {"name", "bytes_per_s", "burst_bytes"}: what the link may send; 0 bytes per second: all it can.
             "read_rate": NAME: tell that.
-            "nft": text of one transaction.
+            "rules": one transaction of nftables, from pack_batch.
             "counters": True: read the rule counters of table `inet garden`.
         deadline_s: the child is killed after that many seconds.
 
@@ -151,7 +162,12 @@ def inject(
     if "ok" in report:
         result: dict[str, Any] = report["ok"]
         return result
-    raise NetrulesError(report["step"], report["errno"], report["message"])
+    raise NetrulesError(report["step"], report["errno"], report["message"], report["refused"])
+
+
+def pack_batch(batch: bytes, count: int) -> dict[str, Any]:
+    """A transaction for `inject`; see nft.send_batch."""
+    return {"batch": base64.b64encode(batch).decode(), "count": count}
 
 
 def reap_children(tools: Tools, *, wait: bool = False) -> None:
@@ -259,14 +275,19 @@ def _run_child(tools: Tools, userns_fd: int | None, netns_fd: int, channel: sock
     """Serve requests until none comes for REST_S, and end without running the parent's exit handlers."""
     try:
         _close_all_but({channel.fileno(), netns_fd} | ({userns_fd} if userns_fd is not None else set()))
-        nft: Nft | None = None
+        inside: _Inside | None = None
         while True:
             request = _receive(channel, time.monotonic() + REST_S)
             try:
-                nft = nft or _join(tools, userns_fd, netns_fd)
-                report: dict[str, Any] = {"ok": _act(nft, request)}
+                inside = inside or _Inside(tools, userns_fd, netns_fd)
+                report: dict[str, Any] = {"ok": inside.act(request)}
             except NetrulesError as error:
-                report = {"step": error.step, "errno": error.errno, "message": error.message}
+                report = {
+                    "step": error.step,
+                    "errno": error.errno,
+                    "message": error.message,
+                    "refused": error.refused,
+                }
             _send(channel, report, time.monotonic() + REST_S)
     except (TimeoutError, EOFError, ConnectionError):
         os._exit(0)  # dismissed
@@ -285,39 +306,49 @@ def _close_all_but(kept: set[int]) -> None:
     os.closerange(low, os.sysconf("SC_OPEN_MAX"))
 
 
-def _join(tools: Tools, userns_fd: int | None, netns_fd: int) -> Nft:
-    """Enter the namespaces and open nftables there."""
-    _setns(tools, netns_fd, CLONE_NEWNET)
-    # Between the two steps: the socket must belong to this network namespace, and only root of the host may
-    # give it a send buffer for a whole policy.
-    nft = Nft(tools.libnftables)
-    if userns_fd is not None:
-        _setns(tools, userns_fd, CLONE_NEWUSER)
-    return nft
+class _Inside:
+    """A child in the namespaces, which it joins."""
 
+    def __init__(self, tools: Tools, userns_fd: int | None, netns_fd: int) -> None:
+        self._libnftables = tools.libnftables
+        self._nft: Nft | None = None
+        _setns(tools, netns_fd, CLONE_NEWNET)
+        # Between the two steps: the socket must belong to this network namespace, and only root of the host may
+        # give it a send buffer for a whole policy.
+        self._rules = open_batch_socket(DEFAULT_DEADLINE_S)
+        if userns_fd is not None:
+            _setns(tools, userns_fd, CLONE_NEWUSER)
 
-def _act(nft: Nft, request: dict[str, Any]) -> dict[str, Any]:
-    if "interface" in request:
-        _configure_interface(request["interface"])
-    if "loopback" in request:
-        _bring_up_loopback()
-    if "rate" in request:
-        _try_link(partial(_set_rate, request["rate"]))
-    if "read_rate" in request:
-        return {"rate": _try_link(partial(_read_rate, request["read_rate"]))}
-    if "nft" in request:
-        _try_nft("nft", lambda: nft.run(request["nft"]))
-    if not request.get("counters"):
-        return {}
-    listed = _try_nft("counters", lambda: nft.run_json("list table inet garden"))
-    return {"counters": read_counters(listed)}
+    def act(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Carry out a request; see `inject`."""
+        if "interface" in request:
+            _configure_interface(request["interface"])
+        if "loopback" in request:
+            _bring_up_loopback()
+        if "rate" in request:
+            _try_link(partial(_set_rate, request["rate"]))
+        if "read_rate" in request:
+            return {"rate": _try_link(partial(_read_rate, request["read_rate"]))}
+        if "rules" in request:
+            self._apply(**request["rules"])
+        return {"counters": self._count()} if request.get("counters") else {}
 
+    def _apply(self, batch: str, count: int) -> None:
+        try:
+            send_batch(self._rules, base64.b64decode(batch), count)
+        except BatchRefused as error:
+            raise NetrulesError("nft", error.errno, os.strerror(error.errno), error.number) from error
+        except OSError as error:
+            raise NetrulesError("nft", error.errno or 0, f"no answer: {error}") from error
 
-def _try_nft(step: str, act: Callable[[], Any]) -> Any:
-    try:
-        return act()
-    except NftError as error:
-        raise NetrulesError(step, 0, error.message) from error
+    def _count(self) -> list[dict[str, int | str]]:
+        self._nft = self._nft or Nft(
+            self._libnftables
+        )  # it takes as long as all the rest of a child: only if needed
+        try:
+            return read_counters(self._nft.run_json("list table inet garden"))
+        except NftError as error:
+            raise NetrulesError("counters", 0, error.message) from error
 
 
 def _setns(tools: Tools, fd: int, kind: int) -> None:

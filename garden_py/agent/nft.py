@@ -1,4 +1,4 @@
-"""nftables in-process: one call, one transaction, through libnftables.
+"""nftables in-process: one call, one transaction, through libnftables; or as messages that somebody else has made.
 
 Running the `nft` program costs a fork, an exec and the loading of its libraries for each change. The library
 is the same parser and the same netlink code without that. Text in, text or JSON out, so everything that can
@@ -15,14 +15,18 @@ import json
 import os
 import re
 import socket
+import struct
 from types import TracebackType
 from typing import Any
+
+from garden_py.agent.rtnetlink import NLMSG_ERROR, split_messages
 
 SONAME = "libnftables.so.1"
 _OUTPUT_JSON = 1 << 4  # NFT_CTX_OUTPUT_JSON, libnftables(3)
 _NETLINK_NETFILTER = 12  # linux/netlink.h
 _SO_SNDBUFFORCE = 32  # asm-generic/socket.h
 _SEND_BUFFER_BYTES = 64 << 20  # a cap, not an allocation; 10,000 rules need about 5 MiB
+_RECEIVE_BYTES = 1 << 17
 
 
 class NftError(Exception):
@@ -62,7 +66,7 @@ def load_library() -> ctypes.CDLL:
 class Nft:
     """A libnftables context, bound to the network namespace in which it was made (its netlink socket is).
 
-    After a setns(2) into a network namespace make a new one; before one into a user namespace, since only
+    After a setns(2) into a network namespace make a new one; to send much, before one into a user namespace, since only
     root of the host may raise the send buffer. Not for use by two threads at once.
     """
 
@@ -142,6 +146,54 @@ def raise_send_buffer(netlink: socket.socket) -> None:
         netlink.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _SEND_BUFFER_BYTES)
     except PermissionError:
         return  # a development run without root: small transactions work
+
+
+class BatchRefused(Exception):
+    """The kernel refused a transaction; nothing of it was applied.
+
+    Attributes:
+        number: of the message that it refused, from 1; 0: the transaction as such.
+        errno: why.
+    """
+
+    def __init__(self, number: int, errno_: int) -> None:
+        super().__init__(f"message {number}: {os.strerror(errno_)}")
+        self.number = number
+        self.errno = errno_
+
+
+def open_batch_socket(timeout_s: float) -> socket.socket:
+    """A socket for transactions of any size in the namespace of the calling thread; see Nft for when to open it."""
+    opened = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER)
+    opened.settimeout(timeout_s)
+    raise_send_buffer(opened)
+    return opened
+
+
+def send_batch(opened: socket.socket, batch: bytes, count: int) -> None:
+    """Have the kernel carry out a transaction.
+
+    It has answered when it has taken the messages: with an error for each that it refuses, for the last in any case.
+
+    Args:
+        opened: by open_batch_socket, or another netfilter socket.
+        batch: its messages; their sequence numbers are 1 to `count`, and the last one asks for an answer.
+        count: see there.
+
+    Raises:
+        BatchRefused: nothing was changed.
+        OSError: it gave no answer.
+    """
+    opened.send(batch)
+    is_done = False
+    while not is_done:
+        for kind, _flags, sequence, payload in split_messages(opened.recv(_RECEIVE_BYTES)):
+            if kind != NLMSG_ERROR:
+                continue
+            (code,) = struct.unpack_from("=i", payload)
+            if code:
+                raise BatchRefused(sequence, -code)
+            is_done = sequence == count
 
 
 def is_missing(error: NftError) -> bool:

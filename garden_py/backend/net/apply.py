@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from garden_py.agent.netrules import NetrulesError, end_children, inject, load_tools
+from garden_py.agent.netrules import NetrulesError, end_children, inject, load_tools, pack_batch
 from garden_py.agent.nft import Nft, NftError, is_missing, is_taken, read_counters
 from garden_py.agent.rtnetlink import RTN_UNREACHABLE, Link, Rate, Rtnetlink, RtnetlinkError, VethEnd
 from garden_py.backend.net import host_firewall
@@ -26,7 +26,7 @@ from garden_py.backend.net.conntrack import Side, forget_connections, forget_dat
 from garden_py.backend.net.host_firewall import HostPolicy, PortMapping, PortProtocol
 from garden_py.backend.net.messages import Attachment, Bandwidth, HostReport, RuleCounter
 from garden_py.backend.net.plan import HostPlan, LinkPlan, address_of_link, choose_mtu, parse_mac
-from garden_py.backend.net.rule_socket import RuleSockets
+from garden_py.backend.net.rule_socket import RuleSockets, encode_rules
 from garden_py.backend.net.survey import Survey, read_chains, read_elements
 from garden_py.model.errors import HostFault, InvalidField, PortInUse
 
@@ -228,9 +228,7 @@ class HostNetwork:
             # kernel starts its queue a little later, and a SYN sent at once is lost for a second.
             _step("network.link", partial(self._open_link, link))
             request: dict[str, Any] = {"interface": _interface(link)}
-            if attachment.container_rules:
-                request["nft"] = attachment.container_rules
-            self._inject("network.container", userns_fd, netns_fd, request)
+            self._inject("network.container", userns_fd, netns_fd, request, attachment.container_rules)
             if userns_fd is None:
                 self._forget_connections(link, Side.ORIGINAL, Side.REPLY)
             self._run_nft("network.attach", attachment.host_rules)
@@ -491,12 +489,21 @@ class HostNetwork:
             self._netlink.set_route(IPv6Network(address_v6), link_index=found.index)
 
     def _inject(
-        self, step: str, userns_fd: int | None, netns_fd: int, request: dict[str, Any]
+        self, step: str, userns_fd: int | None, netns_fd: int, request: dict[str, Any], rules: str = ""
     ) -> dict[str, Any]:
+        """Rules: text of one transaction, the last part of the request."""
         try:
+            transaction = encode_rules(rules) if rules else None
+            if transaction is not None:
+                request = {**request, "rules": pack_batch(transaction.batch, len(transaction.lines))}
             return inject(self._tools, userns_fd, netns_fd, request)
+        except NftError as error:
+            raise HostFault(f"{step}.nft", error.message) from error
         except NetrulesError as error:
-            raise HostFault(f"{step}.{error.step}", error.message) from error
+            message = error.message
+            if transaction is not None and error.step == "nft":
+                message = f"{transaction.line(error.refused)}: {message}"
+            raise HostFault(f"{step}.{error.step}", message) from error
 
     def _run_nft(self, step: str, text: str) -> None:
         try:

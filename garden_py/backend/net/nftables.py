@@ -63,6 +63,10 @@ class Transaction:
     batch: bytes
     lines: tuple[str, ...]
 
+    def line(self, number: int) -> str:
+        """What the message with this number was made from; 0: the transaction as such."""
+        return self.lines[number - 1] if number else "the transaction"
+
 
 def encode(text: str) -> Transaction:
     """What `firewall.compile_container_ruleset` and `host_firewall.compile_host_side_policy` say, as messages.

@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import os
 import socket
-import struct
 import time
 
-from garden_py.agent.nft import NftError, raise_send_buffer
-from garden_py.agent.rtnetlink import NLMSG_ERROR, split_messages
+from garden_py.agent.nft import BatchRefused, NftError, raise_send_buffer, send_batch
 from garden_py.backend.net.nfnetlink import open_socket_in
 from garden_py.backend.net.nftables import Transaction, UnknownText, encode
 
@@ -27,7 +25,6 @@ REST_S = 1.0
 """How long a socket is kept; so long it may keep the namespace of a dead container alive."""
 MAX_RESTING = 32
 _TIMEOUT_S = 10.0
-_RECEIVE_BYTES = 1 << 17
 
 
 class RuleSockets:
@@ -42,7 +39,7 @@ class RuleSockets:
         Raises:
             NftError: refused; nothing was changed.
         """
-        transaction = _encode(text)
+        transaction = encode_rules(text)
         namespace = _identify(netns_fd)
         _, opened = self._resting.pop(namespace, (0.0, None))
         try:
@@ -92,8 +89,6 @@ def open_rule_socket(netns_fd: int | None = None) -> socket.socket:
 def send(opened: socket.socket, transaction: Transaction, text: str) -> None:
     """Have the kernel carry out a transaction.
 
-    It has answered when it has taken the messages: with an error for each that it refuses, for the last in any case.
-
     Args:
         opened: by open_rule_socket.
         transaction: of nftables.encode.
@@ -103,17 +98,9 @@ def send(opened: socket.socket, transaction: Transaction, text: str) -> None:
         NftError: refused; nothing was changed.
     """
     try:
-        opened.send(transaction.batch)
-        is_done = False
-        while not is_done:
-            for kind, _flags, sequence, payload in split_messages(opened.recv(_RECEIVE_BYTES)):
-                if kind != NLMSG_ERROR:
-                    continue
-                (code,) = struct.unpack_from("=i", payload)
-                if code:
-                    line = transaction.lines[sequence - 1] if sequence else "the transaction"
-                    raise NftError(f"{line}: {os.strerror(-code)}", text)
-                is_done = sequence == len(transaction.lines)
+        send_batch(opened, transaction.batch, len(transaction.lines))
+    except BatchRefused as error:
+        raise NftError(f"{transaction.line(error.number)}: {os.strerror(error.errno)}", text) from error
     except OSError as error:
         raise NftError(f"no answer: {error.strerror or error}", text) from error
 
@@ -125,7 +112,8 @@ def _identify(netns_fd: int | None) -> tuple[int, int]:
     return (status.st_dev, status.st_ino)
 
 
-def _encode(text: str) -> Transaction:
+def encode_rules(text: str) -> Transaction:
+    """As nftables.encode; NftError for what that does not know."""
     try:
         return encode(text)
     except UnknownText as error:
