@@ -342,9 +342,8 @@ class _Inside:
             raise NetrulesError("nft", error.errno or 0, f"no answer: {error}") from error
 
     def _count(self) -> list[dict[str, int | str]]:
-        self._nft = self._nft or Nft(
-            self._libnftables
-        )  # it takes as long as all the rest of a child: only if needed
+        # Made when it is needed: it takes as long as all the rest of a child.
+        self._nft = self._nft or Nft(self._libnftables)
         try:
             return read_counters(self._nft.run_json("list table inet garden"))
         except NftError as error:

@@ -111,9 +111,8 @@ class AddressRange:
             raise InvalidField("end", f"range is reversed: {self.start}-{self.end}")
 
     def __hash__(self) -> int:
-        return hash(
-            (int(self.start), int(self.end))
-        )  # rules are keys of caches; an address's own takes 20 times as long
+        # Rules are keys of caches, and the hash of an address takes 20 times as long.
+        return hash((int(self.start), int(self.end)))
 
     @classmethod
     def parse(cls, text: str) -> AddressRange:
