@@ -1,6 +1,6 @@
 """`python -m garden_py` is the `garden` command."""
 
-from garden_py.cli.main import main
+from garden_py.entry import main
 
 if __name__ == "__main__":
     main()

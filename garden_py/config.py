@@ -568,6 +568,8 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _ipv6_fits(self) -> Config:
+        if 0 < self.mtu < 68:
+            raise ValueError("mtu must be 0 or at least 68 (RFC 791)")
         if self.network_pool_v6 is not None and 0 < self.mtu < 1280:
             raise ValueError("mtu must be 1280 or more with network_pool_v6 (RFC 8200)")
         return self

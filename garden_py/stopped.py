@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from garden_py.service.events import EventHub
 from garden_py.service.guard import Guard
 from garden_py.service.janitor import Janitor
 from garden_py.service.ports import Claim, ContainerRow, Witness
-from garden_py.wiring import AlreadyRunning, lock_state_dir
+from garden_py.wiring import AlreadyRunning, claim_run_dir, claim_state_dir
 
 JOURNAL_NAME = "journal.db"
 
@@ -73,6 +73,7 @@ def check_stopped(state_dir: Path, *, remove: bool) -> list[LeakReport]:
 
     Raises:
         ServerRuns: it is not stopped.
+        AlreadyRunning: another server has its run directory now.
         HostFault: there is no journal, or the host cannot be looked at.
         NotSupported: the last server was of a version or a backend that leaves no word where its things are.
     """
@@ -81,15 +82,16 @@ def check_stopped(state_dir: Path, *, remove: bool) -> list[LeakReport]:
         raise NotSupported(
             f"{state_dir}: no server of this version, with the backend `linux`, has run here yet"
         )
-    try:
-        lock = lock_state_dir(state_dir)
-    except AlreadyRunning as error:
-        raise ServerRuns(settings["address"]) from error
-    try:
+    config = _config_of(state_dir, settings)
+    with ExitStack() as claims:
+        try:
+            claims.callback(os.close, claim_state_dir(state_dir))
+        except AlreadyRunning as error:
+            raise ServerRuns(settings["address"]) from error
+        if config.run_dir.is_dir():
+            claims.callback(os.close, claim_run_dir(config.run_dir))
         rows, _ = read_journal(state_dir / JOURNAL_NAME)  # anew: nobody else can write now
-        return asyncio.run(_check(_config_of(state_dir, settings), rows, remove=remove))
-    finally:
-        os.close(lock)
+        return asyncio.run(_check(config, rows, remove=remove))
 
 
 def _config_of(state_dir: Path, settings: dict[str, Any]) -> Config:

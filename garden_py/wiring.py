@@ -12,8 +12,8 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from importlib import import_module
 from importlib.metadata import entry_points, version
@@ -72,7 +72,7 @@ class Door(Protocol):
 
 
 class AlreadyRunning(GardenError):
-    """Another server works on this state directory."""
+    """Another server works on one of these directories."""
 
     code = "already_running"
 
@@ -206,9 +206,7 @@ async def running_server(config: Config, inherited: socket.socket | None = None)
     Raises:
         GardenError: it cannot start; the message says what to change.
     """
-    config.state_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
-    lock = lock_state_dir(config.state_dir)
-    try:
+    with claim_directories(config):
         rebooted = was_rebooted(config.state_dir)
         journal = open_journal(config.state_dir / "journal.db", rebooted=rebooted)
         remember_settings(journal, config, inherited)
@@ -242,8 +240,6 @@ async def running_server(config: Config, inherited: socket.socket | None = None)
             kept_events.close()
             if tracing is not None:
                 await send_last_traces(tracing)
-    finally:
-        os.close(lock)
 
 
 async def send_last_traces(tracing: Tracing) -> None:
@@ -274,20 +270,47 @@ def make_doors(core: Core, config: Config, inherited: socket.socket | None) -> l
     return [*doors, GrpcDoor(core, config, inherited)]
 
 
-def lock_state_dir(state_dir: Path) -> int:
+@contextmanager
+def claim_directories(config: Config) -> Iterator[None]:
+    """Have the state and the run directory for this server alone; they are made where they are missing.
+
+    Both before anything is touched: who has the run directory of another server ends that one's launcher and takes its
+    agents' sockets for rubbish.
+
+    Raises:
+        AlreadyRunning: another server has one of them.
+    """
+    with ExitStack() as claims:
+        config.state_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
+        claims.callback(os.close, claim_state_dir(config.state_dir))
+        config.run_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
+        claims.callback(os.close, claim_run_dir(config.run_dir))
+        yield
+
+
+def claim_state_dir(state_dir: Path) -> int:
     """Claim a state directory for this process; the descriptor holds the claim. flock(2).
 
     Raises:
         AlreadyRunning: another server has it.
     """
-    fd = os.open(state_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    return _claim(state_dir / "lock", "--state-dir")
+
+
+def claim_run_dir(run_dir: Path) -> int:
+    """Likewise, a run directory."""
+    return _claim(run_dir / "server.lock", "--run-dir")
+
+
+def _claim(lock: Path, flag: str) -> int:
+    fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
         os.close(fd)
         raise AlreadyRunning(
-            f"another garden server (pid {holder}) uses {state_dir}; give this one its own --state-dir"
+            f"another garden server (pid {holder}) uses {lock.parent}; give this one its own {flag}"
         ) from error
     holder = f"{os.getpid()}\n"
     try:

@@ -177,6 +177,20 @@ class _Child:
         passwd, group = self._read_databases()
         self._identity = identity = self._resolve(passwd, group)
         self.step = "streams' owner"
+        try:
+            self._give_streams(slave, identity, group)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            ids = f"user {identity.uid} with group {identity.gid}"
+            raise Refusal("bad_user", f"{ids}: the container has no such ids (/proc/self/uid_map)") from error
+        self._enter_directory()
+        self._environment = build_environment(plan.env, uid=identity.uid, user=plan.user, home=identity.home)
+        if plan.program is None:
+            self._candidates = executable_candidates(plan.argv[0], self._environment[b"PATH"])
+        self._drop_privileges()
+
+    def _give_streams(self, slave: int, identity: users.Identity, group: bytes) -> None:
         if slave >= 0:
             posix.fchown(slave, identity.uid, users.find_tty_gid(group, default=identity.gid))
             posix.fchmod(slave, 0o620)
@@ -185,11 +199,6 @@ class _Child:
             # Opening /dev/stdout opens the pipe's inode anew, with the inode's permissions.
             for fd in (0, 1, 2):
                 posix.fchown(fd, identity.uid, identity.gid)
-        self._enter_directory()
-        self._environment = build_environment(plan.env, uid=identity.uid, user=plan.user, home=identity.home)
-        if plan.program is None:
-            self._candidates = executable_candidates(plan.argv[0], self._environment[b"PATH"])
-        self._drop_privileges()
 
     def _join_cgroups(self) -> None:
         self.step = "join cgroup"

@@ -345,7 +345,8 @@ def destroy(
         garden destroy --all --yes
     """
     if bool(handles) == all_containers:
-        raise parse.BadInput("name the containers to destroy, or give --all")
+        either = "either name the containers to destroy or give --all"
+        raise parse.BadInput(f"{either}, not both" if handles else either)
     with opt.connect(context, address) as garden:
         wanted = list(dict.fromkeys(handles or []))
         if all_containers:

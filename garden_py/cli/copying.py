@@ -127,6 +127,8 @@ def _copy_out(container: Container, source: str, target: str, user: str, *, show
     wire_path = source[:-1] if contents else source.rstrip("/") or "/"
     chunks = counted(container.stream_out(wire_path, user=user), source, total=None, show=show)
     if target == _STDIO:
+        if sys.stdout.isatty():
+            raise parse.BadInput("a tar on a terminal is of no use to anybody: say `> FILE` or `| tar t`")
         _write_chunks(chunks)
         return
     is_directory = contents or _kind_in_container(container, wire_path, user) is Kind.DIRECTORY

@@ -11,7 +11,9 @@ from garden_py.cli import options as opt
 from garden_py.cli import parse, render
 
 if TYPE_CHECKING:
-    from garden_py.client import ContainerMetrics, Event
+    from collections.abc import Iterator
+
+    from garden_py.client import ContainerMetrics, Event, GardenClient
 
 
 def ping(context: typer.Context, address: opt.AddressOption = None) -> None:
@@ -69,6 +71,7 @@ def metrics(
     """Show the usage of containers, all in one call.
 
     Processes with an image or with limits of their own are counted by themselves. DISK is what was written.
+    The exit code is 1 if something could not be measured; the rest is shown all the same.
 
         garden metrics web worker-1
 
@@ -80,9 +83,10 @@ def metrics(
             [handle for handle, slash, _ in names if not slash],
             [(handle, process_id) for handle, slash, process_id in names if slash],
         )
+    failed = typer.Exit(1 if any(each.error for each in measured) else 0)
     if output is render.OutputFormat.JSON:
         render.print_json(measured)
-        return
+        raise failed
     render.print_table(
         [
             "HANDLE",
@@ -103,6 +107,7 @@ def metrics(
     for each in measured:
         if each.error:
             render.note(f"{_name(each)}: {each.error}")
+    raise failed
 
 
 def _name(usage: ContainerMetrics) -> str:
@@ -144,7 +149,11 @@ def events(
     after: Annotated[
         int | None,
         typer.Option(
-            "--after", metavar="CURSOR", min=0, help="Also past events after this cursor.", show_default=False
+            "--after",
+            metavar="CURSOR",
+            min=0,
+            help="Also past events after this cursor; 0: all that are kept.",
+            show_default=False,
         ),
     ] = None,
     output: opt.FormatOption = render.OutputFormat.TABLE,
@@ -161,7 +170,7 @@ def events(
 
     printed = 0
     with opt.connect(context, address) as garden:
-        for event in garden.events(handles or [], after_cursor=after):
+        for event in _events(garden, handles or [], after):
             if event.kind is EventKind.WATCHING:
                 continue
             if output is render.OutputFormat.JSON:
@@ -171,6 +180,17 @@ def events(
             printed += 1
             if printed == count:
                 return
+
+
+def _events(garden: GardenClient, handles: list[str], after: int | None) -> Iterator[Event]:
+    from garden_py.client.errors import OutOfRange
+
+    try:
+        yield from garden.events(handles, after_cursor=after)
+    except OutOfRange as error:
+        if after != 0 or error.first_offset is None:
+            raise
+        yield from garden.events(handles, after_cursor=error.first_offset)
 
 
 def _event_text(event: Event) -> str:

@@ -41,8 +41,18 @@ A first walk, with a server running (`garden server` as root):
 
 \b
 Exit codes: 0 done, 1 failed, 2 bad input. `run` and `attach` pass on the process's
-own code; 128 + N when signal N ended it.
+own code; 128 + N when signal N ended it. `run`: 127 no such program, 126 it cannot
+be executed, 125 it was not started for another reason.
 """
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"garden {version('garden-py')}")
+        raise typer.Exit
+
 
 app = typer.Typer(
     name="garden",
@@ -80,6 +90,12 @@ def settings(
     tls_server_name: Annotated[
         str, typer.Option(metavar="NAME", help="Name to expect in the server's certificate.")
     ] = "",
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version of this command."
+        ),
+    ] = False,
 ) -> None:
     """Containers for programs that start, feed, limit and throw away containers all day."""
     context.obj = Settings(address, tls_ca, tls_cert, tls_key, tls_server_name)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from garden_py.cli import parse
+from garden_py.cli import failures, parse
 from garden_py.cli.render import OutputFormat
 
 if TYPE_CHECKING:
@@ -82,7 +82,9 @@ def connect(context: typer.Context, address: str | None) -> GardenClient:
         tls = Tls(settings.tls_ca, settings.tls_cert, settings.tls_key, settings.tls_server_name)
     elif settings.tls_cert is not None or settings.tls_key is not None:
         raise parse.BadInput("--tls-cert and --tls-key need --tls-ca: whose signature shall the server show?")
-    return GardenClient(address if address is not None else settings.address, tls=tls)
+    asked = address if address is not None else settings.address
+    failures.remember_address(asked)
+    return GardenClient(asked, tls=tls)
 
 
 def limits_of(

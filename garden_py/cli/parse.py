@@ -60,7 +60,10 @@ def parse_cpu_quota(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", text.strip())
     if match is None or (not match[2] and "." in match[1]):
         raise BadInput(f"{text!r} is not a CPU quota; write µs per period, e.g. 50000, or 150% of one CPU")
-    return int(float(match[1]) * CPU_PERIOD_US / 100) if match[2] else int(match[1])
+    quota_us = int(float(match[1]) * CPU_PERIOD_US / 100) if match[2] else int(match[1])
+    if not quota_us and float(match[1]):
+        raise BadInput(f"{text!r} is less than a microsecond per period; 0 is unlimited")
+    return quota_us
 
 
 def parse_pairs(texts: Sequence[str], what: str) -> dict[str, str]:

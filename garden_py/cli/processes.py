@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from garden_py.cli import failures, parse, render
 from garden_py.cli import options as opt
-from garden_py.cli import parse, render
 
 if TYPE_CHECKING:
     from garden_py.client import Container, ProcessInfo, Stream
@@ -100,7 +100,8 @@ def run(
 
     Options go before HANDLE; everything after it is the program's. A signal's death is exit code 128 + its
     number. INT, TERM and the like are passed on; with -t the terminal is raw and Ctrl-P Ctrl-Q leaves the
-    process running. The limits are this process's own, within the container's. Without PROGRAM, what the image says is
+    process running. 127: no such program, 126: it cannot be executed, 125: it was not started for another reason.
+    The limits are this process's own, within the container's. Without PROGRAM, what the image says is
     run: its entrypoint and command, as its user, in its working directory.
 
         garden run web ls -l /
@@ -113,6 +114,7 @@ def run(
 
         garden run -d --id envoy --image /images/envoy --own-limits -m 64M web /envoy
     """
+    from garden_py.client.errors import GardenError
     from garden_py.client.values import ProcessSpec, Sidecar, Tty
 
     if detach and interactive:
@@ -150,7 +152,10 @@ def run(
             return
         from garden_py.cli.terminal import Session
 
-        process = container.run(spec, request_id=request_id)
+        try:
+            process = container.run(spec, request_id=request_id)
+        except GardenError as error:
+            raise typer.Exit(failures.report_start(error)) from error
         if not interactive:
             process.stdin.close()
         session = Session(process, interactive=interactive, terminal=terminal and interactive, owner=True)

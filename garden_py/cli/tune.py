@@ -145,7 +145,10 @@ def properties_get(
         if name not in found:
             render.note(f"container {handle} has no property {name!r}")
             raise typer.Exit(1)
-        typer.echo(found[name])
+        if output is render.OutputFormat.JSON:
+            render.print_json(found[name])
+        else:
+            typer.echo(found[name])
     elif output is render.OutputFormat.JSON:
         render.print_json(found)
     else:

@@ -166,13 +166,14 @@ class PrivilegedDisabled(GardenError):
 
 
 class PortInUse(GardenError):
-    """The asked-for host port is mapped already."""
+    """The asked-for host port is mapped already, or a program of the host has it."""
 
     code = "port_in_use"
 
-    def __init__(self, port: int, holder: str = "") -> None:
+    def __init__(self, port: int, holder: str = "", *, by_host: bool = False) -> None:
         by = f" by container {holder}" if holder else ""
-        super().__init__(f"host port {port} is already mapped{by}")
+        told = "in use by a program of the host" if by_host else f"already mapped{by}"
+        super().__init__(f"host port {port} is {told}")
         self.port = port
         self.holder = holder
 

@@ -18,4 +18,8 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         raise ValueError(f"{text!r} is not a size; write bytes or e.g. 64M, 1GiB")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
+    number = float(match[1])
+    size = int(number * _UNITS[match[2].lower()])
+    if number and not size:  # 0 means unlimited in most places
+        raise ValueError(f"{text!r} is less than a byte")
+    return size

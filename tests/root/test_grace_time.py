@@ -42,6 +42,17 @@ def outlive_an_idle_one(garden: GardenClient) -> None:
     wait_until_gone(garden, garden.create(ContainerSpec(grace_time=GRACE)))
 
 
+def test_the_servers_default_is_told(no_trace: None) -> None:
+    """Who states nothing has it; never is never."""
+    with running_server("--default-grace-time-s", "300") as server, GardenClient(server.address) as garden:
+        with garden.create() as one, garden.create(ContainerSpec(grace_time=timedelta(0))) as other:
+            assert one.info().spec.grace_time == timedelta(seconds=300)
+            assert not other.info().spec.grace_time
+            assert {info.handle: info.spec.grace_time for info in garden.list()}[one.handle] == timedelta(
+                seconds=300
+            )
+
+
 def test_attached_client_holds_a_container_and_a_detached_process_does_not(garden: GardenClient) -> None:
     """Its output could be asked for by somebody who comes back; but nobody has said that he would."""
     held, left = (garden.create(ContainerSpec(grace_time=GRACE)) for _ in range(2))

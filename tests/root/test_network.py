@@ -207,6 +207,25 @@ def test_mapped_port_is_reachable_from_the_host(garden: GardenClient) -> None:
         ask_from_host("127.0.0.1", mapping.host_port)
 
 
+@pytest.mark.parametrize(("family", "address"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
+def test_a_port_that_a_program_of_the_host_has_is_not_mapped(
+    garden: GardenClient, family: int, address: str
+) -> None:
+    """Nobody would reach that program any more. At create, live, and from the pool."""
+    with garden.create() as box, socket.socket(family) as listener:
+        following = box.map_port(PORT).host_port + 1
+        listener.bind((address, following))
+        listener.listen()
+        assert box.map_port(PORT).host_port == following + 1
+        with pytest.raises(AlreadyExists, match="in use by a program of the host") as refused:
+            box.map_port(PORT, host_port=following)
+        assert refused.value.code == "PORT_IN_USE"
+        with pytest.raises(AlreadyExists):
+            garden.create(ContainerSpec(port_mappings=(PortMapping(following, 1),)))
+        listener.close()
+        assert box.map_port(PORT, host_port=following).host_port == following
+
+
 def test_chosen_host_port_is_used_once(garden: GardenClient) -> None:
     """Inside or outside the pool; the second who asks is told, and gets nothing half done."""
     with garden.create() as first, garden.create() as second:

@@ -9,9 +9,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from kit.garden import cgroups_of, sh, text_of, wait_until
+from kit.patience import FACTOR
 from kit.server import ServerProcess, running_server
 from own_server import own_server
 
@@ -190,6 +192,31 @@ def test_second_server_on_one_state_directory_is_refused(server: ServerProcess) 
     assert done.returncode == 1
     assert f"pid {server.pid}" in done.stderr
     assert "--state-dir" in done.stderr
+
+
+def test_second_server_on_one_run_directory_is_refused(server: ServerProcess, tmp_path: Path) -> None:
+    """It would end the first one's launcher, and take its agents' sockets for rubbish."""
+    with GardenClient(server.address) as garden, garden.create() as box:
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "garden_py",
+                "server",
+                *server.flags,
+                "--state-dir",
+                str(tmp_path / "state"),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=30 * FACTOR,
+        )
+        assert done.returncode == 1
+        assert f"pid {server.pid}" in done.stderr
+        assert "--run-dir" in done.stderr
+        assert box.run(["true"]).output().exit.code == 0
+        with garden.create() as another:
+            assert another.run(["true"]).output().exit.code == 0
 
 
 def test_two_servers_side_by_side(server: ServerProcess) -> None:

@@ -15,6 +15,7 @@ import grpc
 import pytest
 from kit.activator import ActivatedServer, running_activated_server
 from kit.garden import text_of, wait_until
+from kit.patience import FACTOR
 from kit.trace import assert_no_trace, snapshot
 
 from garden_py.api._pb import garden_pb2 as pb
@@ -69,7 +70,7 @@ def test_no_call_fails_while_the_server_is_restarted(server: ActivatedServer) ->
         with grpc.insecure_channel(server.address, options=options) as channel:
             stub = garden_pb2_grpc.GardenStub(channel)  # type: ignore[no-untyped-call]
             while not stop.is_set():
-                stub.Ping(pb.PingRequest(), timeout=30)
+                stub.Ping(pb.PingRequest(), timeout=30 * FACTOR)
                 answered[number] += 1
 
     def wait_for_answers() -> None:
@@ -92,7 +93,7 @@ def test_no_call_fails_while_the_server_is_restarted(server: ActivatedServer) ->
         finally:
             stop.set()
         for call in calls:
-            call.result(60)
+            call.result(60 * FACTOR)
 
 
 def test_calls_after_a_crash_wait_for_the_next_server(server: ActivatedServer) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -244,6 +247,7 @@ def test_properties_are_set_read_and_removed(garden: Garden) -> None:
     garden("properties", "rm", "c", "a")
     assert garden("properties", "get", "c").out == "b=2\n"
     assert garden("properties", "get", "c", "b").out == "2\n"
+    assert json.loads(garden("properties", "get", "c", "b", "-o", "json").out) == "2"
     assert garden("properties", "get", "c", "a").code == 1
 
 
@@ -251,6 +255,33 @@ def test_publish_prints_the_mapping_that_was_made(garden: Garden) -> None:
     """The host port may be the server's choice."""
     garden("create", "--handle", "c")
     assert garden("publish", "c", "99").out == "61001->99/tcp\n"
+
+
+def test_a_process_that_was_not_started_has_the_exit_codes_of_env(garden: Garden) -> None:
+    """Which a program's own 1 cannot be taken for."""
+    garden("create", "--handle", "c")
+    assert garden("run", "c", "nosuch").code == 127
+    assert garden("run", "nobody", "true").code == 125
+    assert garden("run", "--address", "/nothing.sock", "c", "true").code == 125
+
+
+def test_the_version_needs_no_server() -> None:
+    done = garden_with_stdin(b"", "--version")
+    assert (done.returncode, done.stdout.decode()) == (0, f"garden {version('garden-py')}\n")
+
+
+def test_an_interrupt_while_the_command_is_loaded_is_no_trace_of_python() -> None:
+    """Whenever it comes."""
+    for delay_s in (0.03, 0.06, 0.1, 0.15, 0.2):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "garden_py", "events", "--address", "/nothing.sock"],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        time.sleep(delay_s)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        assert "garden_py" not in err, err
 
 
 def test_copies_go_in_and_out(garden: Garden, fake: FakeGarden, tmp_path: Path) -> None:
@@ -317,6 +348,9 @@ def test_events_are_json_lines(garden: Garden, fake: FakeGarden) -> None:
         (["create", "--memory", "12Q"], "--memory: '12Q' is not a size"),
         (["create", "--egress", "tpc:1.2.3.4"], "rule 'tpc:1.2.3.4'"),
         (["nosuch"], "nosuch"),
+        (["create", "--memory", "0.0000001M"], "is less than a byte"),
+        (["create", "--cpu-quota", "0.0001%"], "is less than a microsecond"),
+        (["destroy", "--all", "web"], "not both"),
         (["run", "--image-user", "u", "c", "true"], "--image-password-file"),
         (["ping", "--address", "nonsense"], "nonsense"),
     ],
@@ -340,6 +374,7 @@ def test_an_absent_server_is_said_in_words(garden: Garden, tmp_path: Path) -> No
     result = garden("ping", "--address", f"{tmp_path}/nothing.sock")
     assert result.code == 1
     assert "is `garden server` running?" in result.err
+    assert f"{tmp_path}/nothing.sock" in result.err
     assert "No such file" in result.err
 
 

@@ -27,6 +27,15 @@ def test_lowest_free_address_goes_first() -> None:
     assert [str(pool.allocate()) for _ in range(3)] == ["10.254.0.2", "10.254.0.3", "10.254.0.5"]
 
 
+def test_ports_that_somebody_else_has_are_passed_over() -> None:
+    """And are none of ours; when all are somebody's there is none left."""
+    pool = PortPool(100, 4)
+    assert [pool.allocate(lambda port: port in (100, 102)) for _ in range(2)] == [101, 103]
+    with pytest.raises(PoolExhausted):
+        pool.allocate(lambda port: True)
+    assert pool.taken == {101, 103}
+
+
 def test_exhausted_address_pool_names_its_flag() -> None:
     """The operator must learn which setting to change."""
     pool = address_pool()

@@ -378,9 +378,10 @@ def container_to(
     pid: int,
     agent: AgentFacts | None,
     image: UsedImage | None,
+    grace_time_s: float = 0.0,
 ) -> pb.Container:
-    """A container as a message."""
-    return pb.Container(
+    """A container as a message; grace_time_s: in force, the server's default if it states none."""
+    message = pb.Container(
         handle=container.handle,
         state=_STATES[container.state],
         state_reason=container.state_reason or container.fetching,
@@ -398,6 +399,9 @@ def container_to(
         agent=None if agent is None else _agent_to(agent),
         image=None if image is None else _used_image_to(image),
     )
+    if grace_time_s:
+        message.spec.grace_time.CopyFrom(duration(grace_time_s))
+    return message
 
 
 def _used_image_to(image: UsedImage) -> pb.UsedImage:

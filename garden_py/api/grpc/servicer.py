@@ -85,7 +85,8 @@ class GardenServicer(ImageServicer, garden_pb2_grpc.GardenServicer):
         except GardenError:  # being made, being destroyed, or broken: nothing of it is up
             network, pid, agent = NetworkFacts(), 0, None
         image = self._core.containers.used_image(container.handle)
-        return convert.container_to(container, network, pid, agent, image)
+        grace_time_s = self._core.containers.expiry.grace_time_s(container)
+        return convert.container_to(container, network, pid, agent, image, grace_time_s)
 
     async def GetContainer(self, request: pb.GetContainerRequest, context: Context) -> pb.Container:
         """See the proto."""

@@ -18,6 +18,7 @@ from typing import Any
 import structlog
 
 from garden_py.agent.rtnetlink import Rtnetlink
+from garden_py.backend.host.listeners import is_listened_on
 from garden_py.backend.host.threads import in_thread
 from garden_py.backend.launcher.client import Launcher
 from garden_py.backend.linux.connections import ConnectionLog
@@ -40,7 +41,7 @@ from garden_py.backend.net.plan import (
 from garden_py.backend.net.pools import AddressPool, PortPool, Subnets
 from garden_py.config import Config
 from garden_py.model.connection import Connection
-from garden_py.model.errors import ContainerBroken, HostFault, InvalidField
+from garden_py.model.errors import ContainerBroken, HostFault, InvalidField, PortInUse
 from garden_py.model.limits import Limits
 from garden_py.model.netrule import (
     AddressRange,
@@ -175,15 +176,21 @@ class LinuxNetwork:
         return lease.address_v6 == self.host.address_v6(lease.address)
 
     def lease_port(self, wanted: PortMapping) -> PortMapping:
-        """Take one host port: the wanted one, or the next of the pool."""
-        pool = self.ports[wanted.transport]
-        if wanted.host_port:
-            pool.reserve(wanted.host_port)
-            host_port = wanted.host_port
-        else:
-            host_port = pool.allocate()
+        """Take one host port: the wanted one, or the next of the pool. Never one that a program of the host has.
+
+        Raises:
+            PoolExhausted, PortInUse, InvalidField: nothing was taken.
+        """
+        pool, transport = self.ports[wanted.transport], wanted.transport
+        host_port = wanted.host_port
+        if not host_port:
+            host_port = pool.allocate(lambda port: is_listened_on(transport, port))
             self._note_heads()
-        return PortMapping(host_port, wanted.container_port or host_port, wanted.transport)
+        elif is_listened_on(transport, host_port):
+            raise PortInUse(host_port, by_host=True)
+        else:
+            pool.reserve(host_port)
+        return PortMapping(host_port, wanted.container_port or host_port, transport)
 
     def _note_heads(self) -> None:
         """Remember where the pools go on, so that the next server does not give out again what was just freed (N17)."""

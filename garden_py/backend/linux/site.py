@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import resource
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -165,7 +166,14 @@ def open_store(config: Config) -> LoopStore | None:
 
 
 def open_site(config: Config, store: LoopStore | None = None) -> Site:
-    """Probe the host and make the server's directories."""
+    """Probe the host and make the server's directories.
+
+    Raises:
+        InvalidField: there is no such runtime.
+        NotSupported, HostFault.
+    """
+    if shutil.which(config.runtime) is None:
+        raise InvalidField("runtime", f"{config.runtime!r} is not installed, or no program")
     _allow_many_files()
     depot = Depot(config.state_dir, config.run_dir, store.root if store else None)
     root = store.root if store else config.state_dir

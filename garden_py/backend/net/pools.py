@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from ipaddress import IPv4Address, IPv4Network
 
 from garden_py.model.errors import InvalidField, PoolExhausted, PortInUse
@@ -191,15 +191,18 @@ class PortPool:
         self.next_offset = next_offset % size
         self._taken: set[int] = set()
 
-    def allocate(self) -> int:
+    def allocate(self, is_somebodys: Callable[[int], bool] = lambda _: False) -> int:
         """Take the next free port after the one given out last.
+
+        Args:
+            is_somebodys: tells of a port that nobody has from here whether it is free all the same.
 
         Raises:
             PoolExhausted: none is free.
         """
         for step in range(self.size):
             offset = (self.next_offset + step) % self.size
-            if self.start + offset not in self._taken:
+            if self.start + offset not in self._taken and not is_somebodys(self.start + offset):
                 self.next_offset = (offset + 1) % self.size
                 self._taken.add(self.start + offset)
                 return self.start + offset
