@@ -28,8 +28,14 @@ _PARALLEL_DESTROYS = 8
 def create(
     context: typer.Context,
     handle: Annotated[
-        str, typer.Option("--handle", metavar="HANDLE", help="Name of the container.  [default: a new UUID]")
-    ] = "",
+        str | None,
+        typer.Option(
+            "--handle",
+            metavar="HANDLE",
+            help="Name of the container.  [default: a new UUID]",
+            show_default=False,
+        ),
+    ] = None,
     image: Annotated[
         str,
         typer.Option(
@@ -140,8 +146,10 @@ def create(
     policy = None
     if egress or egress_default:
         policy = EgressPolicy((egress_default or EgressAction.SERVER).to_value(), parse_rules(egress or []))
+    if handle == "":
+        raise parse.BadInput("--handle is empty: give a name, or leave the option out for a new UUID")
     spec = ContainerSpec(
-        handle=handle,
+        handle=handle or "",
         image=image,
         privileged=privileged,
         env=parse.parse_pairs(env or [], "environment variable"),

@@ -177,6 +177,8 @@ def run_command(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         code = app(args=arguments, prog_name="garden", standalone_mode=False)
+    except KeyboardInterrupt:  # while the command line was put together
+        return failures.EXIT_INTERRUPTED
     except typer.Abort:
         failures.report("aborted")
         return failures.EXIT_FAILED

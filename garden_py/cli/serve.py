@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import types
 import typing
 from pathlib import Path
@@ -51,6 +52,11 @@ def server(**flags: Any) -> None:
         raise typer.Exit(EXIT_USAGE) from error
     except GardenError as error:
         typer.echo(f"garden server: {error}", err=True)
+        raise typer.Exit(1) from error
+    except PermissionError as error:
+        if os.geteuid() == 0:
+            raise
+        typer.echo(f"garden server: {error}: containers need root", err=True)
         raise typer.Exit(1) from error
 
 

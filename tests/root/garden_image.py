@@ -13,6 +13,7 @@ import pytest
 from kit.garden_foreign import ForeignGarden
 from kit.garden_grpc import GrpcGarden
 from kit.garden_http import GardenClientBase, GardenHttp
+from kit.places import open_to_all
 from kit.server import ServerProcess, running_server
 
 PASSWD = """\
@@ -77,8 +78,7 @@ def make_garden_image(place: Path) -> Path:
 @contextmanager
 def garden_server_with(place: Path, *flags: str) -> Iterator[ServerProcess]:
     """A server with a Garden door, the image above and more flags; `garden_door_of` tells where the door is."""
-    for directory in (place, *place.parents[:2]):
-        directory.chmod(0o755)
+    open_to_all(place)
     image = make_garden_image(place)
     door = f"unix:{place}/garden.sock"
     with running_server("--garden-http", door, "--default-rootfs", f"raw://{image}", *flags) as server:

@@ -13,6 +13,7 @@ from garden_image import garden_door_of, garden_server_with, make_garden_image
 from kit.garden import wait_until
 from kit.garden_http import GardenHttp
 from kit.patience import FACTOR
+from kit.places import open_to_all
 from kit.plugins import InstalledPlugin, install
 from kit.server import ServerProcess
 from kit.trace import assert_no_trace, snapshot
@@ -67,9 +68,7 @@ def open_plugin_lab(
     place: Path, *flags: str, image: bool = True, network: bool = True
 ) -> Iterator[PluginLab]:
     """A server with image plugins, a network plugin, or both."""
-    place.chmod(0o755)
-    for parent in place.parents[:2]:
-        parent.chmod(0o755)
+    open_to_all(place)
     before = snapshot()
     with ExitStack() as undo:
         router = _add_router(undo)

@@ -11,6 +11,7 @@ import pytest
 from garden_image import make_garden_image
 from kit.garden_foreign import ForeignGarden
 from kit.garden_http import GardenClientBase, GardenHttp
+from kit.places import open_to_all
 from kit.server import ServerProcess, running_server
 
 pytestmark = pytest.mark.root
@@ -21,8 +22,7 @@ SETS = ("Inh", "Prm", "Eff", "Bnd", "Amb")
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> str:
     place = tmp_path_factory.mktemp("compat")
-    for directory in (place, *place.parents[:2]):
-        directory.chmod(0o755)
+    open_to_all(place)
     return str(make_garden_image(place))
 
 
@@ -109,9 +109,7 @@ def test_SE1_seccomp_is_in_force(garden: GardenClientBase, boxes: dict[str, str]
 
 def test_BI4_host_ownership_decides(garden: GardenClientBase, tmp_path: Path) -> None:
     """Container root is nobody that the host knows; in a privileged container it is the host's root."""
-    tmp_path.chmod(0o755)
-    for directory in tmp_path.parents[:3]:
-        directory.chmod(0o755)
+    open_to_all(tmp_path)
     bind = [{"src_path": str(tmp_path), "dst_path": "/bound", "mode": 1}]
     with garden.container(bind_mounts=bind) as box:
         assert garden.sh(box, "touch /bound/x")[0] != 0
@@ -134,8 +132,7 @@ def test_socket_is_open_to_all(server: ServerProcess) -> None:
 
 def test_containers_keep_their_mapping_when_the_switch_is_turned(no_trace: None, tmp_path: Path) -> None:
     """The setting is about new containers; a restart without it takes the others over as they are."""
-    for directory in (tmp_path, *tmp_path.parents[:3]):
-        directory.chmod(0o755)
+    open_to_all(tmp_path)
     door = f"unix:{tmp_path}/g.sock"
     with running_server("--garden-http", door, "--compat", "garden") as server:
         garden = GardenHttp(door)

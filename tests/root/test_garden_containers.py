@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from garden_image import MAKE_SETUID, TRY_SETUID, any_client
 from kit.garden_http import GardenClientBase, GardenHttpError
+from kit.places import open_to_all
 
 pytestmark = pytest.mark.root
 MIB = 1 << 20
@@ -251,8 +252,7 @@ def test_DV1_DV2_devices(garden: GardenClientBase, box: str, privileged: str) ->
 
 def test_BI1_BI4_bind_mounts(garden: GardenClientBase, tmp_path_factory: pytest.TempPathFactory) -> None:
     source = tmp_path_factory.mktemp("bind")
-    for directory in (source, *source.parents[:2]):
-        directory.chmod(0o755)
+    open_to_all(source)
     (source / "file").write_text("shared")
     mounts = [
         {"src_path": str(source), "dst_path": "/ro"},

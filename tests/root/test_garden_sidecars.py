@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from garden_image import any_client, make_garden_image
 from kit.garden_http import GardenClientBase, GardenHttpError
+from kit.places import open_to_all
 
 pytestmark = pytest.mark.root
 
@@ -22,8 +23,7 @@ MARK = "echo mine >/tmp/mark; cat /tmp/mark"
 def image(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A sidecar's image: a program and a user that the container's own image lacks."""
     place = tmp_path_factory.mktemp("sidecar")
-    for directory in (place, *place.parents[:2]):
-        directory.chmod(0o755)
+    open_to_all(place)
     root = make_garden_image(place)
     (root / "etc/passwd").write_text("root:x:0:0:root:/root:/bin/sh\noperator:x:37:37::/var:/bin/sh\n")
     (root / "etc/group").write_text("root:x:0:\noperator:x:37:\nextra:x:99:operator\n")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from garden_image import any_client
 from kit.garden_http import GardenClientBase, GardenHttpError
+from kit.places import open_to_all
 
 pytestmark = pytest.mark.root
 
@@ -26,8 +27,7 @@ def box(garden: GardenClientBase) -> Iterator[str]:
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     """A directory that containers can reach."""
-    for directory in (tmp_path, *tmp_path.parents[:3]):
-        directory.chmod(0o755)
+    open_to_all(tmp_path)
     return tmp_path
 
 

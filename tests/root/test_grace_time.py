@@ -10,13 +10,14 @@ from datetime import timedelta
 
 import pytest
 from kit.garden import events_of, wait_until
+from kit.patience import FACTOR
 from kit.server import ServerProcess, running_server
 from kit.trace import assert_no_trace, snapshot
 
 from garden_py.client import Container, ContainerSpec, EventKind, GardenClient
 
 pytestmark = pytest.mark.root
-GRACE = timedelta(milliseconds=400)
+GRACE = timedelta(milliseconds=400) * FACTOR
 
 
 @pytest.fixture
@@ -44,13 +45,16 @@ def outlive_an_idle_one(garden: GardenClient) -> None:
 
 def test_the_servers_default_is_told(no_trace: None) -> None:
     """Who states nothing has it; never is never."""
-    with running_server("--default-grace-time-s", "300") as server, GardenClient(server.address) as garden:
-        with garden.create() as one, garden.create(ContainerSpec(grace_time=timedelta(0))) as other:
-            assert one.info().spec.grace_time == timedelta(seconds=300)
-            assert not other.info().spec.grace_time
-            assert {info.handle: info.spec.grace_time for info in garden.list()}[one.handle] == timedelta(
-                seconds=300
-            )
+    with (
+        running_server("--default-grace-time-s", "300") as server,
+        GardenClient(server.address) as garden,
+        garden.create() as one,
+        garden.create(ContainerSpec(grace_time=timedelta(0))) as other,
+    ):
+        assert one.info().spec.grace_time == timedelta(seconds=300)
+        assert not other.info().spec.grace_time
+        listed = {info.handle: info.spec.grace_time for info in garden.list()}
+        assert listed[one.handle] == timedelta(seconds=300)
 
 
 def test_attached_client_holds_a_container_and_a_detached_process_does_not(garden: GardenClient) -> None:

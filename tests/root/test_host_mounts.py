@@ -12,6 +12,7 @@ import pytest
 from garden_image import make_garden_image
 from kit.garden import sh
 from kit.patience import FACTOR
+from kit.places import open_to_all
 from own_server import own_garden, own_server  # noqa: F401 - fixtures
 
 from garden_py.client import BindMount, ContainerSpec, GardenClient, MountMode, ProcessSpec, Sidecar
@@ -35,8 +36,7 @@ def mounted_over(directory: Path) -> Iterator[None]:
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    for parent in (tmp_path, *tmp_path.parents[:2]):
-        parent.chmod(0o755)
+    open_to_all(tmp_path)
     found = tmp_path / "source"
     found.mkdir(mode=0o755)
     (found / "who").write_text("below")

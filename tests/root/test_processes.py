@@ -76,7 +76,7 @@ def test_unknown_user_is_an_error_of_its_own(people: Container, user: str, messa
 
 def test_a_user_id_that_the_container_has_not_is_told(people: Container) -> None:
     """Its ids are 0 to 65535."""
-    with pytest.raises(InvalidArgument, match="user 70000 .* the container has no such ids"):
+    with pytest.raises(InvalidArgument, match=r"user 70000 .* the container has no such ids"):
         people.run(["true"], user="70000")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from kit.garden import cgroups_of, text_of, wait_until
+from kit.places import open_to_all
 from kit.server import ServerProcess, running_server
 from own_server import own_garden, own_server
 
@@ -240,8 +241,7 @@ def test_image_that_nothing_can_be_mounted_in(
     """It is told as that, nothing is left, and the id can be used again."""
     broken = tmp_path / "image"
     broken.mkdir()
-    for directory in (tmp_path, *tmp_path.parents[:3]):
-        directory.chmod(0o755)
+    open_to_all(tmp_path)
     (broken / "proc").symlink_to("/etc")
     (broken / "dev").write_text("a file")
     with garden.create() as box:

@@ -281,7 +281,7 @@ def test_an_interrupt_while_the_command_is_loaded_is_no_trace_of_python() -> Non
         time.sleep(delay_s)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
-        assert "garden_py" not in err, err
+        assert "/garden_py/" not in err, err  # before that it is Python itself that is interrupted
 
 
 def test_copies_go_in_and_out(garden: Garden, fake: FakeGarden, tmp_path: Path) -> None:
@@ -348,6 +348,7 @@ def test_events_are_json_lines(garden: Garden, fake: FakeGarden) -> None:
         (["create", "--memory", "12Q"], "--memory: '12Q' is not a size"),
         (["create", "--egress", "tpc:1.2.3.4"], "rule 'tpc:1.2.3.4'"),
         (["nosuch"], "nosuch"),
+        (["create", "--handle", ""], "--handle is empty"),
         (["create", "--memory", "0.0000001M"], "is less than a byte"),
         (["create", "--cpu-quota", "0.0001%"], "is less than a microsecond"),
         (["destroy", "--all", "web"], "not both"),

@@ -162,7 +162,10 @@ def run_checks(plan: Plan) -> list[Finding]:
     ]
     findings: list[Finding] = []
     for check in checks:
-        outcome = check()
+        try:
+            outcome = check()
+        except OSError as error:  # e.g. without root there may be no directory to try things in
+            outcome = Finding("check", Level.FAIL, f"could not be made: {error}")
         findings += outcome if isinstance(outcome, list) else [outcome]
     return findings
 
