@@ -169,13 +169,12 @@ def open_site(config: Config, store: LoopStore | None = None) -> Site:
     """Probe the host and make the server's directories.
 
     Raises:
-        InvalidField: there is no such runtime.
+        InvalidField: there is no such runtime, and no container either that could do without.
         NotSupported, HostFault.
     """
-    if shutil.which(config.runtime) is None:
-        raise InvalidField("runtime", f"{config.runtime!r} is not installed, or no program")
     _allow_many_files()
     depot = Depot(config.state_dir, config.run_dir, store.root if store else None)
+    _look_for_runtime(config.runtime, needed=not (depot.containers.is_dir() and depot.handles()))
     root = store.root if store else config.state_dir
     config.state_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
     facts = probe_host_facts()
@@ -229,6 +228,14 @@ def _open_filter(facts: HostFacts) -> int:
     os.write(fd, program)
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
     return fd
+
+
+def _look_for_runtime(program: str, *, needed: bool) -> None:
+    """A mistyped setting is refused; a package that is just being replaced keeps nobody from their containers."""
+    if shutil.which(program) is None:
+        if needed:
+            raise InvalidField("runtime", f"{program!r} is not installed, or no program")
+        log.error("runtime.missing", runtime=program, cost="no container can be made")
 
 
 def _allow_many_files() -> None:
