@@ -523,6 +523,13 @@ class Config(BaseModel):
             raise ValueError("is too long: at most 70 characters leave room for unix socket names")
         return path
 
+    @field_validator("mtu")
+    @classmethod
+    def _links_take(cls, mtu: int) -> int:
+        if 0 < mtu < 68:
+            raise ValueError("must be 0 or at least 68 (RFC 791)")
+        return mtu
+
     @field_validator("network_pool")
     @classmethod
     def _room_for_containers(cls, pool: ipaddress.IPv4Network) -> ipaddress.IPv4Network:
@@ -568,8 +575,6 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _ipv6_fits(self) -> Config:
-        if 0 < self.mtu < 68:
-            raise ValueError("mtu must be 0 or at least 68 (RFC 791)")
         if self.network_pool_v6 is not None and 0 < self.mtu < 1280:
             raise ValueError("mtu must be 1280 or more with network_pool_v6 (RFC 8200)")
         return self

@@ -162,10 +162,16 @@ class BatchRefused(Exception):
         self.errno = errno_
 
 
-def open_batch_socket(timeout_s: float) -> socket.socket:
-    """A socket for transactions of any size in the namespace of the calling thread; see Nft for when to open it."""
+def open_netfilter_socket(timeout_s: float) -> socket.socket:
+    """Of the network namespace of the calling thread; an answer that takes longer is a TimeoutError."""
     opened = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER)
     opened.settimeout(timeout_s)
+    return opened
+
+
+def open_batch_socket(timeout_s: float) -> socket.socket:
+    """One for transactions of any size; see Nft for when to open it."""
+    opened = open_netfilter_socket(timeout_s)
     raise_send_buffer(opened)
     return opened
 

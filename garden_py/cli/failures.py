@@ -29,10 +29,10 @@ _HINTS = {
 _asked_at = ""
 
 
-def remember_address(address: str | None) -> None:
-    """Whom a failure to reach the server is about; None: where servers usually are."""
+def remember_address(address: str) -> None:
+    """Whom a failure to reach the server is about."""
     global _asked_at
-    _asked_at = address or ""
+    _asked_at = address
 
 
 def report(message: str) -> None:

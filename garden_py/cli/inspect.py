@@ -11,7 +11,7 @@ from garden_py.cli import options as opt
 from garden_py.cli import parse, render
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from garden_py.client import ContainerMetrics, Event, GardenClient
 
@@ -83,10 +83,15 @@ def metrics(
             [handle for handle, slash, _ in names if not slash],
             [(handle, process_id) for handle, slash, process_id in names if slash],
         )
-    failed = typer.Exit(1 if any(each.error for each in measured) else 0)
     if output is render.OutputFormat.JSON:
         render.print_json(measured)
-        raise failed
+    else:
+        _print_metrics(measured)
+    if any(each.error for each in measured):
+        raise typer.Exit(1)
+
+
+def _print_metrics(measured: Sequence[ContainerMetrics]) -> None:
     render.print_table(
         [
             "HANDLE",
@@ -107,7 +112,6 @@ def metrics(
     for each in measured:
         if each.error:
             render.note(f"{_name(each)}: {each.error}")
-    raise failed
 
 
 def _name(usage: ContainerMetrics) -> str:

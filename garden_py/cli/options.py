@@ -73,6 +73,7 @@ def connect(context: typer.Context, address: str | None) -> GardenClient:
     """A client for the server that the options and the environment name; close it."""
     # Imported here: `garden --help` must not pay 100 ms for gRPC.
     from garden_py.client import GardenClient, Tls
+    from garden_py.client.address import resolve_target
 
     settings = settings_of(context)
     tls = None
@@ -82,9 +83,9 @@ def connect(context: typer.Context, address: str | None) -> GardenClient:
         tls = Tls(settings.tls_ca, settings.tls_cert, settings.tls_key, settings.tls_server_name)
     elif settings.tls_cert is not None or settings.tls_key is not None:
         raise parse.BadInput("--tls-cert and --tls-key need --tls-ca: whose signature shall the server show?")
-    asked = address if address is not None else settings.address
-    failures.remember_address(asked)
-    return GardenClient(asked, tls=tls)
+    target = resolve_target(address if address is not None else settings.address)
+    failures.remember_address(target)
+    return GardenClient(target, tls=tls)
 
 
 def limits_of(

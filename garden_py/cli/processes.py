@@ -147,15 +147,15 @@ def run(
     )
     with opt.connect(context, address) as garden:
         container = garden.container(handle)
-        if detach:
-            typer.echo(container.start(spec, request_id=request_id).id)
-            return
-        from garden_py.cli.terminal import Session
-
         try:
+            if detach:
+                typer.echo(container.start(spec, request_id=request_id).id)
+                return
             process = container.run(spec, request_id=request_id)
         except GardenError as error:
             raise typer.Exit(failures.report_start(error)) from error
+        from garden_py.cli.terminal import Session
+
         if not interactive:
             process.stdin.close()
         session = Session(process, interactive=interactive, terminal=terminal and interactive, owner=True)

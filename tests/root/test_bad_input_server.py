@@ -79,7 +79,7 @@ def test_empty_address_pool_is_named(no_trace: None) -> None:
         (["--network-pool", "10.0.0.1/8"], "--network-pool"),
         (["--network-pool", "nonsense"], "--network-pool"),
         (["--runtime", "no-such-runtime"], "--runtime"),
-        (["--mtu", "10"], "mtu"),
+        (["--mtu", "10"], "--mtu: "),
         (["--port-pool-start", "80"], "--port-pool-start"),
         (["--state-dir", "relative"], "--state-dir"),
         (["--listen", "0.0.0.0:7777"], "--listen"),

@@ -261,6 +261,7 @@ def test_a_process_that_was_not_started_has_the_exit_codes_of_env(garden: Garden
     """Which a program's own 1 cannot be taken for."""
     garden("create", "--handle", "c")
     assert garden("run", "c", "nosuch").code == 127
+    assert garden("run", "-d", "nobody", "true").code == 125
     assert garden("run", "nobody", "true").code == 125
     assert garden("run", "--address", "/nothing.sock", "c", "true").code == 125
 

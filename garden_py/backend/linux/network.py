@@ -186,10 +186,11 @@ class LinuxNetwork:
         if not host_port:
             host_port = pool.allocate(lambda port: is_listened_on(transport, port))
             self._note_heads()
-        elif is_listened_on(transport, host_port):
-            raise PortInUse(host_port, by_host=True)
         else:
             pool.reserve(host_port)
+            if is_listened_on(transport, host_port):
+                pool.release(host_port)
+                raise PortInUse(host_port, by_host=True)
         return PortMapping(host_port, wanted.container_port or host_port, transport)
 
     def _note_heads(self) -> None:

@@ -12,18 +12,16 @@ import struct
 from collections.abc import Iterator
 from threading import Thread
 
+from garden_py.agent.nft import open_netfilter_socket
 from garden_py.agent.rtnetlink import NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, pack_message, split_messages
 
-_NETLINK_NETFILTER = 12  # linux/netlink.h
 _RECEIVE_BYTES = 1 << 17
 _CLONE_NEWNET = 0x40000000  # linux/sched.h
 
 
 def open_socket(timeout_s: float) -> socket.socket:
     """Of the network namespace of the calling thread; an answer that takes longer is a TimeoutError."""
-    opened = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER)
-    opened.settimeout(timeout_s)
-    return opened
+    return open_netfilter_socket(timeout_s)
 
 
 def open_socket_in(netns_fd: int | None, timeout_s: float) -> socket.socket:

@@ -74,10 +74,9 @@ def user_namespace() -> Iterator[int]:
 
 @contextmanager
 def scratch_directory(near: Path) -> Iterator[Path]:
-    """A new directory on the file system that holds (or will hold) `near`, if it may be written; removed at the end."""
+    """A new directory on the file system that holds (or will hold) `near`, removed at the end."""
     existing = near
     while not existing.is_dir():
         existing = existing.parent
-    place = existing if os.access(existing, os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix="garden-doctor-", dir=place) as name:
+    with tempfile.TemporaryDirectory(prefix="garden-doctor-", dir=existing) as name:
         yield Path(name)
