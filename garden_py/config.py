@@ -12,7 +12,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
     BaseModel,
@@ -23,6 +23,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 
 from garden_py.model.device import parse_device_rule
 from garden_py.model.errors import FieldViolation, InvalidRequest
@@ -559,7 +560,7 @@ class Config(BaseModel):
     @field_validator("socket_mode", "garden_http_mode")
     @classmethod
     def _octal(cls, mode: str) -> str:
-        if mode and not 0 <= int(mode, 8) <= 0o777:
+        if mode and not re.fullmatch(r"0?[0-7]{1,3}", mode, re.ASCII):
             raise ValueError("must be an octal mode such as 0660")
         return mode
 
@@ -631,30 +632,49 @@ def load_config(
     Raises:
         InvalidRequest: with one violation per bad setting, named as in the source.
     """
-    values: dict[str, Any] = {}
-    if file is not None:
-        values.update(_from_file(file))
-    values.update(_from_environ(os.environ if environ is None else environ))
-    values.update(flags)
+    in_file = {} if file is None else _from_file(file)
+    in_environ = _from_environ(os.environ if environ is None else environ)
     try:
-        return Config(**values)
+        return Config(**{**in_file, **in_environ, **flags})
     except ValidationError as error:
-        raise InvalidRequest(
-            [
-                FieldViolation(
-                    ".".join(str(part) for part in e["loc"]) or SETTINGS,
-                    e["msg"].removeprefix("Value error, "),
-                )
-                for e in error.errors()
-            ]
-        ) from error
+        found = []
+        for problem in error.errors():
+            name = ".".join(str(part) for part in problem["loc"]) or SETTINGS
+            first = str(problem["loc"][0]) if problem["loc"] else SETTINGS
+            if first not in flags and first in in_environ:
+                name = ENV_PREFIX + first.upper()
+            elif first not in flags and first in in_file:
+                name = f"{file}: {name}"
+            found.append(FieldViolation(name, _words(problem)))
+        raise InvalidRequest(found) from error
+
+
+_WORDS: Final = {
+    "int_parsing": "is not a whole number",
+    "float_parsing": "is not a number",
+    "bool_parsing": "is neither true nor false",
+}
+
+
+def _words(problem: ErrorDetails) -> str:
+    """What is wrong with a setting, in a user's words where pydantic's are a programmer's."""
+    if problem["type"] == "extra_forbidden":
+        import difflib  # only here: a server's start is to be short
+
+        near = difflib.get_close_matches(str(problem["loc"][-1]), Config.model_fields, n=1)
+        return "there is no such setting" + (f"; did you mean {near[0]}?" if near else "")
+    if problem["type"] in _WORDS:
+        return f"{problem['input']!r} {_WORDS[problem['type']]}"
+    return problem["msg"].removeprefix("Value error, ")
 
 
 def _from_file(file: Path) -> dict[str, Any]:
     try:
         with file.open("rb") as stream:
             found = tomllib.load(stream)
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except OSError as error:
+        raise InvalidRequest([FieldViolation("config", f"{file}: {error.strerror}")]) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest([FieldViolation("config", f"{file}: {error}")]) from error
     return {key.replace("-", "_"): value for key, value in found.items()}
 

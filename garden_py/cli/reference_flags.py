@@ -62,12 +62,19 @@ def translate(given: Mapping[str, Any]) -> dict[str, Any]:
     for name, text in said.items():
         setting = _BY_NAME[name].setting
         if setting in found:
-            raise InvalidField(name, f"says the same as another flag: {setting} is {found[setting]} already")
+            raise InvalidField(
+                name,
+                f"says the same as --{setting.replace('_', '-')}, which is {_text(found[setting])} already",
+            )
         if name in _DURATIONS:
             found[setting] = _seconds(name, text)
         else:
             found[setting] = _translated(name, text)
     return found
+
+
+def _text(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _translated(name: str, text: str) -> Any:

@@ -13,7 +13,7 @@ import typer
 from pydantic import BeforeValidator
 
 from garden_py.cli.reference_flags import REFERENCE_FLAGS, translate
-from garden_py.config import SETTINGS, Config, load_config
+from garden_py.config import Config, load_config
 from garden_py.model.errors import GardenError, InvalidRequest
 
 EXIT_USAGE = 2
@@ -47,8 +47,7 @@ def server(**flags: Any) -> None:
         asyncio.run(wiring.serve(config))
     except InvalidRequest as error:
         for violation in error.violations:
-            flag = "--" + violation.field.replace("_", "-") if violation.field != SETTINGS else SETTINGS
-            typer.echo(f"garden server: {flag}: {violation.problem}", err=True)
+            typer.echo(f"garden server: {_as_written(violation.field)}: {violation.problem}", err=True)
         raise typer.Exit(EXIT_USAGE) from error
     except GardenError as error:
         typer.echo(f"garden server: {error}", err=True)
@@ -58,6 +57,11 @@ def server(**flags: Any) -> None:
             raise
         typer.echo(f"garden server: {error}: containers need root", err=True)
         raise typer.Exit(1) from error
+
+
+def _as_written(field: str) -> str:
+    """A field of a violation as the user has written it: a flag, or what is in the file or the environment."""
+    return "--" + field.replace("_", "-") if field in server.__annotations__ else field
 
 
 def _parameters() -> list[inspect.Parameter]:

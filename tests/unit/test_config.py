@@ -70,6 +70,8 @@ def test_tag_depends_on_the_state_directory_only() -> None:
         ({"network_pool": "fd00::/64"}, "network_pool"),
         ({"socket_mode": "0999"}, "socket_mode"),
         ({"socket_mode": "1777"}, "socket_mode"),
+        ({"socket_mode": "0o660"}, "socket_mode"),
+        ({"socket_mode": "-7"}, "socket_mode"),
         ({"port_pool_start": 80}, "port_pool_start"),
         ({"port_pool_start": 65_000, "port_pool_size": 1000}, "settings"),
         ({"uid_pool_start": 0xFFFE_0000, "uid_pool_size": 2}, "settings"),
@@ -92,7 +94,21 @@ def test_bad_settings_are_named_together() -> None:
     """One start shows every mistake."""
     with pytest.raises(InvalidRequest) as refused:
         load_config({"launchers": 0}, environ={"GARDEN_MTU": "big"})
-    assert fields_of(refused.value) == {"launchers", "mtu"}
+    assert fields_of(refused.value) == {"launchers", "GARDEN_MTU"}
+
+
+def test_bad_setting_is_named_as_it_was_written(tmp_path: Path) -> None:
+    """Who has to change it has to find it; a flag takes the place of what the file says, and of its mistake."""
+    file = tmp_path / "garden.toml"
+    file.write_text("mtu = 'big'\nnetwork-pol = ''\nlaunchers = 0\n")
+    with pytest.raises(InvalidRequest) as refused:
+        load_config({"launchers": 0}, file=file, environ={"GARDEN_MAX_CONTAINERS": "many"})
+    assert {(violation.field, violation.problem) for violation in refused.value.violations} >= {
+        (f"{file}: mtu", "'big' is not a whole number"),
+        (f"{file}: network_pol", "there is no such setting; did you mean network_pool?"),
+        ("GARDEN_MAX_CONTAINERS", "'many' is not a whole number"),
+    }
+    assert "launchers" in fields_of(refused.value)
 
 
 @pytest.mark.parametrize("content", [None, "not toml ["])

@@ -88,7 +88,11 @@ class _Helper:
         reason, colon, rest = text.partition(": ")
         if colon and reason in _REASONS:
             raise CopyFailed(reason, rest)
-        raise CopyFailed("io_error", text or f"the archiver ended with wait status {told.status}")
+        if os.WIFSIGNALED(told.status):
+            # To the kernel it is one of the container's processes.
+            killed = f"signal {os.WTERMSIG(told.status)} ended it in the container"
+            raise CopyFailed("io_error", f"{killed}, which may be at its memory limit")
+        raise CopyFailed("io_error", text or f"the archiver's exit status is {os.WEXITSTATUS(told.status)}")
 
     def close(self) -> None:
         """Close our descriptors."""

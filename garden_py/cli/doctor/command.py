@@ -18,7 +18,7 @@ from garden_py.cli import options as opt
 from garden_py.cli import parse, render
 from garden_py.cli.doctor import identity, images, kernel, network, runtimes, storage
 from garden_py.cli.doctor.finding import Finding, Level
-from garden_py.cli.doctor.leaks import report_leaks
+from garden_py.cli.doctor.leaks import DEFAULT_STATE_DIR, report_leaks
 
 _COLOURS = {Level.OK: "\x1b[32m", Level.WARN: "\x1b[33m", Level.FAIL: "\x1b[31m"}
 _UIDS_PER_CONTAINER = 65_536
@@ -59,7 +59,7 @@ def doctor(
     state_dir: Annotated[
         str,
         typer.Option("--state-dir", metavar="DIR", envvar="GARDEN_STATE_DIR", help="As for `garden server`."),
-    ] = "/var/lib/garden",
+    ] = str(DEFAULT_STATE_DIR),
     runtime: Annotated[
         str, typer.Option("--runtime", metavar="NAME", help="As for `garden server`.")
     ] = "runc",
@@ -87,7 +87,8 @@ def doctor(
 
     --leaks compares journal and host, both ways: `orphan` is on the host, carries the server's name, and belongs
     to no container; `missing` should be there for a running container and is not. It asks the server on
-    --state-dir, or reads the journal itself if that server is stopped (as root; it cannot start meanwhile). What
+    --state-dir, or reads the journal itself if that server is stopped (it cannot start meanwhile). Both need root,
+    and without it a server is asked: that of --address, else the one at the default address. What
     is being made or destroyed is neither; what is found must be found twice, a second apart. Exit code 1 if a leak
     is left. --fix removes orphans; what only looks like the server's is kept, and the last column says why. A
     running server does the same by itself, see `garden server --janitor-interval-s`.

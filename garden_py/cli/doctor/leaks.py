@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,13 +10,14 @@ from typing import TYPE_CHECKING
 import typer
 
 from garden_py.cli import options as opt
-from garden_py.cli import render
+from garden_py.cli import parse, render
 
 if TYPE_CHECKING:
     from garden_py.client import Leak
     from garden_py.model.leak import LeakReport
 
 EXIT_LEAKS = 1
+DEFAULT_STATE_DIR = Path("/var/lib/garden")
 
 
 def report_leaks(
@@ -37,8 +39,11 @@ def report_leaks(
 
 
 def find_leaks(context: typer.Context, state_dir: Path, address: str | None, *, fix: bool) -> list[Leak]:
-    """Ask the server if there is one, else look ourselves."""
-    if address is None and opt.settings_of(context).address is None:
+    """Ask the server if there is one, else look ourselves, which only root can: others ask the default server."""
+    stated = address is not None or opt.settings_of(context).address is not None
+    if not stated and os.geteuid() != 0 and state_dir != DEFAULT_STATE_DIR:
+        raise parse.BadInput(f"{state_dir}: root alone may read its journal; --address asks its server")
+    if not stated and os.geteuid() == 0:
         # Imported here: only this needs the server's half.
         from garden_py.model.errors import GardenError
         from garden_py.observe.log import configure_logging
