@@ -12,13 +12,12 @@ import grpc
 from garden_py.api._pb import garden_pb2 as pb
 from garden_py.api._pb import garden_pb2_grpc
 from garden_py.api.grpc import convert
-from garden_py.api.grpc.chunks import Encoded, encode_chunk, encode_stream_out
+from garden_py.api.grpc.chunks import Encoded, encode_stream_out
 from garden_py.api.grpc.image_servicer import ImageServicer
-from garden_py.api.grpc.streams import CHUNK_BYTES, ProcessFeed, feed_input
+from garden_py.api.grpc.streams import CHUNK_BYTES, ProcessFeed, feed_input, read_chunks
 from garden_py.model.errors import ContainerNotFound, GardenError, InvalidField
 from garden_py.model.process import OutputStream
 from garden_py.observe.calls import name_container
-from garden_py.observe.metrics import Stream
 from garden_py.service.core import Core
 from garden_py.service.ports import AgentFacts, NetworkFacts, RunningProcess, Usage
 from garden_py.service.registry import Container
@@ -316,15 +315,12 @@ class GardenServicer(ImageServicer, garden_pb2_grpc.GardenServicer):
         with self._core.processes.use(request.handle):
             process = self._core.processes.get(request.handle, request.process_id)
             reader = process.output(stream).open_reader(request.offset)
+            end = request.offset + request.limit_bytes if request.limit_bytes else None
             try:
-                end = request.offset + request.limit_bytes if request.limit_bytes else None
-                while end is None or reader.offset < end:
-                    most = CHUNK_BYTES if end is None else min(CHUNK_BYTES, end - reader.offset)
-                    data = await reader.read(most) if request.follow else reader.read_nowait(most)
-                    if not data:
-                        return
-                    self._core.metrics.streamed(Stream.OUTPUT, len(data))
-                    yield encode_chunk(request.stream, reader.offset - len(data), data)
+                chunks = read_chunks(reader, request.stream, end, self._core.metrics, follow=request.follow)
+                async with aclosing(chunks):  # at once, so that it does not use a closed reader
+                    async for chunk in chunks:
+                        yield chunk
             finally:
                 reader.close()
 

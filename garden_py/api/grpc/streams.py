@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 
 from garden_py.api._pb import garden_pb2 as pb
 from garden_py.api.grpc import convert
-from garden_py.api.grpc.chunks import Encoded, encode_output
-from garden_py.model.errors import InvalidField, ProcessExited
+from garden_py.api.grpc.chunks import Encoded, encode_chunk, encode_output
+from garden_py.model.errors import GardenError, InvalidField, ProcessExited
 from garden_py.model.process import OutputStream
 from garden_py.observe.metrics import Metrics, Stream
 from garden_py.service.ports import OutputReader, RunningProcess
@@ -16,6 +17,53 @@ from garden_py.service.ports import OutputReader, RunningProcess
 # Throughput of python gRPC streams rises up to about this size and memory with it (benchmarks/streams).
 CHUNK_BYTES = 256 << 10
 _EXIT_FOLLOWS_S = 0.003
+
+
+async def read_chunks(
+    reader: OutputReader, stream: pb.Stream.ValueType, end: int | None, metrics: Metrics, *, follow: bool
+) -> AsyncGenerator[Encoded, None]:
+    """What one reader is told: the chunks of a stream from its offset on.
+
+    grpc asks for a chunk when the one before is with its own threads, and lets the loop wait meanwhile: that is when
+    the next one is read, if there is more already (a tenth more bytes a second).
+
+    Args:
+        reader: its place in the stream; it is not closed.
+        stream: which one it is of.
+        end: the offset to stop at; None: the stream's end.
+        metrics: where the output is counted.
+        follow: wait for more until the stream is closed.
+    """
+    loop = asyncio.get_running_loop()
+    ready: Encoded | None = None
+
+    def encode(data: bytes) -> Encoded:
+        metrics.streamed(Stream.OUTPUT, len(data))
+        return encode_chunk(stream, reader.offset - len(data), data)
+
+    def most() -> int:
+        return CHUNK_BYTES if end is None else min(CHUNK_BYTES, end - reader.offset)
+
+    def read_ahead() -> None:
+        nonlocal ready
+        with suppress(GardenError):  # whoever asks for the chunk tries again, and is told
+            if (room := most()) > 0 and (data := reader.read_nowait(room)):
+                ready = encode(data)
+
+    while True:
+        if ready is None:
+            if most() <= 0:
+                return
+            data = await reader.read(most()) if follow else reader.read_nowait(most())
+            if not data:
+                return
+            ready = encode(data)
+        chunk, ready = ready, None
+        ahead = loop.call_soon(read_ahead)
+        try:
+            yield chunk
+        finally:
+            ahead.cancel()  # it has mostly run
 
 
 class ProcessFeed:

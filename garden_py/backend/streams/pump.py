@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from garden_py.backend.streams.segments import Intake, SegmentLog
 
-_TURNS = 4  # splices of at most 1 MiB before other streams get their turn
+_TURNS = 1  # splices of at most 1 MiB before other streams get their turn, and readers, which send meanwhile
 _DISK_RETRY_S = 0.5
 _BUSY_PIPE_BYTES = 1 << 20
 _GROW_AFTER_BYTES = 256 << 10
