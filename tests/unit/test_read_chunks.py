@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from garden_py.api._pb import garden_pb2 as pb
 from garden_py.api.grpc.streams import CHUNK_BYTES, read_chunks
-from garden_py.backend.streams.segments import SegmentLog
+from garden_py.backend.streams.segments import Intake, SegmentLog
 from garden_py.model.errors import HostFault
 from garden_py.observe.metrics import Metrics
 
@@ -25,68 +28,82 @@ def stored(directory: Path, size: int) -> tuple[SegmentLog, bytes]:
     return SegmentLog(directory, "stdout", retention_bytes=RETENTION), content
 
 
-async def taken(log: SegmentLog, offset: int, end: int | None, *, turns: int, follow: bool = False) -> bytes:
-    """All that is told, to one who lets the loop turn so often before asking for more."""
-    reader = log.open_reader(offset)
+def told(log: SegmentLog, **request: Any) -> AsyncGenerator[bytes, None]:
+    """What the caller of ReadOutput gets."""
+    return read_chunks(log, pb.ReadOutputRequest(stream=pb.STDOUT, **request), Metrics())
+
+
+async def collected(log: SegmentLog, *, offset: int = 0, turns: int = 0, **request: Any) -> bytes:
+    """All of it, by one who lets the loop turn so often before asking for more."""
     found = b""
-    async with aclosing(read_chunks(reader, pb.STDOUT, end, Metrics(), follow=follow)) as chunks:
-        async for encoded in chunks:
-            chunk = pb.OutputChunk.FromString(encoded)
-            assert chunk.offset == offset + len(found)
-            found += chunk.data
-            for _ in range(turns):
-                await asyncio.sleep(0)
-    reader.close()
+    async for encoded in told(log, offset=offset, **request):
+        chunk = pb.OutputChunk.FromString(encoded)
+        assert chunk.offset == offset + len(found)
+        found += chunk.data
+        for _ in range(turns):
+            await asyncio.sleep(0)
     return found
 
 
+def next_offset(log: SegmentLog) -> int:
+    """Where the log's only reader goes on."""
+    (reader,) = log._readers
+    return reader.offset
+
+
 @pytest.mark.parametrize("turns", [0, 3])
-@pytest.mark.parametrize("end", [None, 101, CHUNK_BYTES, CHUNK_BYTES + 5])
-async def test_every_byte_once_and_none_behind_the_end(tmp_path: Path, turns: int, end: int | None) -> None:
+@pytest.mark.parametrize("limit", [0, 1, CHUNK_BYTES - 100, CHUNK_BYTES, CHUNK_BYTES + 5, 4 * CHUNK_BYTES])
+async def test_every_byte_once_and_no_more_than_asked_for(tmp_path: Path, turns: int, limit: int) -> None:
     log, content = stored(tmp_path, 3 * CHUNK_BYTES + 400)
-    assert await taken(log, 100, end, turns=turns) == content[100:end]
+    expected = content[100 : 100 + limit] if limit else content[100:]
+    assert await collected(log, offset=100, limit_bytes=limit, turns=turns) == expected
+    assert not log._readers, "who has left holds nobody back"
 
 
 async def test_next_chunk_is_read_while_the_last_one_is_sent(tmp_path: Path) -> None:
-    log, _ = stored(tmp_path, 3 * CHUNK_BYTES)
-    reader = log.open_reader(0)
-    async with aclosing(read_chunks(reader, pb.STDOUT, None, Metrics(), follow=False)) as chunks:
+    log, _ = stored(tmp_path, 4 * CHUNK_BYTES)
+    async with aclosing(told(log)) as chunks:
         await anext(chunks)
-        assert reader.offset == CHUNK_BYTES
+        assert next_offset(log) == CHUNK_BYTES
         await asyncio.sleep(0)
-        assert reader.offset == 2 * CHUNK_BYTES
+        assert next_offset(log) == 2 * CHUNK_BYTES
         await asyncio.sleep(0)
-        assert reader.offset == 2 * CHUNK_BYTES, "and no more than one"
-    reader.close()
+        assert next_offset(log) == 2 * CHUNK_BYTES, "and no more than one"
 
 
-async def test_one_that_leaves_leaves_nothing_to_be_read(tmp_path: Path) -> None:
-    """The reader is closed then; to read on would open its file again."""
+async def test_one_that_leaves_leaves_no_file_open(tmp_path: Path) -> None:
     log, _ = stored(tmp_path, 3 * CHUNK_BYTES)
-    reader = log.open_reader(0)
-    async with aclosing(read_chunks(reader, pb.STDOUT, None, Metrics(), follow=True)) as chunks:
+    before = os.listdir("/proc/self/fd")
+    async with aclosing(told(log, follow=True)) as chunks:
         await anext(chunks)
     await asyncio.sleep(0)
-    assert reader.offset == CHUNK_BYTES
-    reader.close()
+    assert os.listdir("/proc/self/fd") == before
 
 
-async def test_what_was_read_ahead_of_a_failure_is_told_before_it(tmp_path: Path) -> None:
+async def test_what_was_read_before_a_failure_is_told_before_it(tmp_path: Path) -> None:
     log, content = stored(tmp_path, 2 * CHUNK_BYTES)
     (tmp_path / f"stdout.{CHUNK_BYTES:020d}").unlink()
-    reader = log.open_reader(0)
-    async with aclosing(read_chunks(reader, pb.STDOUT, None, Metrics(), follow=False)) as chunks:
+    async with aclosing(told(log)) as chunks:
         assert pb.OutputChunk.FromString(await anext(chunks)).data == content[:CHUNK_BYTES]
         await asyncio.sleep(0)
         with pytest.raises(HostFault, match="read output"):
             await anext(chunks)
-    reader.close()
 
 
-async def test_follower_gets_what_comes_later(tmp_path: Path) -> None:
-    log, content = stored(tmp_path, 400)
-    told = asyncio.create_task(taken(log, 0, None, turns=1, follow=True))
-    await asyncio.sleep(0)
-    assert not told.done()
-    log.close()
-    assert await told == content
+@pytest.mark.parametrize("turns", [0, 3])
+async def test_follower_gets_what_comes_later(tmp_path: Path, turns: int) -> None:
+    log, content = stored(tmp_path, CHUNK_BYTES + 400)
+    following = asyncio.create_task(collected(log, turns=turns, follow=True))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
+    os.write(write_fd, b"later")
+    assert log.take(read_fd) is Intake.TOOK
+    log.wake_readers()
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not following.done()
+    os.close(write_fd)
+    assert log.take(read_fd) is Intake.CLOSED
+    assert await following == content + b"later"
+    os.close(read_fd)

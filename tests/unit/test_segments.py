@@ -89,13 +89,32 @@ def test_reader_holds_a_full_stream_back(tmp_path: Path, pipe: tuple[int, int]) 
     assert log.take(pipe[0]) is Intake.HELD
     called: list[str] = []
     log.call_when_reader_moves(lambda: called.append("moved"))
-    found = b""
+    found = reader.read_nowait(SEGMENT - 8)
+    assert called == [], "the oldest segment is still needed"
     while len(found) < SEGMENT:
         found += reader.read_nowait(SEGMENT - len(found))
     assert found == pattern(0, SEGMENT)
     assert called == ["moved"]
     assert log.take(pipe[0]) is Intake.TOOK
     assert log.first_offset == SEGMENT
+
+
+def test_slowest_reader_is_waited_for(tmp_path: Path, pipe: tuple[int, int]) -> None:
+    """What the others read meanwhile is no reason to try again."""
+    log = SegmentLog(tmp_path, "stdout", retention_bytes=RETENTION)
+    slow, quick = log.open_reader(0), log.open_reader(0)
+    fill(log, pipe, RETENTION)
+    os.write(pipe[1], b"one more")
+    assert log.take(pipe[0]) is Intake.HELD
+    called: list[str] = []
+    log.call_when_reader_moves(lambda: called.append("moved"))
+    while quick.read_nowait(RETENTION):
+        assert called == []
+    assert len(slow.read_nowait(SEGMENT)) == SEGMENT
+    assert called == ["moved"]
+    assert log.take(pipe[0]) is Intake.TOOK
+    for reader in (slow, quick):
+        reader.close()
 
 
 def test_leaving_reader_lets_the_stream_go_on(tmp_path: Path, pipe: tuple[int, int]) -> None:

@@ -314,15 +314,9 @@ class GardenServicer(ImageServicer, garden_pb2_grpc.GardenServicer):
         stream = convert.stream_from(request.stream)
         with self._core.processes.use(request.handle):
             process = self._core.processes.get(request.handle, request.process_id)
-            reader = process.output(stream).open_reader(request.offset)
-            end = request.offset + request.limit_bytes if request.limit_bytes else None
-            try:
-                chunks = read_chunks(reader, request.stream, end, self._core.metrics, follow=request.follow)
-                async with aclosing(chunks):  # at once, so that it does not use a closed reader
-                    async for chunk in chunks:
-                        yield chunk
-            finally:
-                reader.close()
+            async with aclosing(read_chunks(process.output(stream), request, self._core.metrics)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
 
     async def SignalProcess(
         self, request: pb.SignalProcessRequest, context: Context

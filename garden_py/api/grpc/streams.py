@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 
 from garden_py.api._pb import garden_pb2 as pb
 from garden_py.api.grpc import convert
@@ -12,58 +13,109 @@ from garden_py.api.grpc.chunks import Encoded, encode_chunk, encode_output
 from garden_py.model.errors import GardenError, InvalidField, ProcessExited
 from garden_py.model.process import OutputStream
 from garden_py.observe.metrics import Metrics, Stream
-from garden_py.service.ports import OutputReader, RunningProcess
+from garden_py.service.ports import OutputLog, OutputReader, RunningProcess
 
 # Throughput of python gRPC streams rises up to about this size and memory with it (benchmarks/streams).
 CHUNK_BYTES = 256 << 10
 _EXIT_FOLLOWS_S = 0.003
 
 
-async def read_chunks(
-    reader: OutputReader, stream: pb.Stream.ValueType, end: int | None, metrics: Metrics, *, follow: bool
-) -> AsyncGenerator[Encoded, None]:
-    """What one reader is told: the chunks of a stream from its offset on.
+class _Chunks:
+    """The chunks of one stream in their wire form, each from where the one before has ended.
 
     grpc asks for a chunk when the one before is with its own threads, and lets the loop wait meanwhile: that is when
     the next one is read, if there is more already (a tenth more bytes a second).
 
     Args:
-        reader: its place in the stream; it is not closed.
-        stream: which one it is of.
-        end: the offset to stop at; None: the stream's end.
+        reader: owned from here on.
+        encode: makes a message of an offset and the data from there.
         metrics: where the output is counted.
-        follow: wait for more until the stream is closed.
+        end: the offset to stop at; None: the stream's end.
     """
-    loop = asyncio.get_running_loop()
-    ready: Encoded | None = None
 
-    def encode(data: bytes) -> Encoded:
-        metrics.streamed(Stream.OUTPUT, len(data))
-        return encode_chunk(stream, reader.offset - len(data), data)
+    def __init__(
+        self,
+        reader: OutputReader,
+        encode: Callable[[int, bytes], Encoded],
+        metrics: Metrics,
+        end: int | None = None,
+    ) -> None:
+        self._reader = reader
+        self._encode = encode
+        self._metrics = metrics
+        self._end = end
+        self._loop = asyncio.get_running_loop()
+        self._ready: Encoded | None = None
+        self._ahead: asyncio.Handle | None = None
+        self.offset = reader.offset
+        """Behind what was taken."""
 
-    def most() -> int:
-        return CHUNK_BYTES if end is None else min(CHUNK_BYTES, end - reader.offset)
+    def take(self) -> Encoded | None:
+        """The next chunk; None if nothing is there now, and at the end."""
+        self._stop_reading_ahead()
+        if self._ready is None and (room := self._room()):
+            self._make_ready(self._reader.read_nowait(room))
+        return self._hand_out()
 
-    def read_ahead() -> None:
-        nonlocal ready
-        with suppress(GardenError):  # whoever asks for the chunk tries again, and is told
-            if (room := most()) > 0 and (data := reader.read_nowait(room)):
-                ready = encode(data)
+    async def take_later(self) -> Encoded | None:
+        """The next chunk, when it is there; None at the end."""
+        if (chunk := self.take()) is None and (room := self._room()):
+            self._make_ready(await self._reader.read(room))
+            chunk = self._hand_out()
+        return chunk
 
-    while True:
-        if ready is None:
-            if most() <= 0:
-                return
-            data = await reader.read(most()) if follow else reader.read_nowait(most())
-            if not data:
-                return
-            ready = encode(data)
-        chunk, ready = ready, None
-        ahead = loop.call_soon(read_ahead)
-        try:
+    def _room(self) -> int:
+        return CHUNK_BYTES if self._end is None else min(CHUNK_BYTES, self._end - self._reader.offset)
+
+    def _make_ready(self, data: bytes) -> None:
+        if data:
+            self._metrics.streamed(Stream.OUTPUT, len(data))
+            self._ready = self._encode(self._reader.offset - len(data), data)
+
+    def _hand_out(self) -> Encoded | None:
+        chunk, self._ready = self._ready, None
+        if chunk is not None:
+            self.offset = self._reader.offset
+            self._ahead = self._loop.call_soon(self._read_ahead)
+        return chunk
+
+    def _read_ahead(self) -> None:
+        if room := self._room():
+            with suppress(GardenError):  # whoever takes it tries again, and is told
+                self._make_ready(self._reader.read_nowait(room))
+
+    def _stop_reading_ahead(self) -> None:
+        if self._ahead is not None:
+            self._ahead.cancel()  # it has mostly run
+            self._ahead = None
+
+    def close(self) -> None:
+        """Stop holding the stream back; twice is fine."""
+        self._stop_reading_ahead()  # or it would open the closed reader's file again
+        self._reader.close()
+
+
+async def read_chunks(
+    log: OutputLog, request: pb.ReadOutputRequest, metrics: Metrics
+) -> AsyncGenerator[Encoded, None]:
+    """What the caller of ReadOutput is told.
+
+    Args:
+        log: of the process and the stream that the request names.
+        request: says from where, how much, and whether to wait for more until the stream is closed.
+        metrics: where the output is counted.
+
+    Raises:
+        OffsetOutOfRange: the log does not have that offset, or has it no more.
+    """
+    end = request.offset + request.limit_bytes if request.limit_bytes else None
+    encode = partial(encode_chunk, request.stream)
+    chunks = _Chunks(log.open_reader(request.offset), encode, metrics, end)
+    try:
+        while (chunk := await chunks.take_later() if request.follow else chunks.take()) is not None:
             yield chunk
-        finally:
-            ahead.cancel()  # it has mostly run
+    finally:
+        chunks.close()
 
 
 class ProcessFeed:
@@ -78,16 +130,15 @@ class ProcessFeed:
         self, process: RunningProcess, offsets: dict[OutputStream, int | None], metrics: Metrics
     ) -> None:
         self._process = process
-        self._metrics = metrics
         self._wake = asyncio.Event()
         self._failure: Exception | None = None
-        self._readers: dict[OutputStream, OutputReader] = {}
+        self._chunks: dict[OutputStream, _Chunks] = {}
         try:
             for stream, offset in offsets.items():
                 log = process.output(stream)
-                self._readers[stream] = log.open_reader(
-                    log.end_offset if offset is None else offset, self._wake
-                )
+                reader = log.open_reader(log.end_offset if offset is None else offset, self._wake)
+                encode = partial(encode_output, convert.STREAMS_OUT[stream])
+                self._chunks[stream] = _Chunks(reader, encode, metrics)
         except BaseException:
             self.close()
             raise
@@ -99,21 +150,20 @@ class ProcessFeed:
         stays in the process's logs.
         """
         exit_sent = False
-        unclosed = dict(self._readers)
+        unclosed = dict(self._chunks)
         ends: dict[OutputStream, int] | None = None
         while unclosed or not exit_sent:
             self._wake.clear()
             if self._failure is not None:
                 raise self._failure
             idle = True
-            for stream, reader in unclosed.items():
-                if data := reader.read_nowait(CHUNK_BYTES):
+            for chunks in unclosed.values():
+                if (chunk := chunks.take()) is not None:
                     idle = False
-                    self._metrics.streamed(Stream.OUTPUT, len(data))
-                    yield encode_output(convert.STREAMS_OUT[stream], reader.offset - len(data), data)
+                    yield chunk
             if not exit_sent and (status := self._process.exit) is not None:
-                ends = ends or {stream: self._process.output(stream).end_offset for stream in self._readers}
-                if all(reader.offset >= ends[stream] for stream, reader in self._readers.items()):
+                ends = ends or {stream: self._process.output(stream).end_offset for stream in self._chunks}
+                if all(chunks.offset >= ends[stream] for stream, chunks in self._chunks.items()):
                     exit_sent, idle = True, False
                     yield pb.ProcessEvent(exited=convert.exit_to(status))
             at_end = [stream for stream in unclosed if self._is_at_end(stream)]
@@ -122,7 +172,7 @@ class ProcessFeed:
             for stream in at_end:
                 del unclosed[stream]
                 idle = False
-                yield _closed(stream, self._readers[stream].offset)
+                yield _closed(stream, self._chunks[stream].offset)
             if idle:
                 await self._wake.wait()
 
@@ -140,7 +190,7 @@ class ProcessFeed:
 
     def _is_at_end(self, stream: OutputStream) -> bool:
         log = self._process.output(stream)
-        return log.closed and self._readers[stream].offset >= log.end_offset
+        return log.closed and self._chunks[stream].offset >= log.end_offset
 
     def fail(self, error: Exception) -> None:
         """End the events with this error: the caller's input was bad."""
@@ -149,8 +199,8 @@ class ProcessFeed:
 
     def close(self) -> None:
         """Stop holding the streams back; twice is fine."""
-        for reader in self._readers.values():
-            reader.close()
+        for chunks in self._chunks.values():
+            chunks.close()
 
 
 def _closed(stream: OutputStream, length: int) -> pb.ProcessEvent:

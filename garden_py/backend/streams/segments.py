@@ -77,6 +77,7 @@ class SegmentLog:
         self._delivered = 0
         self._delivered_fd = -1
         self._when_reader_moves: Callable[[], None] | None = None
+        self._wanted_to = 0  # a reader that is before this holds the stream back
         if recover:
             self._recover()
 
@@ -189,6 +190,7 @@ class SegmentLog:
             start = self._starts[0]
             end = self._starts[1] if len(self._starts) > 1 else self.end_offset
             if any(reader.offset < end for reader in self._readers):
+                self._wanted_to = end
                 return False
             self._path(start).unlink(missing_ok=True)
             self._starts.popleft()
@@ -244,10 +246,13 @@ class SegmentLog:
             raise HostFault("read output", str(error)) from error
 
     def reader_moved(self) -> None:
-        """A reader has read on or left: whoever is held back may try again."""
+        """A reader has read on or left: whoever was held back may try again if none is where it was wanted away."""
+        if self._when_reader_moves is None or any(
+            reader.offset < self._wanted_to for reader in self._readers
+        ):
+            return
         callback, self._when_reader_moves = self._when_reader_moves, None
-        if callback is not None:
-            callback()
+        callback()
 
     def call_when_reader_moves(self, callback: Callable[[], None]) -> None:
         """Call back once, when `take` is worth another try after HELD."""
