@@ -116,6 +116,9 @@ class LinuxProcesses:
             if spec.has_own_group:
                 with may_be_gone(container.handle):
                     groups.add_process_group(container.cgroup, leaf, spec.limits)
+            if not spec.limits.empty():  # before it can run: the kernel tells nothing of what was before
+                with may_be_gone(container.handle):
+                    container.watch_oom(spec.id, leaf)
             made: list[LinuxProcess] = []
 
             def prepare() -> None:
@@ -141,6 +144,7 @@ class LinuxProcesses:
                 raise
             container.add_process(process)
         except BaseException:
+            container.unwatch_oom(spec.id)
             if spec.has_own_group:
                 container.drop_process_group(leaf)
             raise
@@ -175,8 +179,6 @@ class LinuxProcesses:
         process.connect(
             spawned, lambda reason: log.warning("stream.failed", handle=container.handle, reason=reason)
         )
-        if not process.spec.limits.empty() and process.exit is None:
-            container.watch_oom(process.id, container.leaf_of(process.spec))
 
     def _bounding(self, container: LinuxContainer, spec: ProcessSpec) -> int | None:
         """Non-root users of a privileged container get a smaller bounding set (Garden statement C2)."""
@@ -223,6 +225,8 @@ class LinuxProcesses:
             ended = owner.held[spec.id] or spawned.exit  # it may have ended since the agent was greeted
             if ended is not None and process.exit is None:
                 process.ended(ended)
+            elif process.exit is None and not spec.limits.empty():
+                container.watch_oom(spec.id, container.leaf_of(spec))
         else:
             for output in process.logs.values():
                 output.close()
