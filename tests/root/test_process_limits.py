@@ -6,6 +6,7 @@ import itertools
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,27 @@ def test_out_of_memory_says_whose_limit_it_was(garden: GardenClient) -> None:
                 break
         # the kernel may tell one kill more than once
         assert [who for who, _ in itertools.groupby(told)] == ["small", ""]
+
+
+def test_every_one_that_runs_out_of_memory_at_once_is_told(garden: GardenClient) -> None:
+    """Also those that do before the answer to their start has been heard."""
+    ids = {f"hungry-{number}" for number in range(16)}
+    with garden.create() as box:
+        events = events_of(garden, box.handle)
+        limits = Limits(memory_bytes=4 * MIB)
+        with ThreadPoolExecutor(len(ids)) as pool:
+            for exit in pool.map(
+                lambda id: box.run(["tail", "/dev/zero"], id=id, limits=limits).output().exit, ids
+            ):
+                assert exit.out_of_memory
+        told, exited = set(), set()
+        while exited < ids:
+            event = next(events)
+            if event.kind is EventKind.OUT_OF_MEMORY:
+                told.add(event.process_id)
+            if event.kind is EventKind.PROCESS_EXITED:
+                exited.add(event.process_id)
+        assert told == ids
 
 
 @pytest.mark.parametrize("own_limits", [False, True])
