@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from garden_py.api._pb import garden_pb2 as pb
+from garden_py.api.grpc import streams
 from garden_py.api.grpc.streams import CHUNK_BYTES, read_chunks
 from garden_py.backend.streams.segments import Intake, SegmentLog
 from garden_py.model.errors import HostFault
@@ -107,3 +108,30 @@ async def test_follower_gets_what_comes_later(tmp_path: Path, turns: int) -> Non
     assert log.take(read_fd) is Intake.CLOSED
     assert await following == content + b"later"
     os.close(read_fd)
+
+
+async def test_a_piece_of_a_chunk_is_left_to_grow(tmp_path: Path) -> None:
+    """Who writes lines would be told of in many small messages else."""
+    log, _ = stored(tmp_path, CHUNK_BYTES + 400)
+    async with aclosing(told(log)) as chunks:
+        await anext(chunks)
+        await asyncio.sleep(0)
+        assert next_offset(log) == CHUNK_BYTES
+
+
+async def test_what_slow_callers_hold_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that come late are read for when they ask, until others have gone or taken theirs."""
+    monkeypatch.setattr(streams, "_AHEAD_MOST", 2)
+    log, content = stored(tmp_path, 3 * CHUNK_BYTES)
+    async with AsyncExitStack() as callers:
+        slow = [await callers.enter_async_context(aclosing(told(log))) for _ in range(3)]
+        for chunks in slow:
+            await anext(chunks)
+        await asyncio.sleep(0)
+        assert sorted(reader.offset for reader in log._readers) == [CHUNK_BYTES] + 2 * [2 * CHUNK_BYTES]
+        assert await collected(log, turns=3) == content
+    assert streams._Chunks._held == 0
+    async with aclosing(told(log)) as chunks:
+        await anext(chunks)
+        await asyncio.sleep(0)
+        assert next_offset(log) == 2 * CHUNK_BYTES

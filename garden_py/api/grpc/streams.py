@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from functools import partial
+from typing import ClassVar
 
 from garden_py.api._pb import garden_pb2 as pb
 from garden_py.api.grpc import convert
@@ -18,13 +19,16 @@ from garden_py.service.ports import OutputLog, OutputReader, RunningProcess
 # Throughput of python gRPC streams rises up to about this size and memory with it (benchmarks/streams).
 CHUNK_BYTES = 256 << 10
 _EXIT_FOLLOWS_S = 0.003
+_AHEAD_MOST = (
+    64  # chunks that are read ahead of all callers together: what a thousand slow ones hold is bounded
+)
 
 
 class _Chunks:
     """The chunks of one stream in their wire form, each from where the one before has ended.
 
     grpc asks for a chunk when the one before is with its own threads, and lets the loop wait meanwhile: that is when
-    the next one is read, if there is more already (a tenth more bytes a second).
+    the next one is read, if all of it is there already (a tenth more bytes a second).
 
     Args:
         reader: owned from here on.
@@ -32,6 +36,9 @@ class _Chunks:
         metrics: where the output is counted.
         end: the offset to stop at; None: the stream's end.
     """
+
+    _held: ClassVar[int] = 0
+    """Read ahead and not taken yet, by all."""
 
     def __init__(
         self,
@@ -53,7 +60,9 @@ class _Chunks:
     def take(self) -> Encoded | None:
         """The next chunk; None if nothing is there now, and at the end."""
         self._stop_reading_ahead()
-        if self._ready is None and (room := self._room()):
+        if self._ready is not None:
+            _Chunks._held -= 1
+        elif room := self._room():
             self._make_ready(self._reader.read_nowait(room))
         return self._hand_out()
 
@@ -80,9 +89,16 @@ class _Chunks:
         return chunk
 
     def _read_ahead(self) -> None:
-        if room := self._room():
-            with suppress(GardenError):  # whoever takes it tries again, and is told
+        room = self._room()
+        if not room or _Chunks._held >= _AHEAD_MOST:
+            return
+        with suppress(GardenError):  # whoever takes it tries again, and is told
+            span = self._reader.span(room)
+            # A piece of a chunk may be all of it by the time that it is asked for.
+            if span is not None and span.count == room:
                 self._make_ready(self._reader.read_nowait(room))
+        if self._ready is not None:
+            _Chunks._held += 1
 
     def _stop_reading_ahead(self) -> None:
         if self._ahead is not None:
@@ -92,6 +108,9 @@ class _Chunks:
     def close(self) -> None:
         """Stop holding the stream back; twice is fine."""
         self._stop_reading_ahead()  # or it would open the closed reader's file again
+        if self._ready is not None:
+            self._ready = None
+            _Chunks._held -= 1
         self._reader.close()
 
 
