@@ -24,12 +24,12 @@ from garden_py.model.lifecycle import State
 from garden_py.service.ports import ContainerRow, ProcessRow
 
 log = structlog.get_logger()
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 CREATE TABLE containers (
     handle TEXT PRIMARY KEY, state TEXT NOT NULL, state_reason TEXT NOT NULL, request_id TEXT NOT NULL,
-    created_ns INTEGER NOT NULL, spec TEXT NOT NULL, facts TEXT NOT NULL
+    created_ns INTEGER NOT NULL, spec TEXT NOT NULL, facts TEXT NOT NULL, notable TEXT NOT NULL
 ) STRICT;
 CREATE TABLE processes (
     handle TEXT NOT NULL REFERENCES containers ON DELETE CASCADE, id TEXT NOT NULL, request_id TEXT NOT NULL,
@@ -37,6 +37,8 @@ CREATE TABLE processes (
     PRIMARY KEY (handle, id)
 ) STRICT;
 """
+_STEPS = {1: "ALTER TABLE containers ADD COLUMN notable TEXT NOT NULL DEFAULT '[]'"}
+"""What makes the next schema of one."""
 
 
 _ALL_CONTAINERS = "SELECT * FROM containers ORDER BY created_ns, handle"
@@ -96,6 +98,7 @@ def _containers(rows: Iterable[sqlite3.Row]) -> list[ContainerRow]:
             created_ns=row["created_ns"],
             spec=json.loads(row["spec"]),
             facts=json.loads(row["facts"]),
+            notable=tuple(json.loads(row["notable"])) if "notable" in row.keys() else (),  # noqa: SIM118 - no mapping
         )
         for row in rows
     ]
@@ -165,11 +168,15 @@ class Journal:
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
         if version > SCHEMA_VERSION:
             raise JournalTooNew(f"the journal has schema {version}; this server knows up to {SCHEMA_VERSION}")
-        if version == 0:
-            with self._transaction():
-                for statement in filter(None, (part.strip() for part in _SCHEMA.split(";"))):
-                    self._db.execute(statement)
-                self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        if version == SCHEMA_VERSION:
+            return
+        whole = filter(None, (part.strip() for part in _SCHEMA.split(";")))
+        with self._transaction():
+            for statement in (
+                whole if version == 0 else [_STEPS[each] for each in range(version, SCHEMA_VERSION)]
+            ):
+                self._db.execute(statement)
+            self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -202,12 +209,12 @@ class Journal:
     def save_container(self, row: ContainerRow) -> None:
         """Insert or replace a container's row."""
         self._execute(
-            "INSERT INTO containers VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (handle) DO UPDATE SET "
+            "INSERT INTO containers VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (handle) DO UPDATE SET "
             "state = excluded.state, state_reason = excluded.state_reason, "
-            "spec = excluded.spec, facts = excluded.facts",
+            "spec = excluded.spec, facts = excluded.facts, notable = excluded.notable",
             (
                 row.handle, row.state.value, row.state_reason, row.request_id, row.created_ns,
-                json.dumps(row.spec), json.dumps(row.facts),
+                json.dumps(row.spec), json.dumps(row.facts), json.dumps(row.notable),
             ),
         )  # fmt: skip
 

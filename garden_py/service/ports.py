@@ -28,6 +28,7 @@ class ContainerRow:
     Attributes:
         spec: JSON form of its ContainerSpec as in force.
         facts: whatever the backend needs to find and remove what it made (addresses, ids, pid).
+        notable: things of its life for people.
     """
 
     handle: str
@@ -37,6 +38,7 @@ class ContainerRow:
     created_ns: int
     spec: dict[str, Any]
     facts: dict[str, Any]
+    notable: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,6 +130,7 @@ class Recovery:
             state=row.state,
             state_reason=row.state_reason,
             facts=row.facts,
+            notable=list(row.notable),
         )
         self._registry.put_back(container)
         return container
@@ -186,7 +187,7 @@ class Recovery:
         container = self._registry.find(handle)
         if container is not None:
             if not _is_apart(container, process_id):
-                container.note("Out of memory")
+                self._registry.note(container, "Out of memory")
             self._events.publish(EventKind.OUT_OF_MEMORY, handle, process_id=process_id)
 
     def _broken(self, handle: str, reason: str) -> None:

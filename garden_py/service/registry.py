@@ -76,11 +76,6 @@ class Container:
         """Its name."""
         return self.spec.handle
 
-    def note(self, text: str) -> None:
-        """Add to its notable events."""
-        self.notable.append(text)
-        del self.notable[:-NOTABLE_MAX]
-
     def require_usable(self, wanted: str) -> None:
         """Refuse a call that needs a running container.
 
@@ -194,10 +189,20 @@ class Registry:
                 created_ns=container.created_ns,
                 spec=dump_container_spec(changes.get("spec", container.spec)),
                 facts=changes.get("facts", container.facts),
+                notable=tuple(container.notable),
             )
         )
         for name, value in changes.items():
             setattr(container, name, value)
+
+    def note(self, container: Container, text: str) -> None:
+        """Add to a container's notable events; one that cannot be written down is known to this server alone."""
+        container.notable.append(text)
+        del container.notable[:-NOTABLE_MAX]
+        try:
+            self.save(container)
+        except HostFault as error:
+            log.warning("event.not_recorded", handle=container.handle, text=text, error=str(error))
 
     def save_process(self, container: Container, process_id: str) -> None:
         """Write a process's row anew, with its spec as it is now.

@@ -120,6 +120,34 @@ def test_exit_while_no_server_ran_is_known(server: ServerProcess) -> None:
         assert b"".join(chunk.data for chunk in container.read_output(process.id)) == b"gone by then\n"
 
 
+def test_out_of_memory_while_no_server_ran_is_told(server: ServerProcess) -> None:
+    """By the event, and among the container's, where Garden's schedulers look for it after the exit."""
+    hungry = "sleep 0.5; exec tail /dev/zero"
+    with GardenClient(server.address) as garden:
+        container = garden.create(ContainerSpec(limits=Limits(memory_bytes=64 << 20)))
+        events = garden.events([container.handle])
+        cursor = next(events).cursor
+        container.start(sh(hungry), id="shared")
+        container.start(sh(hungry), id="own", limits=Limits(memory_bytes=8 << 20))
+        server.kill()
+        wait_until(lambda: not workload_of(container.handle), "the end of the processes")
+        server.start()
+        for name in ("shared", "own"):
+            assert container.wait(name).out_of_memory
+        told = []
+        for event in garden.events([container.handle], after_cursor=cursor):
+            if event.kind is EventKind.OUT_OF_MEMORY:
+                told.append(event.process_id)
+                if len(told) == 2:
+                    break
+        assert sorted(told) == ["", "own"]
+        for end in ENDINGS.values():
+            assert container.info().events == ("Out of memory", "Out of memory")
+            end(server)
+            server.start()
+        assert container.info().events == ("Out of memory", "Out of memory")
+
+
 def workload_of(handle: str) -> list[str]:
     """Pids of a container's processes without its agent, seen without the help of any server."""
     return [

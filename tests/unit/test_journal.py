@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from garden_py.backend.journal import SCHEMA_VERSION, Journal, JournalDamaged, JournalTooNew, open_journal
+from garden_py.backend.journal import (
+    SCHEMA_VERSION,
+    Journal,
+    JournalDamaged,
+    JournalTooNew,
+    open_journal,
+    read_journal,
+)
 from garden_py.model.codec import (
     dump_container_spec,
     dump_exit,
@@ -96,7 +103,12 @@ def test_saving_again_updates(tmp_path: Path) -> None:
     with closing(Journal(tmp_path / "journal.db")) as journal:
         journal.save_container(container_row())
         changed = replace(
-            container_row(), state=State.UNKILLABLE, state_reason="stuck", facts={"pid": 8}, spec={}
+            container_row(),
+            state=State.UNKILLABLE,
+            state_reason="stuck",
+            facts={"pid": 8},
+            spec={},
+            notable=("Out of memory", "and again"),
         )
         journal.save_container(changed)
         assert journal.containers() == [changed]
@@ -145,6 +157,24 @@ def test_newer_schema_is_refused(tmp_path: Path) -> None:
         database.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
     with pytest.raises(JournalTooNew):
         Journal(tmp_path / "journal.db")
+
+
+def test_older_schema_is_brought_up_to_date(tmp_path: Path) -> None:
+    """The containers of an earlier release go on under this one; nothing of their rows is lost."""
+    path = tmp_path / "journal.db"
+    with closing(Journal(path)) as journal:
+        journal.save_container(container_row())
+        journal.save_process(process_row())
+    with closing(sqlite3.connect(path, isolation_level=None)) as database:
+        database.execute("ALTER TABLE containers DROP COLUMN notable")
+        database.execute("PRAGMA user_version = 1")
+    assert read_journal(path)[0] == [container_row()], "as `garden doctor --leaks` reads it"
+    for _ in range(2):
+        with closing(Journal(path)) as journal:
+            assert journal.containers() == [container_row()]
+            assert journal.processes("box") == [process_row()]
+            journal.save_container(container_row("new"))
+            journal.forget_container("new")
 
 
 def test_journal_is_private(tmp_path: Path) -> None:

@@ -563,6 +563,6 @@ async def test_notable_events_are_bounded_and_the_latest_stay(server: Server) ->
     core = await server.start()
     container = await core.containers.create(spec())
     for number in range(1500):
-        container.note(str(number))
+        core.registry.note(container, str(number))
     assert len(container.notable) == 1000
     assert container.notable[-1] == "1499"

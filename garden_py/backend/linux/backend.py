@@ -302,6 +302,7 @@ class LinuxBackend:
             log.info("process.unknown_ended", handle=handle, process_id=process_id)
             await container.link.cancel(process_id)
         container.held.clear()
+        container.tell_oom()
         await self._renew_rules(container)
         self._sidecars.tidy(container)
         self._upgrades.consider(container)

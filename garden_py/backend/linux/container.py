@@ -139,6 +139,7 @@ class LinuxContainer(AgentOwner):
         self.policy: EgressPolicy | None = None
         self._events = events
         self.spawning: set[str] = set()
+        self._untold_oom: list[str] = []
         self._early_exits: dict[str, AgentExit] = {}
         self._watches: dict[str, OomWatch] = {}
         self._pidfd = -1
@@ -203,6 +204,18 @@ class LinuxContainer(AgentOwner):
         )
         self._watches[process_id] = watch
         apart(asyncio.get_running_loop().add_reader, watch.fileno(), watch.acknowledge)
+
+    def remember_oom(self, process: LinuxProcess) -> None:
+        """If a process has run out of memory while no server watched its group, `tell_oom` will say so."""
+        if process.exit is None or not process.exit.out_of_memory:
+            return
+        own = self._was_own_limit(self.leaf_of(process.spec))
+        self._untold_oom.append(process.id if own else "")
+
+    def tell_oom(self) -> None:
+        """Tell what was remembered, now that whoever is told knows the container's processes."""
+        while self._untold_oom:
+            self._events.out_of_memory(self.handle, self._untold_oom.pop(0))
 
     def _hear_oom(self, process_id: str) -> None:
         """The kernel tells of an OOM kill before the victim ends, but the agent may be heard first."""
@@ -331,13 +344,21 @@ class LinuxContainer(AgentOwner):
 
     def _describe_oom(self, leaf: tuple[str, ...]) -> str:
         """The memory limit that was hit: the process's own, or that of all the container's processes."""
-        at, version = limit_leaf(leaf), self.cgroup.hierarchies.version
-        own = read_limits(self.cgroup, leaf=at)
+        at = limit_leaf(leaf)
         if at == (WORK,) or leaf[0] != WORK:
-            return describe_memory_limit(own)
-        if own.memory_bytes and met_own_limit(self.cgroup.directory("memory", *at), version):
-            return describe_memory_limit(own, "the process's own ")
+            return describe_memory_limit(read_limits(self.cgroup, leaf=at))
+        if self._was_own_limit(leaf):
+            return describe_memory_limit(read_limits(self.cgroup, leaf=at), "the process's own ")
         return describe_memory_limit(read_limits(self.cgroup), "the container's ")
+
+    def _was_own_limit(self, leaf: tuple[str, ...]) -> bool:
+        """Whether processes in leaf that were killed had a limit of their own, and met it."""
+        at = limit_leaf(leaf)
+        if at == (WORK,):
+            return False
+        directory, version = self.cgroup.directory("memory", *at), self.cgroup.hierarchies.version
+        limited = read_limits(self.cgroup, leaf=at).memory_bytes
+        return bool(limited) and (leaf[0] != WORK or met_own_limit(directory, version))
 
     @contextmanager
     def group_fds(self, leaf: tuple[str, ...]) -> Iterator[list[int]]:

@@ -225,6 +225,7 @@ class LinuxProcesses:
             ended = owner.held[spec.id] or spawned.exit  # it may have ended since the agent was greeted
             if ended is not None and process.exit is None:
                 process.ended(ended)
+                container.remember_oom(process)
             elif process.exit is None and not spec.limits.empty():
                 container.watch_oom(spec.id, container.leaf_of(spec))
         else:
