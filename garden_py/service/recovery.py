@@ -160,7 +160,9 @@ class Recovery:
 
     async def _restore_processes(self, container: Container) -> None:
         """Bring a container's processes back: of a broken one, their exits and what is kept of their output."""
-        for row in self._registry.records.processes(container.handle):
+        # The ended ones first: an OOM kill that was the reason of their end is not that of another's.
+        rows = self._registry.records.processes(container.handle)
+        for row in sorted(rows, key=lambda row: row.exit is None):
             spec = load_process_spec(row.spec)
             try:
                 process = await self._backend.adopt_process(container.handle, row, spec)

@@ -212,6 +212,11 @@ class LinuxContainer(AgentOwner):
         own = self._was_own_limit(self.leaf_of(process.spec))
         self._untold_oom.append(process.id if own else "")
 
+    def heed_exit(self, process: LinuxProcess) -> None:
+        """An earlier server has told how a process ended: if that was an OOM kill, it explains no other's end."""
+        if process.exit is not None and process.exit.out_of_memory and not process.own_group:
+            self._shared_oom.explains_another()
+
     def tell_oom(self) -> None:
         """Tell what was remembered, now that whoever is told knows the container's processes."""
         while self._untold_oom:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal as _signal
+import time
 from collections.abc import Callable, Coroutine
 from functools import partial
 from pathlib import Path
@@ -23,27 +24,41 @@ from garden_py.model.process import ExitStatus, OutputStream, ProcessSpec, Windo
 
 log = structlog.get_logger()
 _SIGKILL_SHELL_CODE = 128 + _signal.SIGKILL
+_BURST_S = 1.0
 
 
 class OomAccount:
-    """The OOM kills of one cgroup, each explained by at most one process's end.
+    """The OOM kills of one cgroup, each of which explains at most one process's end.
 
-    Processes without limits of their own share a group, so its counter alone does not tell whom it was.
+    Processes without limits of their own share a group, so its counter alone does not tell whom it was. Not every kill
+    ends one: the victim may be a process's child. So kills that explain nothing within a second of a process's end
+    which another one explains are taken for such.
 
     Args:
         read: how many tasks of the group the OOM killer has ended so far.
+        now_s: a clock.
     """
 
-    def __init__(self, read: Callable[[], int]) -> None:
+    def __init__(self, read: Callable[[], int], now_s: Callable[[], float] = time.monotonic) -> None:
         self.read = read
+        self._now_s = now_s
         self._explained = 0
+        self._burst, self._burst_ends_s = 0, 0.0
+
+    def explains_another(self) -> None:
+        """An earlier server has taken one more for the reason of a process's end."""
+        self._explained += 1
 
     def claim(self, before: int) -> bool:
         """Whether there was a kill since `before` that explains no other process's end."""
-        now = self.read()
-        if now <= max(before, self._explained):
+        kills, now_s = self.read(), self._now_s()
+        if now_s > self._burst_ends_s:
+            self._explained = max(self._explained, self._burst)
+        explained = max(before, self._explained)
+        if kills <= explained:
             return False
-        self._explained = now
+        self._explained = explained + 1
+        self._burst, self._burst_ends_s = kills, now_s + _BURST_S
         return True
 
 
@@ -163,6 +178,11 @@ class LinuxProcess:
         self.finish(self._judge(told))
         assert self.exit is not None
         return self.exit
+
+    def ended_unseen(self, told: AgentExit) -> ExitStatus:
+        """As `ended`, of one that did while there was no server, which would have seen an OOM kill before it."""
+        self._oom_before = 0
+        return self.ended(told)
 
     def finish(self, status: ExitStatus) -> None:
         """Set the exit status and wake everybody who waits for it."""

@@ -213,6 +213,7 @@ class LinuxProcesses:
         container.processes[spec.id] = process
         if row.exit is not None:
             process.finish(load_exit(row.exit))
+            container.heed_exit(process)
         spawned: Spawned | None = None
         if held and owner is not None:
             try:
@@ -224,7 +225,7 @@ class LinuxProcesses:
             self._connect(container, process, spawned)
             ended = owner.held[spec.id] or spawned.exit  # it may have ended since the agent was greeted
             if ended is not None and process.exit is None:
-                process.ended(ended)
+                process.ended_unseen(ended)
                 container.remember_oom(process)
             elif process.exit is None and not spec.limits.empty():
                 container.watch_oom(spec.id, container.leaf_of(spec))
