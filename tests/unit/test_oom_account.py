@@ -32,7 +32,7 @@ def test_kills_at_once_explain_as_many_ends() -> None:
 
 
 def test_what_explains_nothing_for_a_while_was_a_child() -> None:
-    """A shell's pipeline of three may be killed with it: whoever is killed by hand an hour later was not out of memory."""
+    """A shell's pipeline of three may be killed with it: who is killed by hand an hour later was not out of memory."""
     group = Group()
     group.kills = 4
     assert group.account.claim(0)
