@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import sqlite3
 import subprocess
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from kit.garden import cgroups_of, text_of, wait_until
 from kit.server import ServerProcess, running_server
 from kit.trace import assert_no_trace, snapshot
 
+from garden_py.backend.journal import Journal
 from garden_py.client import ContainerSpec, ContainerState, GardenClient
 
 pytestmark = pytest.mark.root
@@ -43,18 +43,18 @@ def reboot(server: ServerProcess, pids: dict[str, int]) -> None:
     (server.place / "state/boot_id").write_text("4ae1c0b2-0000-4000-8000-000000000000\n")
 
 
-def add_rows(journal: Path, count: int) -> None:
+def add_rows(path: Path, count: int) -> None:
     """More containers of before the boot, with directories, addresses and uid ranges of their own."""
-    with closing(sqlite3.connect(journal)) as database, database:
-        *row, spec_json, facts_json = database.execute("SELECT * FROM containers LIMIT 1").fetchone()
-        spec, facts = json.loads(spec_json), json.loads(facts_json)
+    with closing(Journal(path)) as journal:
+        row = journal.containers()[0]
+        network = row.facts["lease"]["address"].rpartition(".")[0]
         for number in range(count):
-            facts["lease"]["address"] = facts["lease"]["address"].rpartition(".")[0] + f".{number + 60}"
-            facts |= {"uid_slot": number + 60, "runtime_id": f"stale{number}"}
-            spec["handle"] = f"stale-{number}"
-            values = [spec["handle"], *row[1:], json.dumps(spec), json.dumps(facts)]
-            database.execute("INSERT INTO containers VALUES (?, ?, ?, ?, ?, ?, ?)", values)
-            (journal.parent / f"containers/stale-{number}/upper").mkdir(parents=True)
+            handle, lease = f"stale-{number}", {**row.facts["lease"], "address": f"{network}.{number + 60}"}
+            facts = {"lease": lease, "uid_slot": number + 60, "runtime_id": f"stale{number}"}
+            journal.save_container(
+                replace(row, handle=handle, spec={**row.spec, "handle": handle}, facts={**row.facts, **facts})
+            )
+            (path.parent / f"containers/{handle}/upper").mkdir(parents=True)
 
 
 def test_everything_of_before_the_boot_is_cleared_while_the_server_serves(server: ServerProcess) -> None:
