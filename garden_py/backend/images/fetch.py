@@ -36,6 +36,7 @@ DOWNLOADER = "garden_py.backend.images.download"
 LANES = 3
 _LINE_MAX = 2 * METADATA_MAX
 # Flags of the limits that an unpacker names when one is passed.
+_CLOSE_S = 1.0
 _LAST_WORDS_S = 1.0
 _FLAGS = {"max_bytes": "--image-max-bytes", "max_entries": "--image-max-entries"}
 
@@ -339,3 +340,9 @@ async def kill_session(process: asyncio.subprocess.Process) -> None:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     await process.wait()
+    if process.stdin is not None:
+        process.stdin.close()
+        # Python 3.11 logs a traceback if nobody asks how it went, where the process ended before it had read all.
+        with suppress(OSError, TimeoutError):
+            async with asyncio.timeout(_CLOSE_S):
+                await process.stdin.wait_closed()
