@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote, urlencode
 
-TIMEOUT_S = 30.0
+from kit.patience import FACTOR
+
+TIMEOUT_S = 30.0 * FACTOR
 
 
 class GardenHttpError(Exception):

@@ -13,6 +13,7 @@ import pytest
 from garden_image import garden_door_of, garden_server_with
 from kit.garden import wait_until
 from kit.garden_http import GardenHttp, HttpProcess, build_head, connect
+from kit.patience import FACTOR
 from kit.server import ServerProcess
 
 pytestmark = pytest.mark.root
@@ -176,7 +177,7 @@ def test_clients_that_never_come_to_the_point_cost_nobody_anything(
     assert private_bytes(server) - memory < 64 << 20
     for sock in clients:
         if server_ends_them:
-            sock.settimeout(60)
+            sock.settimeout(60 * FACTOR)
             while sock.recv(65536):
                 pass
         sock.close()
