@@ -19,9 +19,7 @@ from garden_py.service.ports import OutputLog, OutputReader, RunningProcess
 # Throughput of python gRPC streams rises up to about this size and memory with it (benchmarks/streams).
 CHUNK_BYTES = 256 << 10
 _EXIT_FOLLOWS_S = 0.003
-_AHEAD_MOST = (
-    64  # chunks that are read ahead of all callers together: what a thousand slow ones hold is bounded
-)
+_AHEAD_MOST = 64  # chunks that are read ahead of all callers: what a thousand slow ones hold is bounded
 
 
 class _Chunks:

@@ -35,9 +35,9 @@ PULLER = "garden_py.backend.images.puller"
 DOWNLOADER = "garden_py.backend.images.download"
 LANES = 3
 _LINE_MAX = 2 * METADATA_MAX
-# Flags of the limits that an unpacker names when one is passed.
 _CLOSE_S = 1.0
 _LAST_WORDS_S = 1.0
+# Flags of the limits that an unpacker names when one is passed.
 _FLAGS = {"max_bytes": "--image-max-bytes", "max_entries": "--image-max-entries"}
 
 Progress = Callable[[int], None]
