@@ -640,10 +640,10 @@ def load_config(
         found = []
         for problem in error.errors():
             name = ".".join(str(part) for part in problem["loc"]) or SETTINGS
-            first = str(problem["loc"][0]) if problem["loc"] else SETTINGS
-            if first not in flags and first in in_environ:
-                name = ENV_PREFIX + first.upper()
-            elif first not in flags and first in in_file:
+            setting = name.partition(".")[0]
+            if setting not in flags and setting in in_environ:
+                name = ENV_PREFIX + setting.upper()
+            elif setting not in flags and setting in in_file:
                 name = f"{file}: {name}"
             found.append(FieldViolation(name, _words(problem)))
         raise InvalidRequest(found) from error

@@ -121,7 +121,7 @@ def test_out_of_memory_says_whose_limit_it_was(garden: GardenClient) -> None:
 
 
 def test_every_one_that_runs_out_of_memory_at_once_is_told(garden: GardenClient) -> None:
-    """Also those that do before the answer to their start has been heard."""
+    """Each by its exit and by an event with its id."""
     ids = {f"hungry-{number}" for number in range(16)}
     with garden.create() as box:
         events = events_of(garden, box.handle)

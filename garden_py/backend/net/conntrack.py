@@ -17,8 +17,9 @@ from collections.abc import Collection
 from enum import Enum
 from ipaddress import IPv4Address, IPv6Address
 
+from garden_py.agent.nft import open_netfilter_socket
 from garden_py.agent.rtnetlink import NLM_F_ACK, NLM_F_DUMP, pack_attribute, parse_attributes
-from garden_py.backend.net.nfnetlink import open_socket, pack_request, read_answers
+from garden_py.backend.net.nfnetlink import pack_request, read_answers
 
 _SUBSYS_CTNETLINK = 1
 _GET, _DELETE = 1, 2  # IPCTNL_MSG_CT_*
@@ -60,7 +61,7 @@ def forget_connections(address: IPAddress, sides: tuple[Side, ...]) -> int:
     Raises:
         OSError: the kernel refused, or has no ctnetlink.
     """
-    with open_socket(_TIMEOUT_S) as opened:
+    with open_netfilter_socket(_TIMEOUT_S) as opened:
         found = _list(opened, address, sides)
         _delete(opened, address, sorted(found))
         return len(found)
@@ -81,7 +82,7 @@ def forget_datagrams(port: int, local: Collection[IPAddress], owners: Collection
         OSError: the kernel refused, or has no ctnetlink.
     """
     forgotten = 0
-    with open_socket(_TIMEOUT_S) as opened:
+    with open_netfilter_socket(_TIMEOUT_S) as opened:
         for family in owners:  # each of another version of IP
             here, theirs = ({each.packed for each in some} for some in (local, owners))
             found = _list_datagrams(opened, family, struct.pack("!H", port), here, theirs)
@@ -115,7 +116,7 @@ def probe() -> None:
     Raises:
         OSError: it has no ctnetlink (CONFIG_NF_CT_NETLINK), or refused.
     """
-    with open_socket(_TIMEOUT_S) as opened:
+    with open_netfilter_socket(_TIMEOUT_S) as opened:
         _list(opened, IPv4Address(0), (Side.ORIGINAL,))
 
 

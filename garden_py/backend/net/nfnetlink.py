@@ -19,26 +19,21 @@ _RECEIVE_BYTES = 1 << 17
 _CLONE_NEWNET = 0x40000000  # linux/sched.h
 
 
-def open_socket(timeout_s: float) -> socket.socket:
-    """Of the network namespace of the calling thread; an answer that takes longer is a TimeoutError."""
-    return open_netfilter_socket(timeout_s)
-
-
 def open_socket_in(netns_fd: int | None, timeout_s: float) -> socket.socket:
-    """As open_socket, of another network namespace; None: the caller's own.
+    """As open_netfilter_socket, of another network namespace; None: the caller's own.
 
     Raises:
         OSError: it cannot be joined.
     """
     if netns_fd is None:
-        return open_socket(timeout_s)
+        return open_netfilter_socket(timeout_s)
     outcome: list[socket.socket | OSError] = []
 
     def visit() -> None:
         # A thread of its own, which ends in the namespace that it has gone to: nobody has to come back.
         try:
             _join(netns_fd)
-            outcome.append(open_socket(timeout_s))
+            outcome.append(open_netfilter_socket(timeout_s))
         except OSError as error:
             outcome.append(error)
 
@@ -89,7 +84,7 @@ def read_answers(
     """Payloads of what the kernel answers, until it has acknowledged or listed all of a request.
 
     Args:
-        opened: by open_socket.
+        opened: by open_netfilter_socket.
         sequence: of the request. Those before it answer here, too, if they are refused.
         ignored: errnos that are none.
 
