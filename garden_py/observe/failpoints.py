@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 
@@ -108,8 +109,11 @@ def fire(point: Point, action: Action, *, server: int, launchers: list[int]) -> 
 
 def children_of(pid: int) -> list[int]:
     """A process's children: the server's only one is its launcher. proc_pid_task_children(5), for every thread."""
-    files = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for file in files for child in file.read_text().split()]
+    found: list[int] = []
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+            found += map(int, Path(f"/proc/{pid}/task/{thread}/children").read_text().split())
+    return found
 
 
 def parent_of(pid: int) -> int:

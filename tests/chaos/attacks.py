@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from kit.garden import cgroups_of
+from kit.cgroups import cgroups_of, groups_in, pids_in
 
 from chaos.board import Board, Subject
 from chaos.cell import Cell
@@ -188,14 +188,13 @@ class Attacker:
     async def _rm_cgroup(self, victim: Subject, plan: AttackPlan) -> None:
         """Everything in it ends, then the directories go."""
         for _ in range(100):
-            directories = [d for top in cgroups_of(victim.handle) for d in (*top.rglob("*/"), top)]
-            if not directories:
+            tops = cgroups_of(victim.handle)
+            if not tops:
                 return
-            for directory in sorted(directories, key=lambda d: -len(d.parts)):
+            _signal_all((pid for top in tops for pid in pids_in(top)), signal.SIGKILL)
+            for group in (group for top in tops for group in groups_in(top)):
                 with suppress(OSError):
-                    for pid in (directory / "cgroup.procs").read_text().split():
-                        _kill(int(pid))
-                    directory.rmdir()
+                    group.rmdir()
             await asyncio.sleep(0.02)
 
     async def _rm_link(self, victim: Subject, plan: AttackPlan) -> None:

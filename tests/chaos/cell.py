@@ -16,6 +16,7 @@ from ipaddress import IPv4Network
 from pathlib import Path
 
 from kit.addresses import first_free
+from kit.cgroups import matching
 from kit.oci_images import Layout, entry, tar_layer
 from kit.server import ServerProcess, destroy_all
 
@@ -107,7 +108,7 @@ class Cell:
         found: list[int] = []
         if parent is None:
             return found
-        for file in Path(f"/proc/{parent}/task").glob("*/children"):
+        for file in matching(Path(f"/proc/{parent}/task"), "*/children"):
             with suppress(OSError):
                 found += map(int, file.read_text().split())
         return found

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -65,13 +64,6 @@ def details_of(error: grpc.RpcError) -> tuple[str, set[str]]:
         elif detail.Unpack(bad):
             fields |= {violation.field for violation in bad.field_violations}
     return reason, fields
-
-
-def cgroups_of(handle: str) -> list[Path]:
-    """A container's cgroup directories, in every hierarchy."""
-    root = Path("/sys/fs/cgroup")
-    places = ("garden-*", "*/garden-*", "*/*/garden-*.scope", "*/garden-throttled-*/*")
-    return [path for place in places for path in root.glob(f"{place}/{handle}")]
 
 
 def events_of(garden: GardenClient, *handles: str) -> Iterator[Any]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
+from kit.cgroups import servers_cgroups
 from kit.patience import FACTOR
 
 SETTLE_S = 10.0 * FACTOR
@@ -18,7 +20,7 @@ def snapshot() -> dict[str, set[str]]:
     """Everything of interest there is now, by kind."""
     return {
         "mounts": _mounts(),
-        "cgroups": {str(p) for p in _cgroups()},
+        "cgroups": set(map(str, servers_cgroups())),
         "links": _lines(["ip", "-o", "link", "show"], column=1),
         "routes": _unreachable(),
         "nft": set(_lines(["nft", "list", "tables"])),
@@ -33,11 +35,6 @@ def _mounts() -> set[str]:
     return found - {
         "/run/netns"
     }  # `ip netns` makes it once for the host, with its first namespace (ip-netns(8))
-
-
-def _cgroups() -> list[Path]:
-    places = ("garden-*", "*/garden-*", "*/*/garden-*.scope")
-    return [path for place in places for path in Path("/sys/fs/cgroup").glob(place)]
 
 
 def _lines(argv: list[str], column: int | None = None) -> set[str]:
@@ -57,8 +54,12 @@ def _unreachable() -> set[str]:
 
 def _loops() -> set[str]:
     """Loop devices of stores."""
-    files = Path("/sys/block").glob("loop*/loop/backing_file")
-    return {f"{file} {text}" for file in files if "store.img" in (text := file.read_text())}
+    found = set()
+    for file in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with suppress(OSError):  # detached meanwhile
+            if "store.img" in (text := file.read_text()):
+                found.add(f"{file} {text}")
+    return found
 
 
 def _processes() -> set[str]:

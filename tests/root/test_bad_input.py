@@ -10,7 +10,8 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
-from kit.garden import cgroups_of, details_of
+from kit.cgroups import cgroups_of
+from kit.garden import details_of
 from kit.server import ServerProcess
 
 from garden_py.api._pb import garden_pb2 as pb

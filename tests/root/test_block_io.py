@@ -13,7 +13,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from kit.garden import cgroups_of, sh, wait_until
+from kit.cgroups import cgroups_of
+from kit.garden import sh, wait_until
 from kit.patience import FACTOR
 from kit.server import ServerProcess, running_server
 from own_server import own_garden, own_server

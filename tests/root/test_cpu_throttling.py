@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from kit.garden import cgroups_of, code_of, sh, wait_until
+from kit.cgroups import ROOT, cgroups_of, matching, pids_in
+from kit.garden import code_of, sh, wait_until
 from kit.server import ServerProcess, running_server
 from kit.trace import assert_no_trace, snapshot
 
@@ -34,10 +35,9 @@ def server_with(*flags: str) -> Iterator[tuple[ServerProcess, GardenClient]]:
 def pid_on_host(box: Container, script: str) -> int:
     """A process of the container by its command line, as the host numbers it."""
     for directory in cgroups_of(box.handle):
-        for file in directory.rglob("cgroup.procs"):
-            for pid in file.read_text().split():
-                if script in Path(f"/proc/{pid}/cmdline").read_bytes().decode().replace("\0", " "):
-                    return int(pid)
+        for pid in pids_in(directory):
+            if script in Path(f"/proc/{pid}/cmdline").read_bytes().decode().replace("\0", " "):
+                return pid
     raise AssertionError(f"nothing runs {script}")
 
 
@@ -196,4 +196,4 @@ def test_without_the_flag_nothing_is_different(no_trace: None) -> None:
     with server_with() as (_, garden), garden.create() as box:
         box.start(sh(SPIN))
         assert "throttled" not in cpu_path(pid_on_host(box, SPIN))
-        assert not list(Path("/sys/fs/cgroup").glob("**/garden-throttled-*/"))
+        assert not matching(ROOT, "**/garden-throttled-*")

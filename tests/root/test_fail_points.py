@@ -11,7 +11,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from kit.garden import cgroups_of, text_of, wait_until
+from kit.cgroups import cgroups_of
+from kit.garden import text_of, wait_until
 from kit.server import ServerProcess, running_server
 from kit.trace import assert_no_trace, snapshot
 

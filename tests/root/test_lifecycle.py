@@ -13,7 +13,8 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from kit.garden import PATIENCE, cgroups_of, code_of, events_of, sh, text_of, wait_until
+from kit.cgroups import cgroups_of
+from kit.garden import PATIENCE, code_of, events_of, sh, text_of, wait_until
 from kit.server import ServerProcess
 
 from garden_py.api._pb import garden_pb2 as pb

@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from kit.garden import PATIENCE, cgroups_of, events_of, sh
+from kit.cgroups import cgroups_of
+from kit.garden import PATIENCE, events_of, sh
 from kit.server import ServerProcess
 from own_server import own_garden, own_server
 

@@ -8,7 +8,8 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from kit.garden import PATIENCE, cgroups_of, code_of, sh, text_of, wait_until
+from kit.cgroups import cgroups_of, matching
+from kit.garden import PATIENCE, code_of, sh, text_of, wait_until
 
 from garden_py.client import (
     AlreadyExists,
@@ -416,7 +417,7 @@ def test_cgroup_of_a_finished_process_is_gone(box: Container) -> None:
     """A container in which thousands of limited processes run does not collect groups."""
     box.run(["true"], limits=Limits(pids=10), id="limited").output()
     wait_until(
-        lambda: not [d for group in cgroups_of(box.handle) for d in group.rglob("p-limited")],
+        lambda: not [d for group in cgroups_of(box.handle) for d in matching(group, "**/p-limited")],
         "the group's end",
     )
 

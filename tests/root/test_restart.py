@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from kit.garden import cgroups_of, sh, text_of, wait_until
+from kit.cgroups import cgroups_of, pids_in
+from kit.garden import sh, text_of, wait_until
 from kit.patience import FACTOR
 from kit.server import ServerProcess, running_server
 from own_server import own_server
@@ -148,14 +149,9 @@ def test_out_of_memory_while_no_server_ran_is_told(server: ServerProcess) -> Non
         assert container.info().events == ("Out of memory", "Out of memory")
 
 
-def workload_of(handle: str) -> list[str]:
+def workload_of(handle: str) -> list[int]:
     """Pids of a container's processes without its agent, seen without the help of any server."""
-    return [
-        pid
-        for directory in cgroups_of(handle)
-        for file in (directory / "work").rglob("cgroup.procs")
-        for pid in file.read_text().split()
-    ]
+    return [pid for directory in cgroups_of(handle) for pid in pids_in(directory / "work")]
 
 
 def test_container_whose_pid_1_died_meanwhile_is_broken_and_can_go(server: ServerProcess) -> None:
@@ -272,7 +268,7 @@ def test_watcher_misses_nothing_through_restarts(no_trace: None) -> None:
             process = box.start(["sleep", "1000"])
             server.kill()
             (pid,) = set(workload_of("watched"))
-            os.kill(int(pid), signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
             server.start()
             box.update_properties({"still": "here"})
             server.kill()

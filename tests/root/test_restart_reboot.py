@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from kit.garden import cgroups_of, text_of, wait_until
+from kit.cgroups import cgroups_of, groups_in
+from kit.garden import text_of, wait_until
 from kit.server import ServerProcess, running_server
 from kit.trace import assert_no_trace, snapshot
 
@@ -35,8 +36,7 @@ def reboot(server: ServerProcess, pids: dict[str, int]) -> None:
     subprocess.run(["kill", "-KILL", *map(str, pids.values())], check=True)
     for handle in pids:
         for directory in cgroups_of(handle):
-            inner = [path for path in directory.rglob("*") if path.is_dir()]
-            for path in [*sorted(inner, reverse=True), directory]:
+            for path in groups_in(directory):
                 wait_until(lambda path=path: not (path / "cgroup.procs").read_text(), "the end of processes")
                 path.rmdir()
     shutil.rmtree(server.place / "run")

@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 from garden_image import garden_door_of, garden_server_with
-from kit.garden import PATIENCE, cgroups_of, events_of, sh, text_of, wait_until
+from kit.cgroups import cgroups_of, matching, pids_in
+from kit.garden import PATIENCE, events_of, sh, text_of, wait_until
 from kit.garden_http import GardenHttp
 from kit.rights import may_raise_limits, raises_limits
 from kit.server import ServerProcess, running_server
@@ -64,10 +65,9 @@ def family(seconds: int, **fields: Any) -> ProcessSpec:
 def files_of(box: Container, seconds: int | None = None) -> list[tuple[int, int]]:
     """Soft and hard limit of open files, from the kernel, of those who sleep so long, or of all but the agents."""
     found = []
-    groups = [group for top in cgroups_of(box.handle) for each in ("work", "p-*") for group in top.glob(each)]
-    pids = {
-        pid for group in groups for file in group.rglob("cgroup.procs") for pid in file.read_text().split()
-    }
+    tops = cgroups_of(box.handle)
+    groups = [group for top in tops for each in ("work", "p-*") for group in matching(top, each)]
+    pids = {pid for group in groups for pid in pids_in(group)}
     for pid in pids:
         try:
             argv = Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:-1]

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from kit.garden import cgroups_of, text_of, wait_until
+from kit.cgroups import cgroups_of
+from kit.garden import text_of, wait_until
 from kit.places import open_to_all
 from kit.server import ServerProcess, running_server
 from own_server import own_garden, own_server

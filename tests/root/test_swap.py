@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from kit.garden import cgroups_of
+from kit.cgroups import cgroups_of
 from kit.server import running_server
 
 from garden_py.client import Container, ContainerSpec, GardenClient, InvalidArgument, Limits, ProcessSpec

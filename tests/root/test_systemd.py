@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from kit.garden import cgroups_of, events_of, text_of, wait_until
+from kit.cgroups import cgroups_of
+from kit.garden import events_of, text_of, wait_until
 from kit.patience import FACTOR
 from kit.plant import Site
 from kit.server import ServerProcess, running_server
