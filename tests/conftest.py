@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 import hypothesis
 import pytest
 from kit.server import ServerProcess, running_server
+from kit.sharing import Sharing
 from kit.trace import assert_no_trace, snapshot
 
 # How long an example takes is no promise of the code's: both processors may be busy with other tests.
@@ -28,11 +30,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="modules that share a server share one with each other: for few tests where a start takes long",
     )
+    parser.addoption(
+        "--share",
+        type=Path,
+        metavar="DIRECTORY",
+        help="share the modules out among the sessions that are given this directory, which is empty at first",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--root") and os.geteuid() != 0:
         raise pytest.UsageError("--root needs root")
+    if directory := config.getoption("--share"):
+        config.pluginmanager.register(Sharing(directory), "sharing")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 from garden_py.backend.rootfs.runtime_bundle import build_runtime_bundle
 from kit.addresses import first_free
 from kit.patience import FACTOR
+from kit.sharing import is_apart
 
 READY_TIMEOUT_S = 30.0
 _numbers = itertools.count()
@@ -116,7 +117,8 @@ def running_server(
     number = next(_numbers)
     place = Path(tempfile.mkdtemp(prefix="gt-", dir="/var/tmp"))
     place.chmod(0o755)
-    slots = [(os.getpid() * 7 + number + skipped) % 200 for skipped in range(200)]
+    first = os.getpid() * 7 + number + 100 * is_apart()
+    slots = [(first + skipped) % 200 for skipped in range(200)]
     skipped, free_pool = first_free(IPv4Network(f"10.{slot + 20}.0.0/24") for slot in slots)
     slot = slots[skipped]
     flags = [

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from kit.cgroups import servers_cgroups
 from kit.patience import FACTOR
+from kit.sharing import is_apart
 
 SETTLE_S = 10.0 * FACTOR
 # In command lines; a linter that is given the package, beside chaos, is none of them.
@@ -53,8 +54,10 @@ def _unreachable() -> set[str]:
 
 
 def _loops() -> set[str]:
-    """Loop devices of stores."""
-    found = set()
+    """Loop devices of stores. The host's are none of those who run apart from it, and make none (mark `host`)."""
+    found: set[str] = set()
+    if is_apart():
+        return found
     for file in Path("/sys/block").glob("loop*/loop/backing_file"):
         with suppress(OSError):  # detached meanwhile
             if "store.img" in (text := file.read_text()):
@@ -63,7 +66,7 @@ def _loops() -> set[str]:
 
 
 def _processes() -> set[str]:
-    """Processes that garden makes: agents, launchers, servers, runtimes."""
+    """Processes that garden makes: agents, launchers, servers, runtimes; not those that run apart from the host."""
     found = set()
     for entry in os.listdir("/proc"):
         if not entry.isdigit():
@@ -73,10 +76,11 @@ def _processes() -> set[str]:
                 Path(f"/proc/{entry}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
             )
             state = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[0]
+            apart = ":/apart-" in Path(f"/proc/{entry}/cgroup").read_text()
         except (FileNotFoundError, ProcessLookupError):
             continue
         ours = any(word in command for word in _OURS)
-        if ours and state != "Z" and "pytest" not in command:
+        if ours and state != "Z" and not apart and "pytest" not in command:
             found.add(f"{entry} {command[:120]}")
     return found
 

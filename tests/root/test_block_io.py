@@ -35,6 +35,7 @@ from garden_py.client import (
 KERNEL = tuple(int(word) for word in os.uname().release.split(".")[:2])
 pytestmark = [
     pytest.mark.root,
+    pytest.mark.host,
     pytest.mark.skipif(device_below(Path("/var/tmp")) is None, reason="/var/tmp is on no block device"),
 ]
 

@@ -12,7 +12,7 @@ from kit.oci_images import Layout, busybox_layer, entry
 from kit.server import running_server
 from test_cli_session import Shell, Terminal
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.host]
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from garden_py.client import (
     Unimplemented,
 )
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.host]
 
 
 @pytest.fixture(scope="module")

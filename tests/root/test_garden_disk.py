@@ -12,7 +12,7 @@ from kit.garden_http import GardenClientBase, GardenHttp, GardenHttpError
 from kit.oci_images import Layout, busybox_layer, entry
 from kit.server import ServerProcess
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.host]
 MIB = 1 << 20
 
 

@@ -20,7 +20,7 @@ from garden_py.client import (
     Tty,
 )
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.host]
 
 
 @pytest.fixture(scope="module")
