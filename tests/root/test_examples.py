@@ -105,6 +105,7 @@ def test_the_scheduler_runs_every_task_and_reports_failures(garden_server: Serve
     assert done.returncode == 1
 
 
+@pytest.mark.host
 def test_the_node_client_needs_only_the_proto(garden_server: ServerProcess, tmp_path: Path) -> None:
     """Any language with gRPC can drive the server."""
     if shutil.which("npm") is None:
