@@ -6,7 +6,11 @@ import asyncio
 import gc
 import os
 import select
+import subprocess
+import sys
 from typing import Any
+
+import pytest
 
 from garden_py.backend.images.fetch import kill_session
 
@@ -30,3 +34,12 @@ async def test_one_that_was_killed_before_it_heard_its_task_leaves_no_traceback(
     gc.collect()
     await asyncio.sleep(0)
     assert told == []
+
+
+@pytest.mark.parametrize("heard", [b"", b'{"url": "https://', b'{"sources": [{"ima'])
+@pytest.mark.parametrize("module", ["puller", "download"])
+def test_one_whose_server_goes_before_it_has_told_the_task_says_nothing(module: str, heard: bytes) -> None:
+    """A server may be killed at any moment; that nobody wants anything any more is no error."""
+    argv = [sys.executable, "-m", f"garden_py.backend.images.{module}", "1"]
+    done = subprocess.run(argv, input=heard, capture_output=True, timeout=60, check=False)
+    assert (done.stdout, done.stderr, done.returncode) == (b"", b"", 0)

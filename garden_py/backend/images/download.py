@@ -29,6 +29,7 @@ from typing import IO, Any, Final
 from urllib.parse import urlsplit
 
 from garden_py.backend.host import syscalls
+from garden_py.backend.images.tasks import read_task
 
 _READ_BYTES: Final = 256 << 10
 _DENIED: Final = (401, 403, 407)
@@ -134,7 +135,9 @@ def main() -> None:
     """Serve one request."""
     syscalls.die_with_parent()
     target_fd = int(sys.argv[1])
-    request = json.loads(sys.stdin.readline())
+    request = read_task(sys.stdin)
+    if request is None:
+        return
     try:
         try:
             with _open(request) as answer:

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from garden_py.backend.images.proxy import ImageProxy, ProxyFailed, Source
+from garden_py.backend.images.tasks import read_task
 
 UNPACKER = "garden_py.backend.images.unpack"
 _DENIED = (
@@ -69,7 +70,9 @@ _output = threading.Lock()
 
 def main() -> None:
     """Serve one fetch."""
-    job = json.loads(sys.stdin.readline())
+    job = read_task(sys.stdin)
+    if job is None:
+        return
     sources = [Source(**each) for each in job["sources"]]
     scratch = Path(job["scratch"])
     try:
@@ -96,8 +99,8 @@ def main() -> None:
     lanes[0].proxy = proxy
     for lane in lanes:
         lane.start()
-    for line in sys.stdin:
-        jobs.put(json.loads(line))
+    while (task := read_task(sys.stdin)) is not None:
+        jobs.put(task)
     os._exit(0)  # the server has heard all it wants; nobody waits for a lane in the middle of something
 
 
