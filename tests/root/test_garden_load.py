@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -19,6 +20,7 @@ from kit.server import ServerProcess
 pytestmark = pytest.mark.root
 RUNS, IN_FLIGHT = 2000, 16
 LIVING, ATTACHED, CREATES, CREATES_IN_FLIGHT = 20, 10, 24, 8  # in full: benchmarks/run --only garden_load
+FAST_MIB = 150  # more than is kept of a stream (--output-retention-bytes)
 HEADS, RUNNING = (
     1000,
     100,
@@ -64,6 +66,26 @@ def test_runs_through_the_hijack_are_all_right(garden: GardenHttp, server: Serve
     expected = [(n % 256, f"out {n}\n".encode(), f"err {n}\n".encode()) for n in range(RUNS)]
     assert found == expected
     wait_until(lambda: descriptors_of(server) <= before + 8, "the descriptors' return")
+
+
+@pytest.mark.parametrize("late_s", [0.1, 1.0])
+def test_side_connection_that_comes_late_gets_all_of_it(garden: GardenHttp, box: str, late_s: float) -> None:
+    """It can be asked for only when the answer has got to the client, and the process does not wait for that."""
+    process = garden.run(box, "dd", "if=/dev/zero", "bs=1M", f"count={FAST_MIB}", sides=())
+    time.sleep(late_s)
+    sock, first = process.open_side_socket("stdout")
+    with sock:
+        count = len(first)
+        while piece := sock.recv(1 << 20):
+            count += len(piece)
+    assert count == FAST_MIB << 20
+    assert process.wait() == 0
+
+
+def test_process_waits_for_no_side_connection_that_never_comes(garden: GardenHttp, box: str) -> None:
+    """Not longer than one may take that does (attachments.SIDE_WAIT_S)."""
+    process = garden.run(box, "dd", "if=/dev/zero", "bs=1M", f"count={FAST_MIB}", sides=())
+    assert process.wait() == 0
 
 
 def test_creates_and_destroys_beside_many_others(garden: GardenHttp, server: ServerProcess, box: str) -> None:

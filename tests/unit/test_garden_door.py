@@ -545,14 +545,51 @@ async def test_6_20_signals_are_heard_after_the_end_of_stdin(box: Garden) -> Non
     assert await asyncio.to_thread(process.wait) == 137
 
 
-async def test_6_21_garbage_costs_its_sender_only_its_input(box: Garden) -> None:
-    """The process goes on, and its exit is told."""
+async def test_6_21_garbage_costs_its_sender_only_its_connection(box: Garden) -> None:
+    """It is told, instead of waiting for what will not be done; the process goes on."""
     process = await run(box, "sleep", "1000", id="p")
     process.control.sendall(b"\x00\xff garbage\n")
+    said = await asyncio.to_thread(process.next_message)
+    assert said == {"process_id": "p", "error": "a message must be a JSON object"}
+    with pytest.raises(ConnectionError):
+        await asyncio.to_thread(process.next_message)
+    await asyncio.to_thread(process.wait_for_sides)
+    process.leave()
     other = await box.do(lambda c: c.attach("box", "p"))
     other.signal(0)
     assert await asyncio.to_thread(other.wait) == 143
-    assert await asyncio.to_thread(process.wait) == 143
+
+
+async def test_6_19_input_of_any_size_may_come_in_one_message(box: Garden) -> None:
+    """Go's io.Copy sends a bytes.Buffer so; what comes behind it is heard."""
+    process = await run(box, "cat")
+    await asyncio.to_thread(process.write, "x" * 6_000_000)
+    process.end_input()
+    assert await asyncio.to_thread(process.wait) == 0
+    assert process.stdout == b"x" * 6_000_000
+
+
+async def test_6_28_client_that_leaves_behind_unread_input_is_missed(box: Garden) -> None:
+    """Its process reads nothing, so its end is not read either; the container is idle all the same."""
+    process = await run(box, "cat", id="p")
+    entry = box.server.core.registry.get("box").processes["p"]
+    entry.process.write_stdin = lambda data, offset: asyncio.Event().wait()  # type: ignore[assignment,misc,return-value]
+
+    def fill() -> None:
+        process.control.settimeout(0.5)
+        for _ in range(1000):
+            try:
+                process.write("x" * 65_536)
+            except TimeoutError:
+                return
+        raise AssertionError("it takes input without end")
+
+    await asyncio.to_thread(fill)
+    await box.json("PUT", "/containers/box/grace_time", 20_000_000)
+    await asyncio.sleep(0.1)
+    assert await box.do(lambda c: c.list()) == ["box"]
+    process.leave()
+    await until(lambda: not len(box.server.core.registry))
 
 
 async def test_6_28_client_that_leaves_leaves_the_process(box: Garden) -> None:

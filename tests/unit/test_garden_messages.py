@@ -65,18 +65,73 @@ def test_unknown_messages_are_ignored(text: str) -> None:
     assert decode(text.encode(), b'{"signal":1}\n') == [SignalProcess(GardenSignal.KILL)]
 
 
-@pytest.mark.parametrize("data", [b"hello\n", b"[1]\n", b'"text"\n', b"}"])
-def test_what_is_no_object_is_garbage(data: bytes) -> None:
+@pytest.mark.parametrize("data", [b"hello\n", b"}", b"\x00", b'"text\n', b"[1}\n", b"1" * 5000, b"nul\n"])
+def test_what_is_no_json_is_garbage(data: bytes) -> None:
     """Nothing behind it could be understood."""
     with pytest.raises(Garbage):
         decode(data)
 
 
+@pytest.mark.parametrize("data", [b"null\n", b"[1]\n", b'"text"\n', b"-1.5e3\n", b"\n\n true\n"])
+def test_what_is_no_object_is_ignored(data: bytes) -> None:
+    """Statement 21, as far as it is JSON on a line of its own."""
+    assert decode(data + b'{"signal":1}\n') == [SignalProcess(GardenSignal.KILL)]
+    assert decode(*(bytes([each]) for each in data + b'{"signal":1}')) == [SignalProcess(GardenSignal.KILL)]
+
+
 def test_message_without_end_is_garbage() -> None:
     """Memory is bounded."""
-    pieces = [b'{"source":0,"data":"', *[b"x" * (64 << 10)] * (MESSAGE_MAX_BYTES // (64 << 10) + 1)]
+    pieces = [b'{"signal":0,"data":"', *[b"x" * (64 << 10)] * (MESSAGE_MAX_BYTES // (64 << 10) + 1)]
     with pytest.raises(Garbage, match="longer than"):
         decode(*pieces)
+
+
+LONG = ["x" * 3_000_000, 'é\U0001f600\n"\\' * 300_000, "\\" * 1_500_000, '"' * 1_500_000]
+
+
+@pytest.mark.parametrize("text", LONG, ids=["plain", "mixed", "backslashes", "quotes"])
+@pytest.mark.parametrize("ascii_only", [True, False])
+@pytest.mark.parametrize("piece", [65_537, 256 << 10])
+def test_input_of_any_size_may_come_in_one_message(text: str, piece: int, *, ascii_only: bool) -> None:
+    """So Go sends a bytes.Buffer. It is passed on as it comes, and what is behind it is understood."""
+    message = {"process_id": 'p"{', "source": 0, "data": text}
+    data = json.dumps(message, ensure_ascii=ascii_only).encode() + b'\n{"signal":1}\n'
+    decoder = MessageDecoder()
+    found: list[Message] = []
+    held = 0
+    for at in range(0, len(data), piece):
+        found += decoder.feed(data[at : at + piece])
+        held = max(held, len(decoder._buffer))
+    *inputs, last = found
+    assert b"".join(each.data for each in inputs if isinstance(each, StdinData)) == text.encode()
+    assert last == SignalProcess(GardenSignal.KILL)
+    assert held < 2 << 20
+    assert not decoder._buffer
+
+
+def test_long_input_that_is_no_json_is_garbage() -> None:
+    """As short one is; what came before that has been passed on."""
+    pieces = [b'{"source":0,"data":"', *[b"x" * (64 << 10)] * 32, b"\\q", b"x" * 100]
+    with pytest.raises(Garbage):
+        decode(*pieces)
+
+
+def test_half_of_a_pair_at_the_end_of_long_input_is_replaced() -> None:
+    """As in short input."""
+    decoder, found = MessageDecoder(), []
+    for piece in (b'{"source":0,"data":"', *[b"x" * (64 << 10)] * 17, b"\\ud83d", b'"}{"signal":1}'):
+        found += decoder.feed(piece)
+    data = b"".join(each.data for each in found if isinstance(each, StdinData))
+    assert data.lstrip(b"x") == "\N{REPLACEMENT CHARACTER}".encode()
+    assert found[-1] == SignalProcess(GardenSignal.KILL)
+
+
+def test_what_is_behind_long_input_in_its_object_means_nothing() -> None:
+    """It has been passed on already."""
+    long = b"x" * (2 << 20)
+    pieces = [b'{"source":0,"data":"', long[: 1 << 20], long[1 << 20 :], b'","tty":{"a":["}"]}}{"signal":0}']
+    *_, last = decode(*pieces)
+    assert last == SignalProcess(GardenSignal.TERMINATE)
 
 
 @pytest.mark.parametrize("bad", [b"{]}", b'{"source":' + b"1" * 5000 + b"}", b"{" * 100, b'{"a":\x01}', b"x"])

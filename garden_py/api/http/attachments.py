@@ -2,7 +2,7 @@
 
 A stream id names the place in both outputs from which a client reads on. Nothing is buffered for it: the bytes lie in
 the process's stored streams, and go from there to the socket by sendfile(2). While a side connection is open, a full
-stream waits for its reader; one that never comes holds nothing back.
+stream waits for its reader; for one that may still come it waits SIDE_WAIT_S, for one that never comes no longer.
 
 Where a client's reading has got to is remembered with the process (`OutputLog.delivered`): who attaches again without
 saying from where goes on there. Source: Garden HTTP protocol §6.3.
@@ -24,13 +24,15 @@ from typing import Final
 
 import structlog
 
-from garden_py.model.errors import GardenError
+from garden_py.model.errors import GardenError, OffsetOutOfRange
 from garden_py.model.process import OutputStream
 from garden_py.observe.metrics import Metrics, Stream
-from garden_py.service.ports import OutputReader, RunningProcess
+from garden_py.service.ports import OutputLog, OutputReader, RunningProcess
 
 log = structlog.get_logger()
 LATE_S: Final = 60.0  # so long after the process's end a side connection may still come (§6.3, statement 15)
+# Side connections are opened one after the other, behind an answer that has to get to the client first.
+SIDE_WAIT_S: Final = 5.0
 _CLOSE_S: Final = 10.0
 _PIECE_BYTES: Final = 64 << 10
 _SENDFILE_BYTES: Final = 8 << 20
@@ -45,6 +47,7 @@ class Attachment:
         offsets: of the next byte of each stream that its client has not been sent.
         is_run: of a Run; the process was started for it.
         sides: its open side connections.
+        held: readers for side connections that may still come.
     """
 
     id: str
@@ -53,6 +56,20 @@ class Attachment:
     offsets: dict[OutputStream, int]
     is_run: bool
     sides: set[asyncio.StreamWriter] = field(default_factory=set)
+    held: dict[OutputStream, _Held] = field(default_factory=dict)
+
+    def let_go(self) -> None:
+        """Hold nothing back for side connections that have not come."""
+        while self.held:
+            self.held.popitem()[1].reader.close()
+
+
+@dataclass(slots=True, eq=False)
+class _Held:
+    """A reader at the place where a side connection will begin."""
+
+    reader: OutputReader
+    wake: asyncio.Event
 
 
 @dataclass(slots=True, eq=False)
@@ -101,11 +118,18 @@ class Attachments:
             wanted = given.get(stream)
             if wanted is None:
                 wanted = 0 if fresh else self._place(handle, process, stream)
-            else:
-                process.output(stream).open_reader(wanted).close()  # refuses what cannot be read
             offsets[stream] = wanted
         attachment = Attachment(str(next(self._numbers)), handle, process, offsets, fresh)
+        try:
+            for stream, offset in offsets.items():
+                attachment.held[stream] = _hold(
+                    process.output(stream), offset, exactly=given.get(stream) is not None
+                )
+        except OffsetOutOfRange:
+            attachment.let_go()
+            raise
         self._by_id[attachment.id] = attachment
+        asyncio.get_running_loop().call_later(SIDE_WAIT_S, attachment.let_go)
         return attachment
 
     def _place(self, handle: str, process: RunningProcess, stream: OutputStream) -> int:
@@ -131,6 +155,7 @@ class Attachments:
     def drop(self, attachment: Attachment) -> None:
         """The client has gone: so do its side connections."""
         self._by_id.pop(attachment.id, None)
+        attachment.let_go()
         for writer in list(attachment.sides):
             writer.close()
 
@@ -143,8 +168,12 @@ class Attachments:
     ) -> None:
         """Send a stream from the attachment's place to its end; returns when that is done or the client has gone."""
         stored = attachment.process.output(stream)
-        wake = asyncio.Event()
-        output = stored.open_reader(max(attachment.offsets[stream], stored.first_offset), wake)
+        held = attachment.held.pop(stream, None) or _hold(stored, attachment.offsets[stream])
+        wake, output = held.wake, held.reader
+        if (skipped := output.offset - attachment.offsets[stream]) > 0:
+            log.warning(
+                "garden.output_skipped", process_id=attachment.process.id, stream=stream, bytes=skipped
+            )
         side, outlet = _Side(writer, output), _Outlet(writer)
         key = (attachment.handle, attachment.process.id, stream)
         self._open[key].add(side)
@@ -181,6 +210,16 @@ class Attachments:
             self._open[key].discard(side)
             if not self._open[key]:
                 del self._open[key]
+
+
+def _hold(stored: OutputLog, offset: int, *, exactly: bool = False) -> _Held:
+    """A reader from an offset; unless it shall be there exactly, from the first byte behind it that is kept.
+
+    Raises:
+        OffsetOutOfRange: those bytes are not kept, or not there yet.
+    """
+    wake = asyncio.Event()
+    return _Held(stored.open_reader(offset if exactly else max(offset, stored.first_offset), wake), wake)
 
 
 async def _until_gone(reader: asyncio.StreamReader) -> None:

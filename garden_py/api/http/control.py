@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import select
+import socket
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
@@ -54,6 +56,40 @@ class _Feeders:
     of_run: bool = False
 
 
+class _Incoming:
+    """What a client sends, and whether it has gone, which is seen also while nothing of it is read.
+
+    Attributes:
+        gone: is done when it has gone while its input waits for the process, or has waited before.
+    """
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._socket: socket.socket = writer.get_extra_info("socket")
+        self._hangup: select.epoll | None = None
+
+    async def put(self, inputs: asyncio.Queue[_Input], message: _Input) -> None:
+        """Hand on an input when there is room for it."""
+        if inputs.full() and self._hangup is None and self._socket.fileno() >= 0:
+            # The end of a connection is behind what it still holds; only epoll(7) tells of it before that is read.
+            self._hangup = select.epoll()
+            self._hangup.register(self._socket, select.EPOLLRDHUP)
+            asyncio.get_running_loop().add_reader(self._hangup, self._note_end)
+        await inputs.put(message)
+
+    def _note_end(self) -> None:
+        self.close()
+        if not self.gone.done():
+            self.gone.set_result(None)
+
+    def close(self) -> None:
+        """Look for its end no more."""
+        if self._hangup is not None and not self._hangup.closed:
+            asyncio.get_running_loop().remove_reader(self._hangup)
+            self._hangup.close()
+
+
 class Controls:
     """All control connections of one door.
 
@@ -88,16 +124,24 @@ class Controls:
         inputs: asyncio.Queue[_Input] = asyncio.Queue(_INPUTS_WAITING)
         # Beside the listening: a process that reads nothing does not keep its client's signals from it.
         feeding = asyncio.ensure_future(self._feed(attachment, inputs))
-        listening = asyncio.ensure_future(self._listen(attachment, reader, inputs))
+        incoming = _Incoming(reader, writer)
+        listening = asyncio.ensure_future(self._listen(attachment, incoming, inputs))
         ending = asyncio.ensure_future(process.wait())
         stopping = asyncio.ensure_future(self._stopping.wait())
         try:
             with self._processes.use(attachment.handle):
                 writer.write(encode_message(process_id=process.id, stream_id=attachment.id))
                 await writer.drain()
+                ends: list[asyncio.Future[Any]] = [listening, incoming.gone, ending, stopping]
+                await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if incoming.gone.done():
+                # What it has sent is still fed, as far as the process reads it.
+                self._attachments.drop(attachment)
                 await asyncio.wait([listening, ending, stopping], return_when=asyncio.FIRST_COMPLETED)
-            if ending.done():
+            elif ending.done():
                 await self._tell_end(process, writer)
+            elif listening.done() and (complaint := listening.result()):
+                await self._tell(writer, process_id=process.id, error=complaint)
         except (ConnectionError, ContainerNotFound):
             pass  # the client has left, which is the same as when it closes; or the container has
         finally:
@@ -105,6 +149,7 @@ class Controls:
                 task.cancel()
             done = not ending.cancelled() and ending.done()
             await asyncio.wait([listening, ending, stopping])
+            incoming.close()
             if done or self._stopping.is_set():
                 feeding.cancel()
                 self._leave(attachment)
@@ -118,7 +163,11 @@ class Controls:
     async def _tell_end(self, process: RunningProcess, writer: asyncio.StreamWriter) -> None:
         status = process.exit
         assert status is not None
-        writer.write(encode_message(process_id=process.id, exit_status=status.shell_code()))
+        await self._tell(writer, process_id=process.id, exit_status=status.shell_code())
+
+    async def _tell(self, writer: asyncio.StreamWriter, **fields: Any) -> None:
+        """Say the last message."""
+        writer.write(encode_message(**fields))
         await writer.drain()
         if writer.can_write_eof():
             writer.write_eof()
@@ -179,23 +228,25 @@ class Controls:
     # --- everything else
 
     async def _listen(
-        self, attachment: Attachment, reader: asyncio.StreamReader, inputs: asyncio.Queue[_Input]
-    ) -> None:
-        """Do what the client says until it leaves. After its last input it may still signal and resize."""
-        decoder: MessageDecoder | None = MessageDecoder()
+        self, attachment: Attachment, incoming: _Incoming, inputs: asyncio.Queue[_Input]
+    ) -> str:
+        """Do what the client says until it leaves, or says what nobody can understand; the complaint about that.
+
+        After its last input it may still signal and resize.
+        """
+        decoder = MessageDecoder()
         with suppress(OSError):  # also ETIMEDOUT and the like, of a peer that keep-alive has found to be gone
-            while data := await reader.read(_READ_BYTES):
-                if decoder is None:
-                    continue
+            while data := await incoming.reader.read(_READ_BYTES):
                 try:
                     for message in decoder.feed(data):
                         if isinstance(message, StdinData | StdinEnd):
-                            await inputs.put(message)
+                            await incoming.put(inputs, message)
                         else:
                             await self._apply(attachment.process, message)
                 except Garbage as error:
                     log.info("garden.garbage", process_id=attachment.process.id, error=str(error))
-                    decoder = None  # nothing can be understood any more; that it leaves still can be noticed
+                    return str(error)
+        return ""
 
     async def _apply(self, process: RunningProcess, message: Resize | SignalProcess) -> None:
         try:

@@ -10,16 +10,25 @@ from enum import Enum
 from typing import Any, Final, TypeAlias
 
 from garden_py.api.http.fields import Fields, as_fields
+from garden_py.api.http.long_strings import StringPieces, find_end_of_string
 from garden_py.model.process import WindowSize
 
-# One message; a client sends what it has read of its input, some ten kilobytes, in each.
-MESSAGE_MAX_BYTES: Final = 4 << 20
+MESSAGE_MAX_BYTES: Final = 4 << 20  # but for the data of a message for stdin, which is of any size
+# Go's io.Copy sends what its reader gives at once: some ten kilobytes, or all of a bytes.Buffer. From this size on a
+# message's data is passed on as it comes.
+_LONG_BYTES: Final = 1 << 20
+_VALUE_MAX_BYTES: Final = 4096  # that is no object, and is ignored
 _DEPTH_MAX: Final = 64  # of objects and arrays in each other; the protocol's own have three
 _SURROGATES: Final = re.compile("[\ud800-\udfff]")
+_NOTHING: Final[dict[str, Any]] = {}  # a message without meaning
 _SPACE: Final = b" \t\r\n"
 _STRUCTURE: Final = re.compile(rb'["{}\[\]]')
-_REST_OF_STRING: Final = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
-_BACKSLASH: Final = ord("\\")
+_VALUE_STARTS: Final = frozenset(b'"[-0123456789tfn')
+# How such a message begins: as Go's client orders the fields, with or without the process.
+_STDIN_HEAD: Final = re.compile(
+    rb"""\{\s*(?:"process_id"\s*:\s*"(?:[^"\\]|\\.)*"\s*,\s*)?"source"\s*:\s*\d{1,9}\s*,\s*"data"\s*:\s*\"""",
+    re.DOTALL,
+)
 
 
 class Garbage(ValueError):
@@ -65,6 +74,9 @@ Message: TypeAlias = StdinData | StdinEnd | Resize | SignalProcess
 class MessageDecoder:
     """Bytes in, messages out. A message may be cut anywhere; a newline behind it is usual and not needed.
 
+    Data for stdin of more than a MiB may leave as several messages, before all of it has come; what stands behind it in
+    its object then means nothing. Lines that are JSON and no object are ignored.
+
     Every byte is looked at once for the end of its object, however small the pieces are that a client sends. JSON's
     signs are ASCII, which in UTF-8 is part of nothing else, so bytes will do for that.
     """
@@ -76,6 +88,8 @@ class MessageDecoder:
         self._in_string = False
         self._by_line = True
         self._found: Any = None
+        self._long: StringPieces | None = None
+        self._in_rest = False  # of an object whose data has been passed on
 
     def feed(self, data: bytes) -> Iterator[Message]:
         """Take the next bytes; the iterator yields the messages that are complete now, but for those without meaning.
@@ -88,9 +102,29 @@ class MessageDecoder:
         return self._messages()
 
     def _messages(self) -> Iterator[Message]:
-        while (found := self._take_object()) is not None:
-            if (message := _read(found)) is not None:
-                yield message
+        while True:
+            if self._long is not None:
+                if text := self._take_string(self._long):
+                    yield StdinData(_encode(text))
+                if self._long is not None:
+                    return
+            found = self._take_object()
+            if found is not None:
+                if (message := _read(found)) is not None:
+                    yield message
+            elif self._long is None:
+                return
+
+    def _take_string(self, pieces: StringPieces) -> str:
+        """What has come of data that is passed on."""
+        try:
+            text, ended = pieces.take(self._buffer)
+        except ValueError as error:
+            raise Garbage(f"a message is no JSON object: {error}") from error
+        if ended:
+            self._long, self._in_rest = None, True
+            self._depth, self._scanned = 1, 0
+        return text
 
     def _take_object(self) -> Any:
         """The next object, None if not all of it is there yet."""
@@ -100,21 +134,53 @@ class MessageDecoder:
             if not buffer:
                 return None
             if buffer[:1] != b"{":
-                raise Garbage("a message must be a JSON object")
+                return self._take_value()
             self._scanned = 0
-        end = self._find_line() or self._find_end()
-        if (end or len(buffer)) > MESSAGE_MAX_BYTES:
+        end = (0 if self._in_rest else self._find_line()) or self._find_end()
+        size = end or len(buffer)
+        if size > (MESSAGE_MAX_BYTES if end else _LONG_BYTES) and not self._in_rest and self._begin_long():
+            return None
+        if size > MESSAGE_MAX_BYTES:
             raise Garbage(f"a message is longer than {MESSAGE_MAX_BYTES} bytes")
         if not end:
             return None
         found, self._found = self._found, None
         try:
+            if self._in_rest:
+                return _NOTHING
             return _parse(buffer[:end]) if found is None else found
         except (ValueError, RecursionError) as error:
             raise Garbage(f"a message is no JSON object: {error}") from error
         finally:
             del buffer[:end]
-            self._depth, self._in_string = 0, False
+            self._depth, self._in_string, self._in_rest = 0, False, False
+
+    def _take_value(self) -> Any:
+        """Something other than an object, on a line of its own, which means nothing; None if not all of it is there."""
+        buffer = self._buffer
+        end = buffer.find(b"\n", 0, _VALUE_MAX_BYTES) + 1
+        if buffer[0] not in _VALUE_STARTS or (not end and len(buffer) >= _VALUE_MAX_BYTES):
+            raise Garbage("a message must be a JSON object")
+        if not end:
+            return None
+        try:
+            _parse(buffer[:end])
+        except (ValueError, RecursionError) as error:
+            raise Garbage(f"a message must be a JSON object: {error}") from error
+        del buffer[:end]
+        return _NOTHING
+
+    def _begin_long(self) -> bool:
+        """Whether the object is a message for stdin whose data has begun: then that is what the buffer begins with."""
+        head = _STDIN_HEAD.match(self._buffer)
+        if head is None:
+            return False
+        end = head.end()
+        del head  # it holds the buffer
+        del self._buffer[:end]
+        self._long = StringPieces()
+        self._depth, self._in_string, self._found = 0, False, None
+        return True
 
     def _find_line(self) -> int:
         """The offset behind a line that is an object, which is then in _found; 0 if there is none.
@@ -134,7 +200,7 @@ class MessageDecoder:
         buffer, at = self._buffer, self._scanned
         while True:
             if self._in_string:
-                at = _find_end_of_string(buffer, at)
+                at = find_end_of_string(buffer, at)
                 if not at:
                     break
                 self._in_string = False
@@ -159,25 +225,6 @@ class MessageDecoder:
 
 def _parse(data: bytearray) -> Any:
     return json.loads(data.decode(errors="replace"))
-
-
-def _find_end_of_string(buffer: bytearray, at: int) -> int:
-    """The offset behind the quote that ends a string, from anywhere in it; 0 if that is not there yet."""
-    while (quote := buffer.find(b'"', at)) >= 0:
-        if not _is_escaped(buffer, quote):
-            return quote + 1
-        # Where there is one of these there are more, and the next search would soon end again.
-        rest = _REST_OF_STRING.match(buffer, quote + 1)
-        at = quote + 1 if rest is None else rest.end()
-    return 0
-
-
-def _is_escaped(buffer: bytearray, at: int) -> bool:
-    """Whether an odd number of backslashes is before the offset."""
-    begin = at
-    while buffer[begin - 1] == _BACKSLASH:
-        begin -= 1
-    return bool((at - begin) % 2)
 
 
 def _read(value: Any) -> Message | None:
