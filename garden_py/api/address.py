@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
+from typing import Final
 
 from garden_py.model.errors import InvalidField
+
+_PORT_MAX: Final = 0xFFFF
 
 
 def is_loopback(address: str, *, field: str, shape: str = "unix:PATH or HOST:PORT") -> bool:
@@ -19,8 +22,10 @@ def is_loopback(address: str, *, field: str, shape: str = "unix:PATH or HOST:POR
         InvalidField: it is not HOST:PORT.
     """
     host, colon, port = address.rpartition(":")
-    if not colon or not port.isdigit():
+    if not colon or not (port.isascii() and port.isdigit()):
         raise InvalidField(field, f"{address!r} must be {shape}")
+    if int(port) > _PORT_MAX:
+        raise InvalidField(field, f"{address!r}: ports go up to {_PORT_MAX}")
     if host == "localhost":
         return True
     try:

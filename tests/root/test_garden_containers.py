@@ -122,6 +122,14 @@ def test_F3_F4_what_fails(garden: GardenClientBase, box: str) -> None:
         garden.stream_in(box, pack(f=b"x" * 5000)[:2000], user="", destination="/tmp/cut")
 
 
+@pytest.mark.garden_only("the words are the Garden protocol's")
+def test_F3_clients_look_for_these_words(garden: GardenClientBase, box: str) -> None:
+    with pytest.raises(GardenHttpError, match=r"error streaming in: .*ermission denied"):
+        garden.stream_in(box, pack(f=b"x"), user="alice", destination="/root")
+    with pytest.raises(GardenHttpError, match="error streaming in: unexpected end of data"):
+        garden.stream_in(box, pack(f=b"x" * 5000)[:2000], user="", destination="/tmp/cut")
+
+
 def test_F5_stream_out(garden: GardenClientBase, box: str) -> None:
     garden.text_of(box, "mkdir -p /srv/dir && echo x >/srv/dir/file && mkdir -p -m 700 /srv/secret")
     assert stream_out(garden, box, source="/srv/dir", user="") == ["dir/", "dir/file"]
@@ -177,6 +185,16 @@ def test_BM1_to_BM3_metrics(garden: GardenClientBase, box: str) -> None:
     assert metrics["PidStat"]["Current"] >= 1
     assert metrics["Age"] > 0
     assert metrics["CPUStat"]["Usage"] > 0
+
+
+@pytest.mark.garden_only("the keys are the Garden protocol's")
+def test_BM1_limits_are_those_in_force(garden: GardenClientBase) -> None:
+    limits = {"memory_limits": {"limit_in_bytes": 64 * MIB}}
+    with garden.container(limits=limits) as handle:
+        stat = garden.metrics(handle)["MemoryStat"]
+        if "hierarchical_memory_limit" in stat:  # cgroup v1's
+            assert stat["hierarchical_memory_limit"] == 64 * MIB
+            assert stat.get("hierarchical_memsw_limit", 64 * MIB) == 64 * MIB
 
 
 @pytest.mark.garden_only("the keys are the Garden protocol's")

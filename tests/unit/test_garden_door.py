@@ -19,6 +19,7 @@ from kit.garden_http import (
     GardenHttp,
     GardenHttpError,
     HttpProcess,
+    Reply,
     build_head,
     connect,
     read_head,
@@ -33,6 +34,7 @@ from garden_py.api.http.exchange import HEAD_MAX_BYTES
 from garden_py.api.http.routes import NAMES, Match, NoMatch, match_route
 from garden_py.config import Config
 from garden_py.model.errors import HostFault, InvalidField
+from garden_py.model.lifecycle import State
 from garden_py.model.process import OutputStream, ProcessSpec
 from garden_py.observe.metrics import Metrics
 
@@ -108,6 +110,16 @@ async def test_1_2_socket_has_its_mode_and_takes_the_place_of_a_stale_one(tmp_pa
         assert path.read_text() == "precious"
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:99999", "127.0.0.1:", "127.0.0.1:²", "80"])
+async def test_1_2_address_without_a_port_that_can_be_is_refused(tmp_path: Path, address: str) -> None:
+    """By the name of the setting."""
+    server = Server()
+    await server.start()
+    with pytest.raises(InvalidField) as caught:
+        await GardenDoor(server.core, Config(garden_http=address, state_dir=tmp_path)).start()
+    assert caught.value.violations[0].field == "garden_http"
+
+
 @pytest.mark.parametrize("setting", ["socket_mode", "garden_http_mode"])
 def test_mode_of_a_socket_must_be_octal(setting: str) -> None:
     """Told when the configuration is read, not when the door opens."""
@@ -173,6 +185,7 @@ async def test_1_5_connections_are_kept_alive_and_pipelined(garden: Garden) -> N
         ("/containers/a%20b/info", {"handle": "a b"}),
         ("/containers/a+b/info", {"handle": "a b"}),
         ("/containers/a%2Fb/info", {"handle": "a/b"}),
+        ("http://api/containers/a/info", {"handle": "a"}),  # RFC 9112 §3.2.2: servers must take it
     ],
 )
 def test_1_9_captures_are_one_segment_and_unescaped(target: str, captures: dict[str, str]) -> None:
@@ -301,6 +314,10 @@ async def test_1_23_errors_have_five_keys(garden: Garden) -> None:
         (b'{"netout_rules": [{"protocol": 4}]}', "invalid protocol: 4"),
         (b'{"netout_rules": [{"networks": [{"start": "10.0.0.300"}]}]}', "invalid IP address: 10.0.0.300"),
         (b'{"netout_rules": [{"ports": [{"start": 1}]}]}', "Ports cannot be specified for Protocol ALL"),
+        (
+            b'{"netout_rules": [{"protocol": 1, "icmps": {"type": 8}}]}',
+            "ICMP cannot be specified for Protocol TCP",
+        ),
         (b'{"image": {"uri": "raw:///a"}, "rootfs": "/b"}', "Cannot provide both Image.URI and RootFSPath"),
         (b'{"image": {"uri": "preloaded+layer:/a?layer=b"}}', "no query parameter 'layer_path' found in URL"),
         (b'{"network": "10.1.0.300/24"}', "invalid CIDR address: 10.1.0.300/24"),
@@ -326,16 +343,45 @@ async def test_body_that_is_too_large_is_refused(tmp_path: Path) -> None:
     await garden.door.stop()
 
 
-async def test_body_that_is_cut_short_changes_nothing(garden: Garden) -> None:
-    """The client has gone: there is nobody to be answered."""
+CHUNKED = build_head("POST", "/containers", "Transfer-Encoding: chunked")
 
-    def ask(client: GardenHttp) -> bytes:
+
+@pytest.mark.parametrize(
+    ("request_bytes", "message"),
+    [
+        (build_head("POST", "/containers", length=100) + b'{"handle":"x"}', "unexpected EOF"),
+        (CHUNKED + b'e\r\n{"handle":"x"}\r\n', "unexpected EOF"),
+        (CHUNKED + b'e\r\n{"hand', "unexpected EOF"),
+        (CHUNKED + b'zz\r\n{"handle":"x"}\r\n', "malformed body"),
+    ],
+)
+async def test_1_26_body_that_is_cut_short_changes_nothing(
+    garden: Garden, request_bytes: bytes, message: str
+) -> None:
+    """A client that still listens is told."""
+
+    def ask(client: GardenHttp) -> Reply:
+        with connect(client.address) as sock:
+            sock.sendall(request_bytes)
+            sock.shutdown(socket.SHUT_WR)
+            reply = read_reply(sock)
+            assert sock.recv(100) == b""
+            return reply
+
+    reply = await garden.do(ask)
+    assert reply.status == 500
+    assert message in reply.json()["Message"]
+    assert await garden.do(lambda c: c.list("?garden.state=all")) == []
+
+
+async def test_body_of_a_client_that_has_gone_changes_nothing(garden: Garden) -> None:
+    """Nobody can be told."""
+
+    def ask(client: GardenHttp) -> None:
         with connect(client.address) as sock:
             sock.sendall(build_head("POST", "/containers", length=100) + b'{"handle":"x"}')
-            sock.shutdown(socket.SHUT_WR)
-            return sock.recv(100)
 
-    assert await garden.do(ask) == b""
+    await garden.do(ask)
     assert await garden.do(lambda c: c.list("?garden.state=all")) == []
 
 
@@ -467,6 +513,10 @@ async def test_7_grace_time(garden: Garden) -> None:
     """In nanoseconds; what is not above 0 means never (§7, statement 7)."""
     await garden.do(lambda c: c.create(handle="a"))
     assert await garden.json("PUT", "/containers/a/grace_time", -5) == {}
+    assert garden.server.core.registry.get("a").spec.grace_time_s == 0
+    assert await garden.json("PUT", "/containers/a/grace_time", 10**15) == {}
+    reply = await garden.do(lambda c: c.call("PUT", "/containers/a/grace_time", b"null"))
+    assert reply.status == 200
     assert garden.server.core.registry.get("a").spec.grace_time_s == 0
     assert await garden.json("PUT", "/containers/a/grace_time", 50_000_000) == {}
     await until(lambda: not len(garden.server.core.registry))
@@ -692,6 +742,30 @@ async def test_6_29_stop_ends_connections_without_a_last_message(tmp_path: Path)
         await asyncio.to_thread(process.next_message)
     process.leave()
     assert garden.server.core.processes.get("box", "p").exit is None
+    await garden.server.core.close()
+
+
+@pytest.mark.parametrize("pipelined", [False, True])
+async def test_6_29_stop_tells_those_whose_requests_take_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pipelined: bool
+) -> None:
+    """They are not left with a connection that ends; what was begun is the next server's affair."""
+    monkeypatch.setattr("garden_py.api.http.door._STOP_GRACE_S", 0.05)
+    garden = await open_garden(tmp_path)
+    await garden.do(lambda c: c.create(handle="box"))
+    garden.server.destroy_gate.clear()
+
+    def destroy(client: GardenHttp) -> tuple[Reply, bytes]:
+        with connect(client.address) as sock:
+            sock.sendall(build_head("DELETE", "/containers/box") * (1 + pipelined))
+            return read_reply(sock), sock.recv(100)
+
+    asked = asyncio.ensure_future(garden.do(destroy))
+    await until(lambda: garden.server.core.registry.get("box").state is State.DESTROYING)
+    await garden.door.stop()
+    reply, rest = await asked
+    assert (reply.status, reply.json()["Type"], rest) == (500, "ServiceUnavailableError", b"")
+    garden.server.destroy_gate.set()
     await garden.server.core.close()
 
 

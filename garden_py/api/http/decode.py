@@ -149,11 +149,14 @@ def egress_rule(fields: Fields) -> EgressRule:
     ports = fields.each("ports", lambda value, path: _port_range(as_fields(value, path)))
     if ports and protocol in (Protocol.ALL, Protocol.ICMP):
         raise InvalidField("ports", f"Ports cannot be specified for Protocol {protocol.value.upper()}")
+    if fields.has("icmps") and protocol is not Protocol.ICMP:
+        # Left out silently, it would open more than was asked for.
+        raise InvalidField("icmps", f"ICMP cannot be specified for Protocol {protocol.value.upper()}")
     return EgressRule(
         protocol=protocol,
         networks=fields.each("networks", lambda value, path: _address_range(as_fields(value, path))),
         ports=ports,
-        icmp=_icmp(fields.child("icmps")) if fields.has("icmps") and protocol is Protocol.ICMP else None,
+        icmp=_icmp(fields.child("icmps")) if fields.has("icmps") else None,
         log=fields.flag("log"),
     )
 
@@ -228,7 +231,9 @@ def _sidecar(fields: Fields) -> Sidecar | None:
 
 
 def grace_time_s(value: Any) -> float:
-    """A bare number of nanoseconds; what is not above 0 means never (§7, statement 7)."""
+    """A bare number of nanoseconds, null for 0; what is not above 0 means never (§1.15, §7, statement 7)."""
+    if value is None:
+        return 0.0
     if not isinstance(value, int) or isinstance(value, bool) or abs(value) > UINT63_MAX:
-        raise BadJson("grace time: must be a number of nanoseconds")
+        raise BadJson(f"grace time: must be a number of nanoseconds from -{UINT63_MAX} to {UINT63_MAX}")
     return max(value, 0) / 1e9

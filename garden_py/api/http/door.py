@@ -17,6 +17,7 @@ from garden_py.api.http.errors import describe
 from garden_py.api.http.exchange import (
     Answer,
     BodyTooLarge,
+    BrokenBody,
     Connection,
     Disconnected,
     Hijack,
@@ -29,7 +30,7 @@ from garden_py.api.http.handlers import GardenHandlers
 from garden_py.api.http.routes import Match, NoMatch, match_route
 from garden_py.api.unix_socket import socket_file
 from garden_py.config import Config
-from garden_py.model.errors import GardenError, HostFault, InvalidField
+from garden_py.model.errors import GardenError, HostFault, InvalidField, ShuttingDown
 from garden_py.observe.calls import REQUEST_ID_HEADER, TRACE_HEADERS, begin_call
 from garden_py.service.core import Core
 
@@ -38,6 +39,7 @@ _BACKLOG: Final = 1024
 _STREAM_LIMIT: Final = 1 << 20
 _IDLE_S: Final = 300.0
 _STOP_GRACE_S: Final = 2.0
+_LAST_ANSWER_S: Final = 0.5
 _REQUEST_ID: Final = "X-Request-Id"
 _NO_ROUTE: Final = "none"  # in the metrics: whatever else was asked for
 _FIRST_FAILURE: Final = 400  # RFC 9110 §15
@@ -106,14 +108,15 @@ class GardenDoor:
             self._server = None
         self._handlers.controls.stop()
         for task, connection in self._connections.items():
+            connection.is_last = True
             if connection.is_idle:
                 task.cancel()
-        if self._connections:
-            await asyncio.wait(self._connections, timeout=_STOP_GRACE_S)
-        for task in list(self._connections):
-            task.cancel()
-        if self._connections:
-            await asyncio.wait(self._connections)
+        # Those whose requests take longer are told so, as far as they listen.
+        for timeout_s in (_STOP_GRACE_S, _LAST_ANSWER_S, None):
+            if self._connections:
+                await asyncio.wait(self._connections, timeout=timeout_s)
+            for task in list(self._connections):
+                task.cancel()
         if self._bound_path is not None:
             self._bound_path.unlink(missing_ok=True)
 
@@ -164,12 +167,19 @@ class GardenDoor:
         try:
             await self._core.recovery.wait_for(handle)
             answer = await self._handlers.route(name)(match, request)
-        except (GardenError, BadJson, BodyTooLarge) as error:
+        except (GardenError, BadJson, BodyTooLarge, BrokenBody) as error:
             report = log.warning if isinstance(error, HostFault) else log.debug
             report("garden.refused", route=name, error=str(error), took_ms=_ms_since(started))
             return _refusal(error)
         except (Disconnected, ConnectionError):
             raise
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not self._stopping or task is None:
+                raise
+            task.uncancel()
+            log.warning("garden.cut_short", route=name, took_ms=_ms_since(started))
+            return _refusal(ShuttingDown())
         except Exception as error:
             log.exception("garden.failed", route=name, took_ms=_ms_since(started))
             return _refusal(error)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from garden_py.api.http.exchange import BodyTooLarge
+from garden_py.api.http.exchange import BodyTooLarge, BrokenBody
 from garden_py.api.http.fields import BadJson
 from garden_py.model import errors
 
@@ -53,7 +53,7 @@ def describe(error: Exception) -> ErrorReply:
             | errors.ImageTooLarge()
         ):
             return ErrorReply(500, "", f"{_IMAGE_STEP}: {error}")
-        case errors.GardenError() | BadJson() | BodyTooLarge():
+        case errors.GardenError() | BadJson() | BodyTooLarge() | BrokenBody():
             return ErrorReply(500, "", str(error))
         case _:
             return ErrorReply(500, "", f"internal error of the server: {type(error).__name__}")

@@ -29,7 +29,11 @@ class BodyTooLarge(Exception):
 
 
 class Disconnected(Exception):
-    """The client has gone, or its bytes make no sense any more."""
+    """The client has gone."""
+
+
+class BrokenBody(Exception):
+    """A body breaks off or is no HTTP; the message says which."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +85,8 @@ class Request:
         """The body as it comes.
 
         Raises:
-            Disconnected: it breaks off.
+            BrokenBody: it breaks off, or is no HTTP.
+            ConnectionError: the client has gone.
         """
         return self._pieces
 
@@ -90,7 +95,8 @@ class Request:
 
         Raises:
             BodyTooLarge: it is larger than most bytes.
-            Disconnected: it breaks off.
+            BrokenBody: it breaks off, or is no HTTP.
+            ConnectionError: the client has gone.
         """
         found = bytearray()
         async for piece in self._pieces:
@@ -109,6 +115,10 @@ _REASONS: Final = {
 
 class Connection:
     """Serves one client.
+
+    Attributes:
+        is_idle: no request is under way.
+        is_last: no request is taken behind the one that is.
 
     Args:
         handle: answers requests; errors are its affair.
@@ -132,11 +142,12 @@ class Connection:
         self._idle_timeout_s = idle_timeout_s
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_MAX_BYTES)
         self.is_idle = True
+        self.is_last = False
 
     async def serve(self) -> None:
         """Answer until one of both has had enough."""
         try:
-            while await self._serve_one():
+            while await self._serve_one() and not self.is_last:
                 self._http.start_next_cycle()
         except (Disconnected, ConnectionError, TimeoutError):
             return
@@ -188,17 +199,21 @@ class Connection:
         return event
 
     async def _read_body(self) -> AsyncIterator[bytes]:
+        ended = False
         try:
             while True:
                 event = self._http.next_event()
                 if event is h11.NEED_DATA:
-                    self._http.receive_data(await self._reader.read(READ_BYTES))
+                    data = await self._reader.read(READ_BYTES)
+                    ended = not data
+                    self._http.receive_data(data)
                 elif isinstance(event, h11.Data):
                     yield bytes(event.data)
                 else:
                     return
-        except (h11.RemoteProtocolError, ConnectionError) as error:
-            raise Disconnected(str(error)) from error
+        except h11.RemoteProtocolError as error:
+            # A client that has only ended its sending half still learns what its request came to.
+            raise BrokenBody("unexpected EOF" if ended else f"malformed body: {error}") from error
 
     async def _finish_request(self) -> bool:
         """After an answer: read what is left of the body for a moment; whether the connection is as good as new."""
@@ -213,8 +228,9 @@ class Connection:
                 self._writer.write_eof()
             with suppress(TimeoutError):
                 async with asyncio.timeout(LINGER_S):
-                    async for _ in self._read_body():
-                        pass
+                    with suppress(BrokenBody):
+                        async for _ in self._read_body():
+                            pass
             return False
         return bool(self._http.our_state is h11.DONE and self._http.their_state is h11.DONE)
 

@@ -16,7 +16,7 @@ from garden_py.api.http.exchange import Answer, Hijack, Reply, Request, Stream, 
 from garden_py.api.http.fields import BadJson, as_fields, parse_object, parse_value, read_list
 from garden_py.api.http.routes import Match
 from garden_py.config import Config
-from garden_py.model.errors import GardenError, PropertyNotFound
+from garden_py.model.errors import CopyFailed, GardenError, PropertyNotFound
 from garden_py.model.process import OutputStream
 from garden_py.service.core import Core
 from garden_py.service.ports import NetworkFacts
@@ -156,7 +156,11 @@ class GardenHandlers:
         """Route 10."""
         query = match.query
         destination, user = query.get("destination") or ".", query.get("user", "")
-        await self._core.files.stream_in(match.captures["handle"], destination, user, request.pieces())
+        try:
+            await self._core.files.stream_in(match.captures["handle"], destination, user, request.pieces())
+        except CopyFailed as error:
+            # Statement F3: clients look for these words.
+            raise CopyFailed(error.reason, f"stream-in: error streaming in: {error}") from error
         return json_reply(_NOTHING)
 
     async def stream_out(self, match: Match, request: Request) -> Answer:

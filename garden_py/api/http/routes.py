@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import Final
 from urllib.parse import parse_qsl, unquote_plus
 
 # In the order of the protocol's table. The name is the method of handlers.py that answers.
@@ -61,9 +63,12 @@ class NoMatch:
     allowed: tuple[str, ...] = ()
 
 
+_ABSOLUTE: Final = re.compile(r"^https?://[^/?]*", re.IGNORECASE | re.ASCII)  # RFC 9112 §3.2.2
+
+
 def match_route(method: str, target: str) -> Match | NoMatch:
     """The route of a request line's method and target (path and query, as sent)."""
-    path, _, query = target.partition("?")
+    path, _, query = _ABSOLUTE.sub("", target).partition("?")
     segments = path.split("/")
     allowed: list[str] = []
     for route_method, pattern, name in _ROUTES:

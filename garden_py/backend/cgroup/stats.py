@@ -6,6 +6,7 @@ import errno
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Final
 
 from garden_py.backend.cgroup.layout import WORK, ContainerCgroup
 from garden_py.backend.cgroup.limits import V1_UNLIMITED_BYTES, parse_max
@@ -75,12 +76,22 @@ def _optional_number(path: str) -> int:
         return 0
 
 
+_HIERARCHICAL_LIMITS: Final = {
+    "hierarchical_memory_limit": None,  # memory.limit_in_bytes
+    "hierarchical_memsw_limit": "memory.memsw.limit_in_bytes",
+}
+
+
 def _read_v1(cgroup: ContainerCgroup, top: tuple[str, ...], limited: tuple[str, ...]) -> Usage:
     memory, work = _at(cgroup, "memory", top), _at(cgroup, "memory", limited)
     cpu_ns, user_ns, system_ns = _cpu_time_v1(cgroup, top)
     stat = parse_flat_keyed(read_small(f"{memory}/memory.stat"))
     usage = _number(f"{memory}/memory.usage_in_bytes")
     limit = _number(f"{work}/memory.limit_in_bytes")
+    # Its own limit is on the group below the one that is counted, and is what its workload has to live with.
+    for key, name in _HIERARCHICAL_LIMITS.items():
+        if key in stat and memory != work:
+            stat[key] = min(stat[key], limit if name is None else _number(f"{work}/{name}"))
     halves = [_at(cgroup, "cpu", limited), cgroup.twin_directory(limited)]
     throttled = [parse_flat_keyed(read_small(f"{half}/cpu.stat")) for half in halves if half is not None]
     return Usage(
