@@ -44,7 +44,7 @@ from garden_py.service.containers import Containers, Defaults
 from garden_py.service.core import Core
 from garden_py.service.diagnosis import Diagnosis
 from garden_py.service.event_log import EventLog
-from garden_py.service.events import EventHub
+from garden_py.service.events import CONNECTIONS, Event, EventHub
 from garden_py.service.files import Files
 from garden_py.service.guard import Guard
 from garden_py.service.images import Images
@@ -168,20 +168,27 @@ def _first_cursor() -> int:
     return time.time_ns() // 1000
 
 
-def open_events(directory: Path, *, rebooted: bool) -> tuple[EventLog, EventHub]:
-    """The events of earlier servers, and where those of this one are written down."""
-    kept = EventLog(directory)
+def open_events(directory: Path, *, rebooted: bool) -> tuple[tuple[EventLog, EventLog], EventHub]:
+    """The events of earlier servers, and where those of this one are written down: all, and those of connections."""
+    kept, of_connections = EventLog(directory), EventLog(directory / "connections")
     if rebooted:
         kept.clear()
+        of_connections.clear()
     after, earlier = kept.load()
-    last = earlier[-1].cursor if earlier else after
-    # A million for those that were not written down; time goes on faster, unless somebody sets the clock back.
-    events = EventHub(max(_first_cursor(), last + 1_000_000), kept.append)
+    _, connections = of_connections.load()
+    last = max([after, *(events[-1].cursor for events in (earlier, connections) if events)])
+
+    def write(event: Event) -> None:
+        (of_connections if event.kind in CONNECTIONS else kept).append(event)
+
+    # A million for those that could not be written down; time goes on faster, unless somebody sets the clock back.
+    events = EventHub(max(_first_cursor(), last + 1_000_000), write)
     if after:
-        events.restore(after, earlier)
+        events.restore(after, earlier, connections)
     else:
+        of_connections.clear()  # of before a gap: no cursor of that time is good any more
         kept.begin(events.cursor)
-    return kept, events
+    return (kept, of_connections), events
 
 
 def count_pools(backend: Backend, what: str) -> dict[str, float]:
@@ -237,7 +244,8 @@ async def running_server(config: Config, inherited: socket.socket | None = None)
                 await page.stop()
             await core.close()
             journal.close()
-            kept_events.close()
+            for each in kept_events:
+                each.close()
             if tracing is not None:
                 await send_last_traces(tracing)
 

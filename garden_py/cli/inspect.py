@@ -165,8 +165,8 @@ def events(
 ) -> None:
     """Print what happens, until interrupted.
 
-    Containers made and destroyed, processes started and exited, memory run out, … Goes on across a restart
-    of the server without a gap.
+    Containers made and destroyed, processes started and exited, memory run out, connections refused, … Goes on
+    across a restart of the server without a gap, but for connections while there was none.
 
         garden events --handle web -o json | jq .kind
     """

@@ -5,8 +5,8 @@
     events/00001795671799999999.jsonl     the next 5,000
 
 A file's first line says after which cursor nothing is missing in it and those that follow. Each event is one write(2)
-before any watcher sees it, so it survives the server's end however it comes. Events of connections are not written: a
-container can cause any number of them.
+before any watcher sees it, so it survives the server's end however it comes. Events of connections have files of their
+own below, `connections/`: a container can cause any number of them, and they push out each other only.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class EventLog:
             self._give_up()
 
     def append(self, event: Event) -> None:
-        """Write an event down. If that fails, no later server continues from here, and the log says so."""
+        """Write an event down. If that fails, no later server has it or what was before it, and the log says so."""
         try:
             if self._fd < 0 or self._written >= EVENTS_PER_FILE:
                 self._begin(event.cursor - 1)
@@ -101,7 +101,7 @@ class EventLog:
     def _begin(self, after: int) -> None:
         """A new file. What is before it is complete: all of it has been written, or there is none."""
         self.close()
-        self._directory.mkdir(mode=0o700, exist_ok=True)
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = self._directory / f"{after:020d}.jsonl"
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         _write(self._fd, {"after": after})

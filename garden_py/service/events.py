@@ -38,7 +38,7 @@ class EventKind(Enum):
 
 
 # A container can cause any number of these: they push out each other, never what else has happened.
-_CONNECTIONS = (EventKind.CONNECTION_DENIED, EventKind.CONNECTION_ALLOWED)
+CONNECTIONS = (EventKind.CONNECTION_DENIED, EventKind.CONNECTION_ALLOWED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class EventHub:
 
     Args:
         first_cursor: of the moment before the first event; above all of an earlier server's.
-        write: takes down each event, but those of connections, before anybody sees it.
+        write: takes down each event before anybody sees it.
     """
 
     def __init__(self, first_cursor: int = 0, write: Callable[[Event], None] = lambda event: None) -> None:
@@ -88,21 +88,22 @@ class EventHub:
         self.cursor += 1
         details = {name: text for name, text in details.items() if text}
         event = Event(self.cursor, time.time_ns(), kind, handle, process_id, exit, details)
-        if kind in _CONNECTIONS:
+        self._write(event)
+        if kind in CONNECTIONS:
             self._connections.append(event)
         else:
-            self._write(event)
             self._keep(event)
         waiters, self._waiters = self._waiters, set()
         for future in waiters:
             if not future.done():
                 future.set_result(None)
 
-    def restore(self, after: int, events: Iterable[Event]) -> None:
+    def restore(self, after: int, events: Iterable[Event], connections: Iterable[Event] = ()) -> None:
         """Keep events of an earlier server too: all there were after a cursor. Before anything is published."""
         self._oldest = after
         for event in events:
             self._keep(event)
+        self._connections.extend(connections)
 
     def _keep(self, event: Event) -> None:
         if len(self._kept) == KEPT_EVENTS:

@@ -14,7 +14,8 @@ from garden_py.model.errors import OffsetOutOfRange
 from garden_py.model.process import ExitStatus
 from garden_py.service import event_log
 from garden_py.service.event_log import EVENTS_PER_FILE, EventLog
-from garden_py.service.events import KEPT_EVENTS, Event, EventHub, EventKind
+from garden_py.service.events import KEPT_CONNECTIONS, KEPT_EVENTS, Event, EventHub, EventKind
+from garden_py.wiring import open_events
 
 
 def server(directory: Path, first_cursor: int) -> tuple[EventLog, EventHub]:
@@ -84,17 +85,53 @@ async def test_a_server_without_an_event_is_continued_from_too(tmp_path: Path) -
     assert [event.handle for event in await seen(hub, cursor)] == ["box"]
 
 
-async def test_events_of_connections_are_of_one_life(tmp_path: Path) -> None:
-    """They are not written, and a cursor among them is good for the next server all the same."""
-    log, hub = server(tmp_path, 1000)
+@pytest.mark.parametrize("rebooted", [False, True])
+async def test_events_of_connections_outlive_the_server_too(tmp_path: Path, rebooted: bool) -> None:
+    """In files of their own, in order with the others; of before a reboot there is nothing."""
+    directory = tmp_path / "events"
+    logs, hub = open_events(directory, rebooted=False)
+    begun = hub.cursor
     hub.publish(EventKind.CONTAINER_CREATED, "box")
-    hub.publish(EventKind.CONNECTION_DENIED, "box")
-    hub.publish(EventKind.CONNECTION_DENIED, "box")
+    hub.publish(EventKind.CONNECTION_DENIED, "box", rule="tcp")
+    hub.publish(EventKind.PROCESS_STARTED, "box")
+    hub.publish(EventKind.CONNECTION_ALLOWED, "box")
     cursor = hub.cursor
-    log.close()
-    _, hub = server(tmp_path, 2000)
-    hub.publish(EventKind.CONTAINER_DESTROYED, "box")
-    assert [event.kind for event in await seen(hub, cursor)] == [EventKind.CONTAINER_DESTROYED]
+    for log in logs:
+        log.close()
+    logs, hub = open_events(directory, rebooted=rebooted)
+    assert hub.cursor > cursor
+    if rebooted:
+        with pytest.raises(OffsetOutOfRange):
+            hub.check_cursor(begun)
+        begun = hub.cursor
+    kinds = [event.kind for event in await seen(hub, begun)]
+    kept = [
+        EventKind.CONTAINER_CREATED,
+        EventKind.CONNECTION_DENIED,
+        EventKind.PROCESS_STARTED,
+        EventKind.CONNECTION_ALLOWED,
+    ]
+    assert kinds == ([] if rebooted else kept)
+    for log in logs:
+        log.close()
+
+
+async def test_a_flood_of_connections_pushes_out_no_other_event(tmp_path: Path) -> None:
+    """Neither in memory nor on disk."""
+    logs, hub = open_events(tmp_path, rebooted=False)
+    begun = hub.cursor
+    hub.publish(EventKind.CONTAINER_CREATED, "box")
+    for _ in range(KEPT_CONNECTIONS + EVENTS_PER_FILE + 1):
+        hub.publish(EventKind.CONNECTION_DENIED, "box")
+    for log in logs:
+        log.close()
+    assert len(list((tmp_path / "connections").iterdir())) == 3
+    logs, hub = open_events(tmp_path, rebooted=False)
+    found = await seen(hub, begun)
+    assert found[0].kind is EventKind.CONTAINER_CREATED
+    assert len(found) == 1 + KEPT_CONNECTIONS
+    for log in logs:
+        log.close()
 
 
 async def test_retention_is_bounded_on_disk_and_exact_in_memory(tmp_path: Path) -> None:

@@ -3207,8 +3207,8 @@ class Event(_message.Message):
     EXIT_FIELD_NUMBER: _builtins.int
     DETAILS_FIELD_NUMBER: _builtins.int
     cursor: _builtins.int
-    """Grows with each event. It is good for a restarted server too, which tells what happened while there was none; only events
-    of connections are those of one server. After a reboot of the machine it is refused (OUT_OF_RANGE).
+    """Grows with each event. It is good for a restarted server too, which tells what happened while there was none, but for
+    connections of that time. After a reboot of the machine it is refused (OUT_OF_RANGE).
     """
     kind: Global___Event.Kind.ValueType
     handle: _builtins.str
