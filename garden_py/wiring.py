@@ -149,7 +149,15 @@ def build_core(
         files=Files(backend, registry, containers.expiry, metrics),
         images=images,
         recovery=Recovery(backend, registry, containers, processes, events),
-        janitor=Janitor(backend, registry, guard, events, metrics, interval_s=config.janitor_interval_s),
+        janitor=Janitor(
+            backend,
+            registry,
+            guard,
+            events,
+            metrics,
+            interval_s=config.janitor_interval_s,
+            wait_for_loss=backend.wait_for_loss,
+        ),
         diagnosis=Diagnosis(backend, registry, events, containers.expiry, RECENT.about, server_version),
         throttling=Throttling(
             backend,

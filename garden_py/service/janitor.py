@@ -8,7 +8,8 @@ asks for the claims once more; a handle it works on is kept free by a job in the
 from __future__ import annotations
 
 import asyncio
-from contextlib import AbstractContextManager
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager, suppress
 from typing import Protocol
 
 import structlog
@@ -49,6 +50,7 @@ class Janitor:
         events: told of each leak once.
         metrics: counts them.
         interval_s: seconds between two rounds; 0: `start` does nothing.
+        wait_for_loss: returns when a round should be made at once.
         settle_s: seconds between the two looks of a round that has found something.
     """
 
@@ -61,6 +63,7 @@ class Janitor:
         metrics: Metrics,
         *,
         interval_s: float = 0.0,
+        wait_for_loss: Callable[[], Awaitable[None]] | None = None,
         settle_s: float = SETTLE_S,
     ) -> None:
         self._finder = finder
@@ -69,6 +72,7 @@ class Janitor:
         self._events = events
         self._metrics = metrics
         self._interval_s = interval_s
+        self._wait_for_loss = wait_for_loss
         self._settle_s = settle_s
         self._one_at_a_time = asyncio.Lock()
         self._told: set[_Key] = set()
@@ -101,7 +105,16 @@ class Janitor:
                 self._metrics.janitor_failures.inc()
                 log.exception("janitor.ended")
                 raise
-            await asyncio.sleep(self._interval_s)
+            await self._rest()
+
+    async def _rest(self) -> None:
+        """Until it is time for a round again, or there is a reason for one."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._interval_s):
+                if self._wait_for_loss is None:
+                    await asyncio.sleep(self._interval_s)
+                else:
+                    await self._wait_for_loss()
 
     # --- one check
 
@@ -190,8 +203,11 @@ class Janitor:
                     direction=leak.direction.value,
                     name=leak.name,
                     removed="yes" if report.removed else "no",
+                    put_back="yes" if report.kept_because == _PUT_BACK else "",
                 )
             if report.removed:
                 self._metrics.leaks_removed.labels(leak.kind.value).inc()
                 log.info("leak.removed", handle=leak.handle, **facts)
-        self._told = {report.leak.key for report in reports if not report.removed}
+        self._told = {
+            report.leak.key for report in reports if not report.removed and report.kept_because != _PUT_BACK
+        }

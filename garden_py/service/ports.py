@@ -454,6 +454,9 @@ class Backend(LeakFinder, Protocol):
     async def close(self) -> None:
         """Let go without touching any container."""
 
+    async def wait_for_loss(self) -> None:
+        """Return when something that all containers share has surely been taken away, and can be put back."""
+
     def capacity(self) -> HostCapacity:
         """What host and pools offer."""
 

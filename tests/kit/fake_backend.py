@@ -119,6 +119,7 @@ class FakeBackend:
         self.destroy_gate = open_gate()
         self.looks: list[Callable[[Witness], list[Leak]]] = []
         self.can_put_back: set[str] = set()
+        self.loss = asyncio.Event()
         self.remove_gate = open_gate()
         self.further_clues: list[Clue] = []
         self.calls: list[tuple[str, str]] = []
@@ -133,6 +134,10 @@ class FakeBackend:
 
     async def find_leaks(self, witness: Witness) -> list[Leak]:
         return self.looks.pop(0)(witness) if self.looks else []
+
+    async def wait_for_loss(self) -> None:
+        await self.loss.wait()
+        self.loss.clear()
 
     async def put_back(self, leaks: list[Leak]) -> list[Leak]:
         self.calls.extend(("put_back", leak.name) for leak in leaks)

@@ -22,6 +22,7 @@ from garden_py.client import (
     EgressPolicy,
     EgressProtocol,
     EgressRule,
+    EventKind,
     GardenClient,
     PortMapping,
     PortProtocol,
@@ -381,6 +382,23 @@ def test_table_that_somebody_removed_comes_back_with_all_that_was_in_it(
             ["nft", "list", "table", "inet", table], check=True, capture_output=True, timeout=20
         )
         assert closed.info().container_ip in rules.stdout.decode()
+
+
+@pytest.mark.parametrize("words", ["delete table inet", "flush table inet", "flush chain inet"])
+def test_table_that_lost_its_rules_is_put_back_by_itself(
+    garden: GardenClient, garden_server: ServerProcess, server: Container, words: str
+) -> None:
+    """Long before the janitor would come by: a reload of nftables.service flushes everything."""
+    table = f"garden_{Config(state_dir=garden_server.place / 'state').tag}"
+    chain = ["forward"] if "chain" in words else []
+    mapped, events = server.map_port(PORT), garden.events()
+    next(events)
+    with garden.create(ContainerSpec(egress=CLOSED, privileged=True)) as closed:
+        subprocess.run(["nft", *words.split(), table, *chain], check=True, timeout=20)
+        told = next(each for each in events if each.kind is EventKind.LEAK_FOUND)
+        assert (told.details["name"], told.details["put_back"]) == (f"table inet {table}", "yes")
+        assert ask_from_host("127.0.0.1", mapped.host_port) == "hello"
+        assert ask(closed, server.info().container_ip) == ""
 
 
 def test_table_that_somebody_removed_is_back_after_a_restart(no_trace: None) -> None:

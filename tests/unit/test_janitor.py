@@ -11,10 +11,12 @@ from kit.core import Server
 from garden_py.model.errors import HostFault
 from garden_py.model.leak import Direction, Leak, LeakKind, LeakReport
 from garden_py.model.spec import ContainerSpec
+from garden_py.service.events import Event
 from garden_py.service.ports import Witness
 
 ORPHAN = Leak(LeakKind.CGROUP, Direction.ORPHAN, "garden-1234/gone", "gone")
 OTHER = Leak(LeakKind.LINK, Direction.ORPHAN, "gdn1234-7")
+TABLE = Leak(LeakKind.NFT_CHAIN, Direction.MISSING, "table inet garden_1234")
 Look = Callable[[Witness], list[Leak]]
 
 
@@ -39,6 +41,16 @@ async def until_removing(server: Server) -> None:
             return
         await asyncio.sleep(0.001)
     raise AssertionError(server.backend.calls)
+
+
+async def until_told(server: Server, count: int) -> list[Event]:
+    """Let the loop turn until so many leaks have been told."""
+    for _ in range(5000):
+        told = [event for event in server.kept() if event.kind.value == "LEAK_FOUND"]
+        if len(told) >= count:
+            return told
+        await asyncio.sleep(0.001)
+    raise AssertionError(server.kept())
 
 
 def metric(server: Server, line: str) -> bool:
@@ -148,6 +160,24 @@ async def test_container_whose_change_is_under_way_lacks_nothing(server: Server)
             assert witness.settled() == []
 
 
+async def test_a_loss_is_dealt_with_at_once(server: Server) -> None:
+    """Not only in the next round; and its event says that it has been put back."""
+    janitor = server.core.janitor
+    janitor._interval_s = 3600
+    server.backend.can_put_back = {TABLE.name}
+    janitor.start()
+    await asyncio.sleep(0.01)
+    server.backend.looks = [sees(TABLE), sees(TABLE)]
+    server.backend.loss.set()
+    await until_told(server, 1)
+    server.backend.looks = [sees(TABLE), sees(TABLE)]
+    server.backend.loss.set()
+    told = await until_told(server, 2)  # what has been put back can be lost again
+    await janitor.close()
+    assert [event.details["put_back"] for event in told] == ["yes", "yes"]
+    assert server.backend.calls.count(("put_back", TABLE.name)) == 2
+
+
 async def test_failed_round_is_counted_and_the_next_one_comes(server: Server) -> None:
     """A dead launcher must not end the janitor."""
 
@@ -165,7 +195,7 @@ async def test_failed_round_is_counted_and_the_next_one_comes(server: Server) ->
 
 async def test_what_is_missing_and_can_be_made_again_is(server: Server) -> None:
     """But only by a check that may change something, and what it cannot make is told as before."""
-    table = Leak(LeakKind.NFT_CHAIN, Direction.MISSING, "table inet garden_1234")
+    table = TABLE
     link = Leak(LeakKind.LINK, Direction.MISSING, "gdn1234-7", "box")
     server.backend.can_put_back = {table.name}
     server.backend.looks = [sees(table, link)] * 4

@@ -173,6 +173,16 @@ def test_shared_parts_are_judged_by_who_needs_them(
     assert {(kind, direction) for kind, direction, _ in found} == expected
 
 
+@pytest.mark.parametrize("shared", [Shared.REQUIRED, Shared.ALLOWED])
+def test_a_table_without_rules_is_as_good_as_none(shared: Shared) -> None:
+    """Where somebody needs it."""
+    survey = Survey({}, anchor=True, table=True, chains=BASE_CHAINS, in_force=False)
+    seen = replace(whole_host(), network=network.Sight(HOST, survey))
+    found = {each for each in judged(seen, shared=shared) if each[0] == "nft_chain"}
+    table = ("nft_chain", "missing", f"table inet {HOST.table}")
+    assert found == ({table} if shared is Shared.REQUIRED else set())
+
+
 def test_what_only_looks_like_ours_is_told_and_kept() -> None:
     """Names alone do not make a thing the server's."""
     seen = whole_host()

@@ -17,6 +17,7 @@ from garden_py.model.leak import Direction, Leak, LeakKind
 _EGRESS_CHAIN = re.compile(r"egress_([0-9a-v]+)")
 _OTHER_POOL = "there are containers with addresses outside of --network-pool, and it may be one of theirs"
 _SHARED = "shared by all containers"
+_WITHOUT_RULES = "somebody has taken its rules away"
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,11 +149,15 @@ def _judge_shared(book: Book, seen: Sight) -> list[Leak]:
     }
     match book.shared if seen.is_needed else Shared.ORPHANED:
         case Shared.REQUIRED:
-            return [
+            missing = [
                 Leak(k, Direction.MISSING, n, detail=_SHARED)
                 for (k, n), is_there in there.items()
                 if not is_there
             ]
+            if seen.survey.table and not seen.survey.in_force:
+                table = f"table inet {seen.host.table}"
+                missing.append(Leak(LeakKind.NFT_CHAIN, Direction.MISSING, table, detail=_WITHOUT_RULES))
+            return missing
         case Shared.ORPHANED:
             return [
                 Leak(k, Direction.ORPHAN, n, detail=_SHARED) for (k, n), is_there in there.items() if is_there

@@ -729,6 +729,10 @@ class LinuxBackend:
         """Make again what is missing; see service.ports.LeakFinder."""
         return await self._ledger.put_back(leaks)
 
+    async def wait_for_loss(self) -> None:
+        """Return when what all containers share has surely gone; see service.ports.Backend."""
+        await self._network.wait_for_loss()
+
     async def remove_leak(self, leak: Leak, claims: list[Claim]) -> bool:
         """Remove an orphan."""
         return await self._ledger.remove_leak(leak, claims)

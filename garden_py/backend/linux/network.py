@@ -39,6 +39,7 @@ from garden_py.backend.net.plan import (
     plan_link,
 )
 from garden_py.backend.net.pools import AddressPool, PortPool, Subnets
+from garden_py.backend.net.table_probe import TableProbe
 from garden_py.config import Config
 from garden_py.model.connection import Connection
 from garden_py.model.errors import ContainerBroken, HostFault, InvalidField, PortInUse
@@ -56,6 +57,8 @@ from garden_py.service.ports import EgressCounts, RuleCount
 
 log = structlog.get_logger()
 # How long the host's own address is believed: a list of all containers asks once for each.
+LOOK_S = 1.0
+"""How often it is looked whether the host's table is in force."""
 _ADDRESS_KEPT_S = 2.0
 _PORTS_FILE = "ports.json"
 _POOL_V6_FILE = "pool-v6"
@@ -117,6 +120,7 @@ class LinuxNetwork:
                 f"IPv6 needs an MTU of {MIN_IPV6_MTU_BYTES}, and containers' links would have {self._mtu}"
             )
             raise InvalidField("network_pool_v6", problem)
+        self._probe = TableProbe(self.host.table, host_firewall.HOOKED_CHAINS)
         self._attached: dict[str, _Attached] = {}
         self._is_host_up = False
         self._restoring = asyncio.Lock()
@@ -309,6 +313,16 @@ class LinuxNetwork:
                 note.unlink(missing_ok=True)
         except OSError as error:  # a full disk: a later server with another pool leaves a route behind
             log.warning("network.pool_not_noted", error=str(error))
+
+    async def wait_for_loss(self) -> None:
+        """Return when somebody has taken the table or its rules away; noticed within LOOK_S."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            try:
+                if self._is_host_up and not self._probe.is_whole():
+                    return
+            except OSError as error:
+                log.warning("network.table_not_seen", error=str(error))
 
     async def restore_host(self) -> None:
         """Repair it at any other time."""

@@ -27,7 +27,7 @@ from garden_py.backend.net.host_firewall import HostPolicy, PortMapping, PortPro
 from garden_py.backend.net.messages import Attachment, Bandwidth, HostReport, RuleCounter
 from garden_py.backend.net.plan import HostPlan, LinkPlan, address_of_link, choose_mtu, parse_mac
 from garden_py.backend.net.rule_socket import RuleSockets, encode_rules
-from garden_py.backend.net.survey import Survey, read_chains, read_elements
+from garden_py.backend.net.survey import Survey, is_in_force, read_chains, read_elements
 from garden_py.model.errors import HostFault, InvalidField, PortInUse
 
 T = TypeVar("T")
@@ -185,6 +185,7 @@ class HostNetwork:
             table=listed is not None,
             elements=read_elements(listed or []),
             chains=read_chains(listed or []),
+            in_force=listed is not None and is_in_force(listed),
         )
 
     def remove_link(self, name: str) -> None:

@@ -46,6 +46,10 @@ BASE_CHAINS = (
 )  # fmt: skip
 
 
+HOOKED_CHAINS = ("antispoof", "judge", "map_ports", "map_ports_local", "input", "forward", "source_nat")
+"""Those that packets come to by themselves."""
+
+
 class Access(Enum):
     """Whether a direction is open."""
 

@@ -122,6 +122,11 @@ def new_chain(table: str, name: str, hook: bytes) -> bytes:
     return _text(1, table) + _text(3, name) + hook
 
 
+def chain_name(table: str, name: str) -> bytes:
+    """Body of GETCHAIN."""
+    return _text(1, table) + _text(3, name)
+
+
 def hook(kind: str, number: int, priority: int, policy: int, device: str) -> bytes:
     """What makes a chain a base chain; `device` is empty but for netdev."""
     place = _number(1, number) + _attribute(2, struct.pack(">i", priority))

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from garden_py.backend.net.host_firewall import forget_element, set_of
+from garden_py.backend.net.host_firewall import HOOKED_CHAINS, forget_element, set_of
 from garden_py.backend.net.plan import HostPlan
 
 
@@ -26,6 +26,7 @@ class Survey:
         table: whether the table is there.
         elements: of its sets and maps, as in the module's docstring; sorted.
         chains: of the table; sorted.
+        in_force: whether what packets come to by themselves has rules.
     """
 
     links: dict[str, str]
@@ -33,6 +34,7 @@ class Survey:
     table: bool
     elements: tuple[str, ...] = ()
     chains: tuple[str, ...] = ()
+    in_force: bool = True
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for another process; `from_json` is the inverse."""
@@ -42,7 +44,12 @@ class Survey:
     def from_json(cls, value: dict[str, Any]) -> Survey:
         """Rebuild from `to_json`."""
         return cls(
-            value["links"], value["anchor"], value["table"], tuple(value["elements"]), tuple(value["chains"])
+            value["links"],
+            value["anchor"],
+            value["table"],
+            tuple(value["elements"]),
+            tuple(value["chains"]),
+            value["in_force"],
         )
 
 
@@ -75,6 +82,11 @@ def _words(value: Any) -> str:
 def read_chains(objects: list[dict[str, Any]]) -> tuple[str, ...]:
     """Names of the chains in a JSON listing."""
     return tuple(sorted(entry["chain"]["name"] for entry in objects if "chain" in entry))
+
+
+def is_in_force(objects: list[dict[str, Any]]) -> bool:
+    """Whether all chains with a hook have rules, in a JSON listing."""
+    return {entry["rule"]["chain"] for entry in objects if "rule" in entry}.issuperset(HOOKED_CHAINS)
 
 
 def compile_forget(host: HostPlan, element: str) -> str:
