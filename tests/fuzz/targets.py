@@ -144,7 +144,7 @@ async def _handle(request: exchange.Request, hijacked: list[Any]) -> exchange.An
     found = routes.match_route(request.method, request.target)
     try:
         body = await request.body(_BODY_MAX)
-    except exchange.BodyTooLarge:
+    except (exchange.BodyTooLarge, exchange.BrokenBody):
         return exchange.Reply(500, b"")
     if isinstance(found, routes.NoMatch):
         return exchange.Reply(404, b"")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from garden_py.api.http import messages
 from garden_py.api.http.messages import (
     MESSAGE_MAX_BYTES,
     Garbage,
@@ -107,6 +109,24 @@ def test_input_of_any_size_may_come_in_one_message(text: str, piece: int, *, asc
     assert last == SignalProcess(GardenSignal.KILL)
     assert held < 2 << 20
     assert not decoder._buffer
+
+
+@given(st.text(), st.booleans(), st.lists(st.integers(1, 9)))
+def test_cuts_change_nothing_of_long_input(text: str, ascii_only: bool, cuts: list[int]) -> None:
+    """Wherever in an escape, a pair or a character they are."""
+    value = {"process_id": "p", "source": 0, "data": text}
+    data = json.dumps(value, ensure_ascii=ascii_only).encode(errors="surrogatepass") + b'{"signal":0}'
+    pieces, at = [], 0
+    for cut in cuts:
+        pieces.append(data[at : at + cut])
+        at += cut
+    with mock.patch.object(messages, "_LONG_BYTES", 45):
+        *inputs, last = decode(*pieces, data[at:])
+    assert last == SignalProcess(GardenSignal.TERMINATE)
+    whole = json.loads(json.dumps(value)) if ascii_only else json.loads(data[:-12].decode(errors="replace"))
+    assert b"".join(each.data for each in inputs if isinstance(each, StdinData)) == messages._encode(
+        whole["data"]
+    )
 
 
 def test_long_input_that_is_no_json_is_garbage() -> None:
