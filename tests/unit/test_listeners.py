@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import socket
+from ipaddress import IPv4Address
 
 import pytest
 
-from garden_py.backend.host.listeners import is_listened_on
+from garden_py.backend.host.listeners import is_datagram_read_at, is_listened_on
 from garden_py.model.spec import Transport
 
 
@@ -34,3 +35,23 @@ def test_a_connection_made_from_a_port_is_no_listener() -> None:
                 assert not is_listened_on(Transport.TCP, port)
                 client.close()
         assert not is_listened_on(Transport.TCP, port)
+
+
+@pytest.mark.parametrize(
+    ("family", "address", "heard"),
+    [
+        (socket.AF_INET, "127.0.0.2", (False, True)),
+        (socket.AF_INET, "0.0.0.0", (True, True)),
+        (socket.AF_INET6, "::", (True, True)),
+    ],
+)
+def test_datagrams_are_read_at_one_address_or_all(
+    family: int, address: str, heard: tuple[bool, bool]
+) -> None:
+    """A resolver on one loopback address is none for who asks at another."""
+    with socket.socket(family, socket.SOCK_DGRAM) as reader:
+        reader.bind((address, 0))
+        port = reader.getsockname()[1]
+        found = [is_datagram_read_at(IPv4Address(each), port) for each in ("127.0.0.1", "127.0.0.2")]
+        assert tuple(found) == heard
+    assert not is_datagram_read_at(IPv4Address("127.0.0.2"), port)

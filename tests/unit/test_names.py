@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from garden_py.backend.rootfs.names import build_hosts, build_resolv_conf
+from garden_py.backend.rootfs.names import (
+    build_hosts,
+    build_resolv_conf,
+    choose_resolv_conf,
+    find_resolver_problem,
+)
+
+STUB = """# This is /run/systemd/resolve/stub-resolv.conf managed by man:systemd-resolved(8).
+# Do not edit.
+
+nameserver 127.0.0.53
+options edns0 trust-ad
+search .
+"""
 
 
 def test_hosts_has_localhost_and_the_container() -> None:
@@ -21,7 +34,9 @@ def test_hosts_has_localhost_and_the_container() -> None:
     [
         ("nameserver 192.0.2.1\n", (), "nameserver 192.0.2.1\n"),
         ("nameserver 127.0.0.53\n", (), "nameserver 10.0.0.1\n"),
-        ("nameserver 127.0.0.53\noptions edns0\n", (), "options edns0\n"),
+        (STUB, (), "nameserver 10.0.0.1\noptions edns0 trust-ad\nsearch .\n"),
+        ("nameserver 127.0.0.1\nnameserver ::1\n", (), "nameserver 10.0.0.1\n"),
+        ("; nameserver 192.0.2.1\n", (), ""),
         ("search a b\nnameserver 127.0.0.1\nnameserver 192.0.2.9\n", (), "search a b\nnameserver 192.0.2.9\n"),
         ("search a\nnameserver 192.0.2.1\n", ("192.0.2.7", "192.0.2.8"),
          "nameserver 192.0.2.7\nnameserver 192.0.2.8\n"),
@@ -49,3 +64,42 @@ def test_additional_entries_and_servers_come_last() -> None:
     assert build_resolv_conf("nameserver 127.0.0.53\n", (), "10.0.0.1", more) == (
         "nameserver 10.0.0.1\nnameserver 9.9.9.9\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("own", "upstream", "is_upstream"),
+    [
+        (STUB, "# of resolved\nnameserver 192.0.2.1\nsearch site\n", True),
+        (STUB, "nameserver 127.0.0.1\n", False),
+        (STUB, "", False),
+        ("nameserver 127.0.0.53\nnameserver 192.0.2.9\n", "nameserver 192.0.2.1\n", False),
+        ("", "nameserver 192.0.2.1\n", True),
+    ],
+)
+def test_servers_behind_the_hosts_own_resolver(own: str, upstream: str, is_upstream: bool) -> None:
+    """As Docker does: where the host asks itself, containers ask whom its resolver asks."""
+    assert choose_resolv_conf(own, upstream) == (upstream if is_upstream else own)
+
+
+@pytest.mark.parametrize(
+    ("text", "gateway_answers", "has_ipv6", "problem"),
+    [
+        ("search site\n", True, True, "names no DNS server"),
+        ("nameserver 10.0.0.1\n", False, False, "nothing listens"),
+        ("nameserver 10.0.0.1\n", True, False, ""),
+        ("nameserver 10.0.0.1\nnameserver 192.0.2.1\n", False, False, ""),
+        ("nameserver 10.0.0.1\nnameserver fd00::53\n", False, False, "nothing listens"),
+        ("nameserver fd00::53\n", False, False, "no IPv6"),
+        ("nameserver fd00::53\n", False, True, ""),
+    ],
+)
+def test_who_gets_no_answer_is_told_before(
+    text: str, gateway_answers: bool, has_ipv6: bool, problem: str
+) -> None:
+    """In the log of the server and by the doctor, with what to set."""
+    found, remedy = find_resolver_problem(
+        text, "10.0.0.1", gateway_answers=gateway_answers, has_ipv6=has_ipv6
+    )
+    assert problem in found
+    assert bool(problem) == bool(found)
+    assert ("--dns-server" in remedy) == bool(problem)

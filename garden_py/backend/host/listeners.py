@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import socket
+import sys
+from ipaddress import IPv4Address
 from pathlib import Path
 
 from garden_py.model.spec import Transport
@@ -28,6 +30,23 @@ def is_listened_on(transport: Transport, port: int) -> bool:
         if table.exists()
         for line in table.read_text().splitlines()[1:]
     )
+
+
+def is_datagram_read_at(address: IPv4Address, port: int) -> bool:
+    """Whether a program of the host gets datagrams to an address and port: listens there or on all addresses."""
+    # Addresses are words in the host's byte order (proc_pid_net(5)); all of IPv6 means all of IPv4, too.
+    wanted = {"udp": {_hexadecimal(address), _hexadecimal(IPv4Address(0))}, "udp6": {"0" * 32}}
+    return any(
+        (words := line.split())[1] in {f"{each}:{port:04X}" for each in wanted[table.name]}
+        and words[3] == _LISTENING[Transport.UDP]
+        for table in (Path("/proc/net") / name for name in wanted)
+        if table.exists()
+        for line in table.read_text().splitlines()[1:]
+    )
+
+
+def _hexadecimal(address: IPv4Address) -> str:
+    return f"{int.from_bytes(address.packed, sys.byteorder):08X}"
 
 
 def _can_bind(family: int, transport: Transport, port: int) -> bool:

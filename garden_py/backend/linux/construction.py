@@ -25,6 +25,7 @@ from garden_py.backend.linux.plugin_roots import PluginRoots
 from garden_py.backend.linux.site import NO_SLOT, Site
 from garden_py.backend.plugin.image import Command
 from garden_py.backend.plugin.network import Connected
+from garden_py.backend.rootfs.host_names import read_host_resolv_conf, read_if_there
 from garden_py.backend.rootfs.names import build_hosts, build_resolv_conf
 from garden_py.model.errors import HandleInUse, ProfileNotLoaded
 from garden_py.model.handle import hostname_for
@@ -175,7 +176,7 @@ class Construction:
                 )
         with step(Step.BUNDLE):
             launch = self._launch(spec, facts, rootfs, directory, layer)
-            self._write_names(launch, facts)
+            await self._write_names(launch, facts)
             self._starter.prepare(launch)
         failpoints.reach(Point.CREATE_DIRECTORY)
         with listen(site.depot.socket(spec.handle)) as listener:
@@ -262,25 +263,26 @@ class Construction:
             first_mounts=rootfs.mounts,
         )
 
-    def _write_names(self, launch: Launch, facts: ContainerFacts) -> None:
+    async def _write_names(self, launch: Launch, facts: ContainerFacts) -> None:
         """Write hosts and resolv.conf, which belong to the container's root."""
         launch.etc.mkdir()
-        config, own = self._site.config, facts.lease.mode is not NetworkMode.HOST
+        config, lease = self._site.config, facts.lease
         contents = {
-            "hosts": build_hosts(
-                facts.lease.shown, facts.lease.shown_v6, launch.hostname, config.additional_host_entry
+            "hosts": read_if_there(Path("/etc/hosts")),
+            "resolv.conf": read_if_there(Path("/etc/resolv.conf")),
+        }
+        if lease.mode is not NetworkMode.HOST:
+            contents["hosts"] = build_hosts(
+                lease.shown, lease.shown_v6, launch.hostname, config.additional_host_entry
             )
-            if own
-            else _read("/etc/hosts"),
-            "resolv.conf": build_resolv_conf(
-                _read("/etc/resolv.conf"),
+            contents["resolv.conf"] = build_resolv_conf(
+                read_host_resolv_conf(),
                 config.dns_server,
-                "" if facts.lease.plugin else str(self._network.host.gateway),
+                "" if lease.plugin else str(self._network.host.gateway),
                 config.additional_dns_server,
             )
-            if own
-            else _read("/etc/resolv.conf"),
-        }
+        if lease.address is not None and lease.plugin is None:
+            await self._network.serve_names(contents["resolv.conf"])
         id_map = launch.isolation.id_map(self._site.facts.highest_id)
         owner = id_map.host_id(0) if id_map else 0
         for name, content in contents.items():
@@ -296,7 +298,7 @@ class Construction:
                 facts.container_ip, facts.container_ipv6, hostname, config.additional_host_entry
             ),
             "resolv.conf": build_resolv_conf(
-                _read("/etc/resolv.conf"),
+                read_host_resolv_conf(),
                 config.dns_server,
                 facts.host_ip,
                 config.additional_dns_server,
@@ -304,9 +306,3 @@ class Construction:
                 search=told.search_domains,
             ),
         }
-
-
-def _read(path: str) -> str:
-    """A file of the host's; empty if it has none."""
-    file = Path(path)
-    return file.read_text() if file.exists() else ""

@@ -18,7 +18,7 @@ from typing import Any
 import structlog
 
 from garden_py.agent.rtnetlink import Rtnetlink
-from garden_py.backend.host.listeners import is_listened_on
+from garden_py.backend.host.listeners import is_datagram_read_at, is_listened_on
 from garden_py.backend.host.threads import in_thread
 from garden_py.backend.launcher.client import Launcher
 from garden_py.backend.linux.connections import ConnectionLog
@@ -28,6 +28,7 @@ from garden_py.backend.linux.traffic import LinkTraffic, read_host_end
 from garden_py.backend.net import firewall, host_firewall
 from garden_py.backend.net import host_firewall as hf
 from garden_py.backend.net.apply import TABLE_MISSING
+from garden_py.backend.net.firewall import DNS_PORT
 from garden_py.backend.net.host_firewall import Reach
 from garden_py.backend.net.messages import Attachment, Bandwidth
 from garden_py.backend.net.plan import (
@@ -40,6 +41,8 @@ from garden_py.backend.net.plan import (
 )
 from garden_py.backend.net.pools import AddressPool, PortPool, Subnets
 from garden_py.backend.net.table_probe import TableProbe
+from garden_py.backend.rootfs.host_names import read_host_resolv_conf
+from garden_py.backend.rootfs.names import build_resolv_conf, find_resolver_problem, read_name_servers
 from garden_py.config import Config
 from garden_py.model.connection import Connection
 from garden_py.model.errors import ContainerBroken, HostFault, InvalidField, PortInUse
@@ -100,7 +103,10 @@ class LinuxNetwork:
     ) -> None:
         self._config = config
         self._denied = tuple(AddressRange.parse(str(network)) for network in config.deny_network)
-        self._dns = tuple(ip_address(text) for text in (*config.dns_server, *config.additional_dns_server))
+        self._chosen_dns = tuple(
+            ip_address(text) for text in (*config.dns_server, *config.additional_dns_server)
+        )
+        self._gateway_is_asked = False
         self._connections = ConnectionLog(report, self._owner_of)
         self._launcher = launcher
         self._mtu = config.mtu or uplink_mtu
@@ -135,6 +141,11 @@ class LinuxNetwork:
     def taken_ports(self) -> set[tuple[str, int]]:
         """(protocol, host port) of those that are taken, now."""
         return {(kind.value, port) for kind, pool in self.ports.items() for port in pool.taken}
+
+    @property
+    def _dns(self) -> tuple[IPv4Address | IPv6Address, ...]:
+        """Addresses that containers may ask for names where they are the host's."""
+        return (*self._chosen_dns, self.host.gateway) if self._gateway_is_asked else self._chosen_dns
 
     @property
     def external_ip(self) -> str:
@@ -277,6 +288,7 @@ class LinuxNetwork:
         if not self.is_needed:
             return
         self._is_host_up = True
+        self._look_at_names()
         await self._change_pool()
         denied = self._config.deny_network
         if self.host.pool_v6 is not None and denied and all(each.version == 4 for each in denied):
@@ -294,6 +306,40 @@ class LinuxNetwork:
                     fault.add_note(f"undoing it failed too: {error}")
             raise
         await self._connections.watch_host(host_firewall.log_target(self.host).group)
+
+    def _look_at_names(self) -> None:
+        """Whether containers are told to ask the gateway; and warn if they find no names."""
+        config, gateway = self._config, self.host.gateway
+        told = build_resolv_conf(
+            read_host_resolv_conf(), config.dns_server, str(gateway), config.additional_dns_server
+        )
+        self._gateway_is_asked = str(gateway) in read_name_servers(told)
+        problem, remedy = find_resolver_problem(
+            told,
+            str(gateway),
+            gateway_answers=is_datagram_read_at(gateway, DNS_PORT),
+            has_ipv6=self.host.pool_v6 is not None,
+        )
+        if problem and not config.network_plugin:
+            log.warning("network.no_resolver", problem=problem, remedy=remedy)
+
+    async def serve_names(self, resolv_conf: str) -> None:
+        """Let containers ask the gateway for names if one is told to: the host's own file may have changed.
+
+        Raises:
+            HostFault: the kernel refused.
+        """
+        if str(self.host.gateway) not in read_name_servers(resolv_conf):
+            return
+        async with self._claiming:
+            if self._gateway_is_asked:
+                return
+            self._gateway_is_asked = True
+            try:
+                await self.restore_host()
+            except BaseException:
+                self._gateway_is_asked = False
+                raise
 
     async def _change_pool(self) -> None:
         """Give up the IPv6 pool that a server before this one had, if this one has another or none."""

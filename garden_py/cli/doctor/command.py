@@ -35,6 +35,7 @@ class Plan:
     uid_start: int
     uid_ranges: int
     pool_v6: ipaddress.IPv6Network | None = None
+    dns_servers: tuple[str, ...] = ()
 
 
 def doctor(
@@ -69,6 +70,10 @@ def doctor(
     network_pool_v6: Annotated[
         str, typer.Option("--network-pool-v6", metavar="CIDR", help="As for `garden server`.")
     ] = "",
+    dns_server: Annotated[
+        list[str] | None,
+        typer.Option("--dns-server", metavar="ADDRESS", help="As for `garden server`; repeatable."),
+    ] = None,
     uid_pool_start: Annotated[
         int, typer.Option("--uid-pool-start", metavar="UID", help="As for `garden server`.")
     ] = 0x7000_0000,
@@ -114,7 +119,8 @@ def doctor(
         pool_v6 = ipaddress.IPv6Network(network_pool_v6) if network_pool_v6 else None
     except ValueError as error:
         raise parse.BadInput(f"--network-pool-v6: {error}") from error
-    plan = Plan(Path(state_dir), runtime, pool, uid_pool_start, uid_pool_size, pool_v6)
+    servers = tuple(dns_server or ())
+    plan = Plan(Path(state_dir), runtime, pool, uid_pool_start, uid_pool_size, pool_v6, servers)
     findings = run_checks(plan)
     if output is render.OutputFormat.JSON:
         render.print_json(findings)
@@ -148,6 +154,7 @@ def run_checks(plan: Plan) -> list[Finding]:
         network.check_bridge_family,
         network.check_links,
         lambda: network.check_address_pool(plan.pool),
+        lambda: network.check_names(plan.pool, plan.dns_servers, has_ipv6=plan.pool_v6 is not None),
         network.check_forwarding,
         lambda: [] if plan.pool_v6 is None else network.check_ipv6(plan.pool_v6),
         network.check_conntrack,

@@ -11,7 +11,11 @@ from typing import Final
 from garden_py.agent.nft import Nft, NftError, load_library
 from garden_py.agent.rtnetlink import Rtnetlink, VethEnd
 from garden_py.backend.host import syscalls
+from garden_py.backend.host.listeners import is_datagram_read_at
 from garden_py.backend.net import conntrack
+from garden_py.backend.net.firewall import DNS_PORT
+from garden_py.backend.rootfs.host_names import read_host_resolv_conf
+from garden_py.backend.rootfs.names import build_resolv_conf, find_resolver_problem, read_name_servers
 from garden_py.cli.doctor.finding import Doubt, Finding, Level, judge
 from garden_py.cli.doctor.trial import attempt
 
@@ -173,6 +177,17 @@ def overlapping_routes(
         if network.overlaps(pool):
             found.append((network, fields[0]))
     return found
+
+
+def check_names(pool: ipaddress.IPv4Network, dns_servers: tuple[str, ...], *, has_ipv6: bool) -> Finding:
+    """Whether containers are told of a DNS server that can answer them."""
+    told = build_resolv_conf(read_host_resolv_conf(), dns_servers, str(pool[1]))
+    problem, remedy = find_resolver_problem(
+        told, str(pool[1]), gateway_answers=is_datagram_read_at(pool[1], DNS_PORT), has_ipv6=has_ipv6
+    )
+    if problem:
+        return Finding("names", Level.WARN, problem, "containers find no host by its name", remedy)
+    return Finding("names", Level.OK, f"containers ask {', '.join(read_name_servers(told))}")
 
 
 def check_forwarding() -> Finding:
