@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Network
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from garden_py.backend.net.host_firewall import PortMapping, PortProtocol
-from garden_py.backend.net.messages import Attachment, HostReport
+from garden_py.backend.net.messages import Attachment, Foreign, HostReport
 from garden_py.backend.net.plan import (
     HostPlan,
     LinkPlan,
@@ -85,7 +86,26 @@ def test_values_cross_a_process_boundary_unchanged() -> None:
     link = plan_link(HOST, IPv4Address("10.254.0.2"), handle="x", mtu_bytes=1500)
     attachment = Attachment(link, "host", "container")
     mapping = PortMapping(PortProtocol.UDP, 61001, IPv4Address("10.254.0.2"), 53)
-    report = HostReport(ip_forward_turned_on=True, uplink="eth0", mtu_bytes=1500)
+    report = HostReport(
+        ip_forward_turned_on=True, uplink="eth0", mtu_bytes=1500, foreign=(Foreign("10.254.0.8/29", "route"),)
+    )
     survey = Survey({"gdn3fa1-2": "veth"}, anchor=True, table=True, elements=("a b",), chains=("input",))
     for value in (HOST, link, attachment, mapping, report, survey):
         assert type(value).from_json(json.loads(json.dumps(value.to_json()))) == value
+
+
+@pytest.mark.parametrize(
+    ("network", "expected"),
+    [
+        ("fd67:6472::afe:0/126", "10.254.0.0/30"),
+        ("fd67:6472::/48", "0.0.0.0/0"),
+        ("fd67:6472::/96", "0.0.0.0/0"),
+        ("fd67:6472::1:0:0:0/80", None),
+        ("fd99::/64", None),
+    ],
+)
+def test_ipv4_addresses_that_go_with_an_ipv6_network(network: str, expected: str | None) -> None:
+    """Containers' addresses are the first 2^32 of the pool."""
+    host = dataclasses.replace(HOST, pool_v6=IPv6Network("fd67:6472::/64"))
+    assert host.network_v4(IPv6Network(network)) == (expected and IPv4Network(expected))
+    assert HOST.network_v4(IPv6Network(network)) is None

@@ -46,6 +46,29 @@ def test_exhausted_address_pool_names_its_flag() -> None:
     assert (caught.value.pool, caught.value.size, caught.value.flag) == ("addresses", 5, "--network-pool")
 
 
+@pytest.mark.parametrize(
+    ("avoided", "size", "given"),
+    [
+        (["10.254.0.4/30"], 2, [2, 3]),
+        (["10.254.0.3/32", "10.254.0.2/31"], 3, [4, 5, 6]),
+        (["10.0.0.0/8", "192.0.2.0/24"], 0, []),
+        (["192.0.2.0/24"], 5, [2, 3, 4, 5, 6]),
+    ],
+)
+def test_addresses_that_others_have_are_not_given_out(
+    avoided: list[str], size: int, given: list[int]
+) -> None:
+    """Nor when somebody who has one gives it back; the size says how many are left."""
+    pool = address_pool()
+    pool.reserve(IPv4Address("10.254.0.5"))
+    pool.avoid(IPv4Network(each) for each in avoided)
+    pool.release(IPv4Address("10.254.0.5"))
+    assert pool.size == size
+    assert [int(pool.allocate()) & 0xFF for _ in range(size)] == given
+    with pytest.raises(PoolExhausted):
+        pool.allocate()
+
+
 @pytest.mark.parametrize("address", ["10.254.0.0", "10.254.0.1", "10.254.0.7", "10.254.1.2", "10.254.0.3"])
 def test_addresses_that_cannot_be_had_are_refused(address: str) -> None:
     """Network, gateway and broadcast address, one outside, one taken."""

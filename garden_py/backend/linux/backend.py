@@ -175,7 +175,7 @@ class LinuxBackend:
             ServerHands(site, self._launcher, self._network, self._plugin_caller),
         )
         self._hold_leases(rows)
-        await self._network.ensure_host()
+        await self._network.ensure_host(has_containers=bool(rows))
         await self._site.driver.open({scope for row in rows if (scope := row.facts.get("scope"))})
         self._site.block_io.open()
         self._discard_orphans({row.handle for row in rows})

@@ -9,7 +9,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from pathlib import Path
@@ -30,7 +30,7 @@ from garden_py.backend.net import host_firewall as hf
 from garden_py.backend.net.apply import TABLE_MISSING
 from garden_py.backend.net.firewall import DNS_PORT
 from garden_py.backend.net.host_firewall import Reach
-from garden_py.backend.net.messages import Attachment, Bandwidth
+from garden_py.backend.net.messages import Attachment, Bandwidth, Foreign, HostReport
 from garden_py.backend.net.plan import (
     MIN_IPV6_MTU_BYTES,
     HostPlan,
@@ -283,18 +283,30 @@ class LinuxNetwork:
         """
         return not self._config.network_plugin or bool(self._attached) or self._is_host_up
 
-    async def ensure_host(self) -> None:
-        """Make or repair what all containers share, and what each has in the table, when the server starts."""
+    async def ensure_host(self, *, has_containers: bool) -> None:
+        """Make or repair what all containers share, and what each has in the table, when the server starts.
+
+        Args:
+            has_containers: of before, which are not to be kept from coming back by what somebody else has put into the
+                pools meanwhile.
+
+        Raises:
+            InvalidField: a pool overlaps a network of the host.
+            HostFault: the kernel refused a step.
+        """
         if not self.is_needed:
             return
         self._is_host_up = True
         self._look_at_names()
-        await self._change_pool()
+        former_v6 = await self._change_pool()
+        tolerated = [str(self.host.pool)] if has_containers else []
+        if has_containers and former_v6 is not None and former_v6 == self.host.pool_v6:
+            tolerated.append(str(former_v6))
         denied = self._config.deny_network
         if self.host.pool_v6 is not None and denied and all(each.version == 4 for each in denied):
             log.warning("network.denied_networks_have_no_ipv6", deny_network=[str(each) for each in denied])
         try:
-            await self._job("ensure_host", self._shared())
+            answer = await self._job("ensure_host", {**self._shared(), "tolerated": tolerated})
         except InvalidField:
             self._note_pool("")  # it is somebody else's, and must not be given up as ours one day
             raise
@@ -305,7 +317,18 @@ class LinuxNetwork:
                 except HostFault as error:
                     fault.add_note(f"undoing it failed too: {error}")
             raise
+        self._avoid(HostReport.from_json(answer).foreign)
         await self._connections.watch_host(host_firewall.log_target(self.host).group)
+
+    def _avoid(self, foreign: Sequence[Foreign]) -> None:
+        """Give out no address that somebody else has on the host by now."""
+        covered: list[IPv4Network] = []
+        for each in foreign:
+            log.warning("network.pool_overlaps", found=each.what, avoided=each.network)
+            network = ip_network(each.network)
+            in_v4 = self.host.network_v4(network) if isinstance(network, IPv6Network) else network
+            covered += [] if in_v4 is None else [in_v4]
+        self.addresses.avoid(covered)
 
     def _look_at_names(self) -> None:
         """Whether containers are told to ask the gateway; and warn if they find no names."""
@@ -341,13 +364,14 @@ class LinuxNetwork:
                 self._gateway_is_asked = False
                 raise
 
-    async def _change_pool(self) -> None:
-        """Give up the IPv6 pool that a server before this one had, if this one has another or none."""
+    async def _change_pool(self) -> IPv6Network | None:
+        """Give up the IPv6 pool that a server before this one had, if this one has another or none; that pool."""
         pool = self.host.pool_v6
         former = _read_pool(self._config.state_dir / _POOL_V6_FILE)
         if former is not None and former != pool:
             await self._job("forget_pool", {"pool_v6": str(former)})
         self._note_pool("" if pool is None else str(pool))
+        return former
 
     def _note_pool(self, pool: str) -> None:
         note = self._config.state_dir / _POOL_V6_FILE

@@ -24,7 +24,7 @@ from garden_py.agent.rtnetlink import RTN_UNREACHABLE, Link, Rate, Rtnetlink, Rt
 from garden_py.backend.net import host_firewall
 from garden_py.backend.net.conntrack import Side, forget_connections, forget_datagrams, probe
 from garden_py.backend.net.host_firewall import HostPolicy, PortMapping, PortProtocol
-from garden_py.backend.net.messages import Attachment, Bandwidth, HostReport, RuleCounter
+from garden_py.backend.net.messages import Attachment, Bandwidth, Foreign, HostReport, RuleCounter
 from garden_py.backend.net.plan import HostPlan, LinkPlan, address_of_link, choose_mtu, parse_mac
 from garden_py.backend.net.rule_socket import RuleSockets, encode_rules
 from garden_py.backend.net.survey import Survey, is_in_force, read_chains, read_elements
@@ -74,7 +74,13 @@ class HostNetwork:
 
     # --- the host ---
 
-    def ensure_host(self, policy: HostPolicy, elements: str = "") -> HostReport:
+    def ensure_host(
+        self,
+        policy: HostPolicy,
+        elements: str = "",
+        *,
+        tolerated: Sequence[IPv4Network | IPv6Network] = (),
+    ) -> HostReport:
         """Make, or repair, what all containers share: anchor link, gateway address, forwarding, table.
 
         Members, mappings and privileged containers' chains that are there already stay. For a server that starts: the
@@ -83,19 +89,21 @@ class HostNetwork:
         Args:
             policy: what holds for all containers.
             elements: rules that put back what containers have in the table, for the same transaction.
+            tolerated: pools whose overlaps are reported instead, since containers are in them already.
 
         Raises:
-            InvalidField: a pool overlaps a network that the host uses otherwise, or the kernel has no IPv6 (field
+            InvalidField: another pool overlaps a network that the host uses otherwise, or the kernel has no IPv6 (field
                 `network_pool` or `network_pool_v6`).
             HostFault: the kernel refused a step.
         """
-        self._refuse_overlap(self._plan.pool, "network_pool")
-        if self._plan.pool_v6 is not None:
-            if not (_SYSCTL / "ipv6").exists():
-                raise InvalidField(
-                    "network_pool_v6", "this kernel has no IPv6, or it is off (ipv6.disable=1)"
-                )
-            self._refuse_overlap(self._plan.pool_v6, "network_pool_v6")
+        if self._plan.pool_v6 is not None and not (_SYSCTL / "ipv6").exists():
+            raise InvalidField("network_pool_v6", "this kernel has no IPv6, or it is off (ipv6.disable=1)")
+        foreign: list[Foreign] = []
+        for pool in self._pools():
+            if pool in tolerated:
+                foreign += self._find_foreign(pool)
+            else:
+                self._refuse_overlap(pool, "network_pool" if pool.version == 4 else "network_pool_v6")
         _step("network.ctnetlink", probe)
         # Nobody is being attached: what is known is all there is. A former pool of IPv6 must not be in force any more.
         forgotten = host_firewall.compile_forget_v6(self._plan)
@@ -105,6 +113,7 @@ class HostNetwork:
             ip_forward_turned_on=turned_on,
             uplink=uplink.name if uplink else "",
             mtu_bytes=choose_mtu(uplink.mtu if uplink else None),
+            foreign=tuple(foreign),
         )
 
     def restore_host(self, policy: HostPolicy, elements: str, *, forgotten: str = "") -> bool:
@@ -427,16 +436,24 @@ class HostNetwork:
 
     def _refuse_overlap(self, pool: IPv4Network | IPv6Network, field: str) -> None:
         """Raise InvalidField if another network of the host shares addresses with the pool, or a subnet."""
+        for foreign in self._find_foreign(pool):
+            flag = "--" + field.replace("_", "-")
+            advice = f"; choose another with {flag}" if field.startswith("network_pool") else ""
+            raise InvalidField(field, f"{pool} overlaps {foreign.what} on this host{advice}")
+
+    def _find_foreign(self, pool: IPv4Network | IPv6Network) -> list[Foreign]:
+        """Other networks of the host that share addresses with the pool, or a subnet."""
         family = socket.AF_INET if pool.version == 4 else socket.AF_INET6
         addresses, routes = self._netlink.addresses(family), self._netlink.routes(family)
         # Last: what has come meanwhile is known then. What has gone is nobody's network any more.
         links = {link.index: link for link in self._netlink.links()}
         own = {i for i, link in links.items() if self._is_own(link.name)}
+        found: list[Foreign] = []
         for address in addresses:
             network = ip_network((address.address, address.prefix_length), strict=False)
             if address.link_index in links.keys() - own and network.overlaps(pool):
                 what = f"address {address.address}/{address.prefix_length}"
-                raise _overlap(field, pool, what, address.link_index, links)
+                found.append(_foreign(network, what, address.link_index, links))
         for route in routes:
             is_default = route.destination.prefixlen == 0
             is_pool_route = route.type == RTN_UNREACHABLE and route.destination == pool
@@ -444,7 +461,9 @@ class HostNetwork:
             if is_default or is_pool_route or is_gone or route.link_index in own:
                 continue
             if route.destination.overlaps(pool):
-                raise _overlap(field, pool, f"route {route.destination}", route.link_index, links)
+                what = f"route {route.destination}"
+                found.append(_foreign(route.destination, what, route.link_index, links))
+        return found
 
     def _ensure_anchor(self) -> None:
         name = self._plan.anchor_link
@@ -598,13 +617,8 @@ def _interface(link: LinkPlan) -> dict[str, Any]:
     }
 
 
-def _overlap(
-    field: str, pool: IPv4Network | IPv6Network, what: str, index: int, links: dict[int, Link]
-) -> InvalidField:
-    name = links[index].name if index in links else "none"
-    flag = "--" + field.replace("_", "-")
-    advice = f"; choose another with {flag}" if field.startswith("network_pool") else ""
-    return InvalidField(field, f"{pool} overlaps {what} of link {name} on this host{advice}")
+def _foreign(network: IPv4Network | IPv6Network, what: str, index: int, links: dict[int, Link]) -> Foreign:
+    return Foreign(str(network), f"{what} of link {links[index].name if index in links else 'none'}")
 
 
 def _ensure_forwarding() -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from ipaddress import IPv4Network, IPv6Network, ip_address
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from typing import Any
 
 from garden_py.backend.net.apply import HostNetwork
@@ -38,7 +38,8 @@ def _namespaces(fds: list[int]) -> tuple[int, int | None]:
 
 def ensure_host(net: HostNetwork, params: dict[str, Any], fds: list[int]) -> dict[str, Any]:
     """Make or repair what all containers share; at the start of a server."""
-    return net.ensure_host(_policy(params), params["elements"]).to_json()
+    tolerated = [ip_network(text) for text in params["tolerated"]]
+    return net.ensure_host(_policy(params), params["elements"], tolerated=tolerated).to_json()
 
 
 def restore_host(net: HostNetwork, params: dict[str, Any], fds: list[int]) -> dict[str, Any]:

@@ -9,6 +9,19 @@ from garden_py.backend.net.plan import LinkPlan
 
 
 @dataclass(frozen=True, slots=True)
+class Foreign:
+    """What somebody else has on the host in one of the server's networks.
+
+    Attributes:
+        network: the addresses that it covers.
+        what: in words: an address or a route, and of which link.
+    """
+
+    network: str
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
 class HostReport:
     """What `ensure_host` found and did.
 
@@ -16,20 +29,22 @@ class HostReport:
         ip_forward_turned_on: the host did not forward before; that is left on when the server stops.
         uplink: name of the link of the default route; empty without one.
         mtu_bytes: what containers should use: the uplink's, at most 1500.
+        foreign: what is in tolerated pools.
     """
 
     ip_forward_turned_on: bool
     uplink: str
     mtu_bytes: int
+    foreign: tuple[Foreign, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for another process."""
-        return asdict(self)
+        return {**asdict(self), "foreign": [asdict(each) for each in self.foreign]}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> HostReport:
         """Rebuild from `to_json`."""
-        return cls(**value)
+        return cls(**{**value, "foreign": tuple(Foreign(**each) for each in value["foreign"])})
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,6 +66,18 @@ class HostPlan:
         first = self.address_v6(network.network_address)
         return None if first is None else IPv6Network((first, MAX_PREFIX_LENGTH_V6 + network.prefixlen))
 
+    def network_v4(self, network: IPv6Network) -> IPv4Network | None:
+        """The IPv4 addresses whose IPv6 ones are in a network; None: no container's are."""
+        if self.pool_v6 is None:
+            return None
+        all_v6 = IPv6Network((self.pool_v6.network_address, MAX_PREFIX_LENGTH_V6))
+        if network.supernet_of(all_v6):
+            return IPv4Network("0.0.0.0/0")
+        if not network.subnet_of(all_v6):
+            return None
+        first = IPv4Address(int(network.network_address) & 0xFFFF_FFFF)
+        return IPv4Network((first, network.prefixlen - MAX_PREFIX_LENGTH_V6))
+
     @property
     def gateway_v6(self) -> IPv6Address | None:
         """The host's address in the IPv6 pool."""

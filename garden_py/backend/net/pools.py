@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator
-from ipaddress import IPv4Address, IPv4Network
+from collections.abc import Callable, Iterable, Iterator
+from ipaddress import IPv4Address, IPv4Network, collapse_addresses
 
 from garden_py.model.errors import InvalidField, PoolExhausted, PortInUse
 from garden_py.model.network import SubnetChoice
@@ -22,7 +22,7 @@ class AddressPool:
     Attributes:
         network: the pool as configured.
         gateway: first host address; every container's way out, an address of the host.
-        size: how many containers fit.
+        size: how many containers fit, without addresses that are avoided.
 
     Raises:
         InvalidField: the network is smaller than a /29 (field `network_pool`).
@@ -36,9 +36,18 @@ class AddressPool:
         self.network = network
         self.gateway = network[1]
         self.size = network.num_addresses - 3  # without network address, gateway and broadcast address
+        self._avoided: list[IPv4Network] = []
         self._taken: set[IPv4Address] = set()
         self._released: list[IPv4Address] = []
         self._next_offset = 2  # everything from here on has never been allocated, unless reserved
+
+    def avoid(self, networks: Iterable[IPv4Network]) -> None:
+        """Give out no address of these any more: others have them on the host. Who has one keeps it."""
+        self._avoided = [each for each in collapse_addresses(networks) if each.overlaps(self.network)]
+        first, last = int(self.network[2]), int(self.network[-2])
+        for each in self._avoided:
+            lost = min(last, int(each[-1])) - max(first, int(each[0])) + 1
+            self.size -= max(lost, 0)
 
     def allocate(self) -> IPv4Address:
         """Take the lowest free address.
@@ -47,7 +56,11 @@ class AddressPool:
             PoolExhausted: none is free.
         """
         while (address := self._lowest_candidate()) is not None:
-            if address not in self._taken:
+            foreign = next((each for each in self._avoided if address in each), None)
+            if foreign is not None:
+                after = int(foreign[-1]) + 1 - int(self.network[0])
+                self._next_offset = min(max(self._next_offset, after), self.network.num_addresses - 1)
+            elif address not in self._taken:
                 self._taken.add(address)
                 return address
         raise PoolExhausted("addresses", self.size, "--network-pool")

@@ -153,7 +153,7 @@ def run_checks(plan: Plan) -> list[Finding]:
         network.check_link_egress,
         network.check_bridge_family,
         network.check_links,
-        lambda: network.check_address_pool(plan.pool),
+        lambda: network.check_address_pool(plan.pool, _tag_of(plan.state_dir)),
         lambda: network.check_names(plan.pool, plan.dns_servers, has_ipv6=plan.pool_v6 is not None),
         network.check_forwarding,
         lambda: [] if plan.pool_v6 is None else network.check_ipv6(plan.pool_v6),
@@ -176,6 +176,13 @@ def run_checks(plan: Plan) -> list[Finding]:
             outcome = Finding("check", Level.FAIL, f"could not be made: {error}")
         findings += outcome if isinstance(outcome, list) else [outcome]
     return findings
+
+
+def _tag_of(state_dir: Path) -> str:
+    """What marks the links of a server with this state directory."""
+    from garden_py.config import Config  # takes longer to load than most commands take
+
+    return Config(state_dir=state_dir).tag
 
 
 def check_busybox() -> Finding:

@@ -14,6 +14,7 @@ from garden_py.backend.host import syscalls
 from garden_py.backend.host.listeners import is_datagram_read_at
 from garden_py.backend.net import conntrack
 from garden_py.backend.net.firewall import DNS_PORT
+from garden_py.backend.net.plan import HostPlan
 from garden_py.backend.rootfs.host_names import read_host_resolv_conf
 from garden_py.backend.rootfs.names import build_resolv_conf, find_resolver_problem, read_name_servers
 from garden_py.cli.doctor.finding import Doubt, Finding, Level, judge
@@ -147,9 +148,20 @@ def check_links() -> Finding:
     return judge("links", failure, "bridge and veth can be made", doubt)
 
 
-def check_address_pool(pool: ipaddress.IPv4Network) -> Finding:
-    """Whether the host already has a route into the containers' addresses."""
-    overlapping = overlapping_routes(pool, Path("/proc/net/route").read_text())
+def check_address_pool(pool: ipaddress.IPv4Network, tag: str) -> Finding:
+    """Whether the host has a route of somebody else into the containers' addresses.
+
+    Args:
+        pool: of the server.
+        tag: of its links, whose routes are its own.
+    """
+    plan = HostPlan(tag, pool, pool[1])
+    overlapping = [
+        (network, link)
+        for network, link in overlapping_routes(pool, Path("/proc/net/route").read_text())
+        # A route without a link is one that makes its destination unreachable, as a server's of its pool.
+        if not (link == "*" and network == pool) and not link.startswith((plan.link_prefix, plan.anchor_link))
+    ]
     if not overlapping:
         return Finding("address pool", Level.OK, f"{pool} is free: {pool.num_addresses - 3} containers")
     shown = ", ".join(f"{network} on {link}" for network, link in overlapping)
@@ -157,8 +169,9 @@ def check_address_pool(pool: ipaddress.IPv4Network) -> Finding:
         "address pool",
         Level.WARN,
         f"{pool} overlaps with {shown}",
-        "if that is no garden server of yours, containers and hosts there cannot tell each other apart",
-        "garden server --network-pool with another range",
+        "containers and hosts there cannot tell each other apart: a server without containers does not start, one with "
+        "containers goes on and gives none of these addresses to new ones",
+        "garden server --network-pool with another range, or remove the route and start the server again",
     )
 
 
