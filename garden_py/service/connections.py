@@ -13,6 +13,7 @@ import structlog
 
 from garden_py.model.connection import Connection
 from garden_py.model.netrule import Cause, RuleAction, format_egress_rule
+from garden_py.observe.apart import apart
 from garden_py.service.events import EventHub, EventKind
 from garden_py.service.registry import Registry
 
@@ -52,7 +53,7 @@ class Connections:
         gathered = self._gathered.get(handle)
         if gathered is None:
             gathered = self._gathered[handle] = _Gathered()
-            asyncio.get_running_loop().call_later(self._gather_s, self._tell_rest, handle)
+            apart(asyncio.get_running_loop().call_later, self._gather_s, self._tell_rest, handle)
         place = _place_of(connection)
         if place in gathered.counts:
             first, count = gathered.counts[place]

@@ -20,6 +20,7 @@ from garden_py.backend.net.firewall import ALLOW_PREFIX, CAUSE_MARKS, LOG_GROUP,
 from garden_py.backend.net.nflog import LoggedPacket, open_group, parse_flow, parse_messages
 from garden_py.model.connection import Connection
 from garden_py.model.netrule import AddressRange, Cause, Decision, EgressPolicy, RuleAction
+from garden_py.observe.apart import apart
 
 log = structlog.get_logger()
 _RECEIVE_BYTES = 65536
@@ -79,7 +80,7 @@ class ConnectionLog:
 
     def _add(self, handle: str, opened: socket.socket) -> None:
         self._sockets[handle] = opened
-        asyncio.get_running_loop().add_reader(opened, self._readable, handle, opened)
+        apart(asyncio.get_running_loop().add_reader, opened, self._readable, handle, opened)
 
     def _readable(self, handle: str, opened: socket.socket) -> None:
         for _ in range(_RECEIVES_AT_ONCE):
