@@ -7,29 +7,49 @@ same place within the next second are one event with their number. Of many place
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import structlog
 
 from garden_py.model.connection import Connection
-from garden_py.model.netrule import Cause, RuleAction, format_egress_rule
+from garden_py.model.netrule import Cause, Decision, EgressPolicy, RuleAction, format_egress_rule
 from garden_py.observe.apart import apart
 from garden_py.service.events import EventHub, EventKind
-from garden_py.service.registry import Registry
+from garden_py.service.registry import Container, Registry
 
 log = structlog.get_logger()
 GATHER_S = 1.0
 PLACES_MAX = 32
 """Of a container in one interval; more are told as a number."""
 
+SETTLE_S = 1.0
+"""After a change of rules, when all has been heard of that former ones decided: the kernel sends within 0.1 s."""
+
 Place = tuple[RuleAction, Cause, int | None, str, str, int, str]
+
+
+@contextmanager
+def changing_rules(container: Container, former: EgressPolicy, wanted: EgressPolicy) -> Iterator[None]:
+    """While rules are changed, and until that has settled, either policy may be what has decided."""
+    container.egress_unsettled += (former, wanted)
+    try:
+        yield
+    finally:
+        apart(asyncio.get_running_loop().call_later, SETTLE_S, _settle, container, former, wanted)
+
+
+def _settle(container: Container, *policies: EgressPolicy) -> None:
+    for policy in policies:
+        container.egress_unsettled.remove(policy)
 
 
 @dataclass(slots=True)
 class _Gathered:
-    """What has come of one container since its interval began."""
+    """What has come of one container since its interval began, by place and the text of the rule."""
 
-    counts: dict[Place, tuple[Connection, int]] = field(default_factory=dict)
+    counts: dict[tuple[Place, str], tuple[Connection, int]] = field(default_factory=dict)
     untold: int = 0
 
 
@@ -54,33 +74,39 @@ class Connections:
         if gathered is None:
             gathered = self._gathered[handle] = _Gathered()
             apart(asyncio.get_running_loop().call_later, self._gather_s, self._tell_rest, handle)
-        place = _place_of(connection)
+        rule = self._rule_of(handle, connection.decision)
+        place = _place_of(connection), rule
         if place in gathered.counts:
             first, count = gathered.counts[place]
             gathered.counts[place] = (first, count + 1)
         elif len(gathered.counts) < PLACES_MAX:
             gathered.counts[place] = (connection, 0)
-            self._publish(handle, connection, 1)
+            self._publish(handle, connection, rule, 1)
         else:
             gathered.untold += 1
 
     def _tell_rest(self, handle: str) -> None:
         gathered = self._gathered.pop(handle)
-        for connection, more in gathered.counts.values():
+        for (_, rule), (connection, more) in gathered.counts.items():
             if more:
-                self._publish(handle, connection, more)
+                self._publish(handle, connection, rule, more)
         if gathered.untold:
             log.info("connections.untold", handle=handle, connections=gathered.untold)
 
-    def _publish(self, handle: str, connection: Connection, count: int) -> None:
-        container = self._registry.find(handle)
-        if container is None:
+    def _rule_of(self, handle: str, decision: Decision) -> str:
+        """The text of the rule that has decided; empty: none has, or it is not known which policy's."""
+        container, number = self._registry.find(handle), decision.rule
+        if container is None or container.spec.egress is None or number is None:
+            return ""
+        policies = [container.spec.egress, *container.egress_unsettled]
+        rules = {policy.rules[number] if number < len(policy.rules) else None for policy in policies}
+        rule = rules.pop()
+        return "" if rules or rule is None else format_egress_rule(rule)
+
+    def _publish(self, handle: str, connection: Connection, rule: str, count: int) -> None:
+        if self._registry.find(handle) is None:
             return
         decision, flow = connection.decision, connection.flow
-        policy = container.spec.egress
-        rule = ""
-        if decision.rule is not None and policy is not None and decision.rule < len(policy.rules):
-            rule = format_egress_rule(policy.rules[decision.rule])
         allowed = decision.action is RuleAction.ALLOW
         details = {
             "protocol": flow.protocol,

@@ -43,6 +43,7 @@ from garden_py.observe.calls import name_container
 from garden_py.observe.failpoints import Point
 from garden_py.observe.metrics import Metrics
 from garden_py.observe.steps import Step
+from garden_py.service.connections import changing_rules
 from garden_py.service.events import EventHub, EventKind
 from garden_py.service.expiry import Expiry
 from garden_py.service.guard import Guard
@@ -515,16 +516,17 @@ class Containers:
         bulk: bool = True,
     ) -> None:
         handle = container.handle
-        if opened is None:
-            await self._backend.set_egress(handle, wanted)
-        else:
-            await self._backend.open_egress(handle, wanted, opened, bulk=bulk)
-        changed = replace(container.spec, egress=wanted)
-        await self._or_undo(
-            container,
-            lambda: self._registry.save(container, spec=changed),
-            lambda: self._backend.set_egress(handle, former),
-        )
+        with changing_rules(container, former, wanted):
+            if opened is None:
+                await self._backend.set_egress(handle, wanted)
+            else:
+                await self._backend.open_egress(handle, wanted, opened, bulk=bulk)
+            changed = replace(container.spec, egress=wanted)
+            await self._or_undo(
+                container,
+                lambda: self._registry.save(container, spec=changed),
+                lambda: self._backend.set_egress(handle, former),
+            )
         container.egress_etag = egress_etag(wanted)
         self._events.publish(EventKind.EGRESS_CHANGED, handle, etag=container.egress_etag)
 

@@ -19,6 +19,7 @@ from garden_py.model.errors import (
     HostFault,
 )
 from garden_py.model.lifecycle import USABLE, State, may_follow
+from garden_py.model.netrule import EgressPolicy
 from garden_py.model.spec import ContainerSpec
 from garden_py.service.ports import Claim, ContainerRow, ProcessRow, Records, RunningProcess
 
@@ -45,6 +46,7 @@ class Container:
         uses: calls and streams that name it right now; while there are any it does not expire.
         gone: nothing of it is left on the host; only its row is still to be removed.
         egress_etag: of the policy in force; empty until somebody asks for it.
+        egress_unsettled: policies that may have decided, besides the one in force, on what is heard of connections now.
         changing: held by whoever changes its limits, egress, ports or properties.
         recovering: from an earlier server, and not taken over yet.
         fetching: how the fetch of its image gets on, while that is all that has been done of it.
@@ -66,6 +68,7 @@ class Container:
     destroy_tries: int = 0
     gone: bool = False
     egress_etag: str = ""
+    egress_unsettled: list[EgressPolicy] = field(default_factory=list)
     changing: asyncio.Lock = field(default_factory=asyncio.Lock)
     recovering: bool = False
     fetching: str = ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,11 +18,15 @@ from garden_py.model.netrule import (
     parse_egress_rule,
 )
 from garden_py.model.spec import ContainerSpec
-from garden_py.service.connections import PLACES_MAX, Connections
+from garden_py.service.connections import PLACES_MAX, Connections, changing_rules
 from garden_py.service.events import KEPT_CONNECTIONS, KEPT_EVENTS, Event, EventHub, EventKind
 from garden_py.service.registry import Container, Registry
 
-POLICY = EgressPolicy(DefaultAction.DENY, (parse_egress_rule("tcp:10.0.0.2:443 log"),))
+FIRST, SECOND, COMMON = "tcp:10.0.0.2:443 log", "tcp:10.0.0.0/8:443 log", "udp:10.0.0.2:53 log"
+POLICY, OTHER = (
+    EgressPolicy(DefaultAction.DENY, (parse_egress_rule(each), parse_egress_rule(COMMON)))
+    for each in (FIRST, SECOND)
+)
 REFUSED = Decision(RuleAction.DENY, Cause.DEFAULT)
 
 
@@ -35,10 +40,15 @@ def events() -> EventHub:
 
 
 @pytest.fixture
-def connections(events: EventHub) -> Connections:
+def registry() -> Registry:
     unwritten: Any = None
     registry = Registry(unwritten)
     registry.put_back(Container(ContainerSpec(handle="box", egress=POLICY), "", 0))
+    return registry
+
+
+@pytest.fixture
+def connections(events: EventHub, registry: Registry) -> Connections:
     return Connections(registry, events, gather_s=0.01)
 
 
@@ -75,6 +85,40 @@ async def test_rules_are_named_by_their_text(connections: Connections, events: E
     assert (allowed.details["rule_number"], allowed.details["rule"]) == ("1", "tcp:10.0.0.2:443 log")
     assert denied.details["rule_number"] == "8"
     assert "rule" not in denied.details, "the policy has been replaced since"
+
+
+async def test_rules_are_named_as_they_were_when_they_decided(
+    connections: Connections, events: EventHub, registry: Registry
+) -> None:
+    """The rest is told a second later, when the policy may be another; rules before and after are not one place."""
+    decided = connection(443, Decision(RuleAction.ALLOW, Cause.RULE, 0))
+    box = registry.find("box")
+    assert box is not None
+    for _ in range(2):
+        connections.heard("box", decided)
+    box.spec = replace(box.spec, egress=OTHER)
+    connections.heard("box", decided)
+    found = await told(events, 3)
+    assert [event.details["rule"] for event in found] == [FIRST, SECOND, FIRST]
+    assert [event.details["count"] for event in found] == ["1", "1", "1"]
+
+
+async def test_while_rules_change_only_what_both_policies_say_is_named(
+    connections: Connections, events: EventHub, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which of them has decided cannot be known, also a moment after the change."""
+    monkeypatch.setattr("garden_py.service.connections.SETTLE_S", 0.02)
+    box = registry.find("box")
+    assert box is not None
+    with changing_rules(box, POLICY, OTHER):
+        for number in (0, 1):
+            connections.heard("box", connection(443, Decision(RuleAction.ALLOW, Cause.RULE, number)))
+        box.spec = replace(box.spec, egress=OTHER)
+    connections.heard("box", connection(444, Decision(RuleAction.ALLOW, Cause.RULE, 0)))
+    await asyncio.sleep(0.03)
+    connections.heard("box", connection(445, Decision(RuleAction.ALLOW, Cause.RULE, 0)))
+    found = await told(events, 4)
+    assert [event.details.get("rule", "") for event in found] == ["", COMMON, "", SECOND]
 
 
 async def test_many_places_at_once_are_bounded(connections: Connections, events: EventHub) -> None:
