@@ -11,10 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kit.garden import text_of
+from kit.garden import code_of, text_of
 from kit.server import ServerProcess, running_server
 
-from garden_py.client import Container, Destination, EgressAction, EgressProtocol, GardenClient
+from garden_py.client import (
+    Container,
+    ContainerSpec,
+    Destination,
+    EgressAction,
+    EgressProtocol,
+    GardenClient,
+    NetworkMode,
+)
 
 pytestmark = pytest.mark.root
 
@@ -100,3 +108,18 @@ def test_gateway_is_open_for_names_only_where_it_is_asked(no_trace: None, tmp_pa
             assert text_of(box, "cat /etc/resolv.conf") == other
             assert not asks(box, box.info().host_ip)
         assert "network.no_resolver" not in server.log()
+
+
+@pytest.mark.parametrize("mode", NetworkMode)
+def test_every_container_finds_itself_by_name(no_trace: None, mode: NetworkMode) -> None:
+    """Statement H2, whatever its network is; the host's own file stays as it is."""
+    before = Path("/etc/hosts").read_bytes()
+    with running_server() as server, GardenClient(server.address) as garden:
+        spec = ContainerSpec(handle="myself", network_mode=mode, privileged=mode is NetworkMode.HOST)
+        with garden.create(spec) as box:
+            assert code_of(box, "ping -c 1 -w 5 $(hostname)") == 0
+            hosts = text_of(box, "cat /etc/hosts")
+            assert hosts.splitlines()[-1] == f"{box.info().container_ip or '127.0.0.1'} myself"
+            if mode is NetworkMode.HOST:
+                assert hosts.encode().startswith(before)
+    assert Path("/etc/hosts").read_bytes() == before

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from garden_py.backend.rootfs.names import (
+    add_own_name,
     build_hosts,
     build_resolv_conf,
     choose_resolv_conf,
@@ -27,6 +28,21 @@ def test_hosts_has_localhost_and_the_container() -> None:
     assert build_hosts("10.0.0.2", "fd00::a00:2", "box").splitlines() == [
         "127.0.0.1 localhost", "::1 localhost", "10.0.0.2 box", "fd00::a00:2 box",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("127.0.0.1 localhost\n", "127.0.0.1 localhost\n127.0.0.1 box\n"),
+        ("127.0.0.1 localhost", "127.0.0.1 localhost\n127.0.0.1 box\n"),
+        ("", "127.0.0.1 box\n"),
+        ("192.0.2.1 site box # mine\n", "192.0.2.1 site box # mine\n"),
+        ("192.0.2.1 boxes # box\n", "192.0.2.1 boxes # box\n127.0.0.1 box\n"),
+    ],
+)
+def test_hosts_of_a_container_in_the_hosts_network(host: str, expected: str) -> None:
+    """The host's own, in which it finds itself by name, too (statement H2)."""
+    assert add_own_name(host, "box") == expected
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from garden_py.backend.linux.site import NO_SLOT, Site
 from garden_py.backend.plugin.image import Command
 from garden_py.backend.plugin.network import Connected
 from garden_py.backend.rootfs.host_names import read_host_resolv_conf, read_if_there
-from garden_py.backend.rootfs.names import build_hosts, build_resolv_conf
+from garden_py.backend.rootfs.names import LOOPBACK, add_own_name, build_hosts, build_resolv_conf
 from garden_py.model.errors import HandleInUse, ProfileNotLoaded
 from garden_py.model.handle import hostname_for
 from garden_py.model.netrule import DefaultAction, EgressPolicy, at_field
@@ -271,9 +271,12 @@ class Construction:
             "hosts": read_if_there(Path("/etc/hosts")),
             "resolv.conf": read_if_there(Path("/etc/resolv.conf")),
         }
-        if lease.mode is not NetworkMode.HOST:
+        if lease.mode is NetworkMode.HOST:
+            contents["hosts"] = add_own_name(contents["hosts"], launch.hostname)
+        else:
+            address = LOOPBACK if lease.mode is NetworkMode.NONE else lease.shown
             contents["hosts"] = build_hosts(
-                lease.shown, lease.shown_v6, launch.hostname, config.additional_host_entry
+                address, lease.shown_v6, launch.hostname, config.additional_host_entry
             )
             contents["resolv.conf"] = build_resolv_conf(
                 read_host_resolv_conf(),

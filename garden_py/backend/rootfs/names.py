@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+LOOPBACK = "127.0.0.1"
+
 
 def build_hosts(
     container_ip: str, container_ipv6: str, hostname: str, additional: tuple[str, ...] = ()
@@ -9,19 +11,28 @@ def build_hosts(
     """Content of /etc/hosts.
 
     Args:
-        container_ip: empty: it has none.
+        container_ip: empty: it is not known yet. LOOPBACK where there is nothing else.
         container_ipv6: likewise.
         hostname: of the container.
         additional: lines as they are.
 
     Source: Garden behaviour, statement N30.
     """
-    lines = ["127.0.0.1 localhost"]
+    lines = [f"{LOOPBACK} localhost"]
     if container_ipv6:
         lines.append("::1 localhost")
     lines += [f"{address} {hostname}" for address in (container_ip, container_ipv6) if address]
     lines += additional
     return "\n".join(lines) + "\n"
+
+
+def add_own_name(host_text: str, hostname: str) -> str:
+    """Content of /etc/hosts for a container in the host's network: the host's own file, and the container's name."""
+    names = (line.partition("#")[0].split()[1:] for line in host_text.splitlines())
+    if any(hostname in each for each in names):
+        return host_text
+    ending = "" if host_text.endswith("\n") or not host_text else "\n"
+    return f"{host_text}{ending}{LOOPBACK} {hostname}\n"
 
 
 def choose_resolv_conf(own: str, upstream: str) -> str:
