@@ -54,6 +54,7 @@ Rlimits = tuple[tuple[str, int], ...]
 _CPU_SHARE = frozenset(("cpu_weight", "cpu_shares"))
 _MEMORY = frozenset(("memory_bytes", "swap_bytes"))
 NO_PROCESS_NETWORK = "a process has the bandwidth of its container"
+NETWORK_LIMITS = ("network_rx_bytes_per_s", "network_tx_bytes_per_s", "network_burst_bytes")
 NETWORK_RATE_RANGE = (1 << 10, 1 << 40)
 NETWORK_BURST_RANGE = (4 << 10, 1 << 30)  # a whole packet must fit
 
@@ -157,8 +158,7 @@ class Limits:
     @property
     def states_network(self) -> bool:
         """Whether anything is said about bandwidth."""
-        rates = (self.network_rx_bytes_per_s, self.network_tx_bytes_per_s, self.network_burst_bytes)
-        return any(value is not None for value in rates)
+        return any(getattr(self, name) is not None for name in NETWORK_LIMITS)
 
     def network_only(self) -> Limits:
         """What it says about bandwidth, and nothing else."""

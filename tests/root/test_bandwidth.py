@@ -14,7 +14,6 @@ from kit.server import ServerProcess, running_server
 from garden_py.client import (
     Container,
     ContainerSpec,
-    FailedPrecondition,
     GardenClient,
     InvalidArgument,
     Limits,
@@ -105,7 +104,7 @@ def test_container_cannot_lift_its_limit(garden: GardenClient) -> None:
         assert box.limits().network_tx_bytes_per_s == RATE
 
 
-def test_bad_bandwidth_is_refused(garden: GardenClient) -> None:
+def test_bad_bandwidth_is_refused(garden_server: ServerProcess, garden: GardenClient) -> None:
     """Out of range, of a process, of a container without a link; nothing has changed."""
     with pytest.raises(InvalidArgument) as refused:
         garden.create(ContainerSpec(limits=Limits(network_rx_bytes_per_s=10)))
@@ -116,11 +115,14 @@ def test_bad_bandwidth_is_refused(garden: GardenClient) -> None:
         with pytest.raises(InvalidArgument):
             box.update_limits(Limits(pids=5, network_burst_bytes=1))
         assert box.limits().pids == 0
-    with garden.create(ContainerSpec(network_mode=NetworkMode.NONE)) as box:
-        with pytest.raises(FailedPrecondition) as unlinked:
-            box.update_limits(Limits(pids=7, network_tx_bytes_per_s=RATE))
-        assert unlinked.value.code == "NO_LINK"
-        assert box.limits().pids == 0
+    for mode in (NetworkMode.NONE, NetworkMode.HOST):
+        spec = ContainerSpec(network_mode=mode, privileged=mode is NetworkMode.HOST)
+        with garden.create(spec) as box:
+            with pytest.raises(InvalidArgument, match="has no link of its own") as unlinked:
+                box.update_limits(Limits(pids=7, network_tx_bytes_per_s=RATE))
+            assert [each.field for each in unlinked.value.fields] == ["limits.network_tx_bytes_per_s"]
+            assert box.limits().pids == 0
+    assert "change_not_undone" not in garden_server.log(), "nothing had been changed"
 
 
 def test_command_line_limits_bandwidth(garden_server: ServerProcess, garden: GardenClient) -> None:

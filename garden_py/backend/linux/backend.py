@@ -70,7 +70,7 @@ from garden_py.model.image import (
 )
 from garden_py.model.leak import Leak
 from garden_py.model.lifecycle import USABLE, State
-from garden_py.model.limits import Limits, Rlimits, rlimits_over
+from garden_py.model.limits import NETWORK_LIMITS, Limits, Rlimits, rlimits_over
 from garden_py.model.netrule import Decision, Destination, EgressPolicy, EgressRule
 from garden_py.model.process import ProcessSpec
 from garden_py.model.spec import ContainerSpec, PortMapping
@@ -582,8 +582,8 @@ class LinuxBackend:
             return await process_limits.change(container, process_id, limits, self._disk, record)
         if limits.states_disk:
             self._disk.require_changeable(layer_of(container))
-        if limits.states_network and container.facts.lease.plugin is not None:
-            self._plugged.refuse_bandwidth(limits)
+        if limits.states_network:
+            self._require_link(container, limits)
         held_off = container.starts.hold_off() if limits.rlimits else nullcontext()
         async with held_off, all_or_nothing("limits", handle) as undo:
             if limits.states_disk:
@@ -624,6 +624,20 @@ class LinuxBackend:
 
     async def _set_disk(self, container: LinuxContainer, wanted: Limits) -> None:
         container.disk = await self._disk.update(layer_of(container), wanted)
+
+    def _require_link(self, container: LinuxContainer, limits: Limits) -> None:
+        """Refuse limits on bandwidth of a container that has no link of ours, before anything is changed.
+
+        Raises:
+            NotSupported: its link is a network plugin's.
+            InvalidField: it has none.
+        """
+        lease = container.facts.lease
+        if lease.plugin is not None:
+            self._plugged.refuse_bandwidth(limits)
+        if lease.address is None:
+            (field, *_) = (name for name in NETWORK_LIMITS if getattr(limits, name) is not None)
+            raise InvalidField(f"limits.{field}", str(NoLink(container.handle, lease.mode.value)))
 
     async def _set_bandwidth(self, container: LinuxContainer, wanted: Limits) -> None:
         facts = self._get_linked(container.handle).facts
