@@ -58,6 +58,9 @@ _NO_POOLS_V6 = tuple(
 )
 
 
+_Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
 class RegistrySettings(BaseModel):
     """How one registry is reached: a table `[registry."HOST:PORT"]` of the configuration file."""
 
@@ -409,7 +412,7 @@ class Config(BaseModel):
         ),
     ] = "all"
     deny_network: Annotated[
-        tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...],
+        tuple[_Network, ...],
         Field(
             description="Network that containers may not connect to unless a rule of theirs allows it, e.g. "
             "169.254.0.0/16; repeatable."
@@ -564,6 +567,31 @@ class Config(BaseModel):
             raise ValueError("must be an octal mode such as 0660")
         return mode
 
+    @field_validator("deny_network", mode="before")
+    @classmethod
+    def _networks(cls, networks: Any) -> tuple[_Network, ...]:
+        # By pydantic each is tried as IPv4 and as IPv6, and refused twice.
+        written = networks if isinstance(networks, list | tuple) else (networks,)
+        return tuple(_parse_network(str(each)) for each in written)
+
+    @field_validator("external_ip")
+    @classmethod
+    def _address(cls, text: str) -> str:
+        return text and str(_parse_address(text))
+
+    @field_validator("dns_server", "additional_dns_server")
+    @classmethod
+    def _servers_of_containers(cls, servers: tuple[str, ...]) -> tuple[str, ...]:
+        for text in servers:
+            address = _parse_address(text)
+            if address.is_loopback or address.is_unspecified:
+                raise ValueError(
+                    f"{text} is a container itself, when a container asks; it has no DNS server there"
+                )
+            if isinstance(address, ipaddress.IPv6Address) and (address.is_link_local or address.scope_id):
+                raise ValueError(f"{text} means nothing beyond one link")
+        return servers
+
     @field_validator("additional_host_entry")
     @classmethod
     def _host_entries(cls, entries: tuple[str, ...]) -> tuple[str, ...]:
@@ -571,7 +599,7 @@ class Config(BaseModel):
             words = entry.split()
             if len(words) < 2 or "\n" in entry:
                 raise ValueError(f"{entry!r} is not 'ADDRESS NAME…'")
-            ipaddress.ip_address(words[0])
+            _parse_address(words[0])
         return entries
 
     @model_validator(mode="after")
@@ -647,6 +675,23 @@ def load_config(
                 name = f"{file}: {name}"
             found.append(FieldViolation(name, _words(problem)))
         raise InvalidRequest(found) from error
+
+
+def _parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    try:
+        return ipaddress.ip_address(text)
+    except ValueError as error:
+        raise ValueError(f"{text!r} is not an IP address") from error
+
+
+def _parse_network(text: str) -> _Network:
+    try:
+        found = ipaddress.ip_network(text, strict=False)
+    except ValueError as error:
+        raise ValueError(f"{text!r} is not a network, such as 169.254.0.0/16") from error
+    if str(found.network_address) != str(ipaddress.ip_address(text.partition("/")[0])):
+        raise ValueError(f"{text!r} is an address in a network; the network is {found}")
+    return found
 
 
 _WORDS: Final = {

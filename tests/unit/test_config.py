@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,14 @@ def test_tag_depends_on_the_state_directory_only() -> None:
         ({"log_level": "loud"}, "log_level"),
         ({"create_timeout_s": 0}, "create_timeout_s"),
         ({"no_such_setting": 1}, "no_such_setting"),
+        ({"external_ip": "foo"}, "external_ip"),
+        ({"dns_server": ["192.0.2.1", "foo"]}, "dns_server"),
+        ({"additional_dns_server": ["127.0.0.1"]}, "additional_dns_server"),
+        ({"additional_dns_server": ["::1"]}, "additional_dns_server"),
+        ({"dns_server": ["0.0.0.0"]}, "dns_server"),
+        ({"dns_server": ["fe80::1%eth0"]}, "dns_server"),
+        ({"deny_network": ["192.0.2.0/24", "foo"]}, "deny_network"),
+        ({"deny_network": ["fd00::1/8"]}, "deny_network"),
     ],
 )
 def test_bad_setting_is_named(settings: dict[str, Any], field: str) -> None:
@@ -88,6 +97,32 @@ def test_bad_setting_is_named(settings: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
         load_config(settings, environ={})
     assert fields_of(refused.value) == {field}
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("foo", "'foo' is not a network, such as 169.254.0.0/16"),
+        ("10.0.0.1/8", "'10.0.0.1/8' is an address in a network; the network is 10.0.0.0/8"),
+        ("10.0.0.0/33", "'10.0.0.0/33' is not a network, such as 169.254.0.0/16"),
+    ],
+)
+def test_denied_network_that_is_none_is_told_once_and_in_words(text: str, problem: str) -> None:
+    """It may be of two kinds; that is nothing that a reader has to know."""
+    with pytest.raises(InvalidRequest) as refused:
+        load_config({"deny_network": ["192.0.2.0/24", text]}, environ={})
+    (violation,) = refused.value.violations
+    assert (violation.field, violation.problem) == ("deny_network", problem)
+
+
+def test_denied_networks_are_read() -> None:
+    """Of both kinds, from every source; an address is a network of one."""
+    expected = (IPv4Network("10.0.0.0/8"), IPv6Network("fd00::/8"), IPv4Network("192.0.2.1/32"))
+    written = [str(each) for each in expected[:2]] + ["192.0.2.1"]
+    assert load_config({"deny_network": written}, environ={}).deny_network == expected
+    in_environ = {"GARDEN_DENY_NETWORK": ",".join(written)}
+    assert load_config({}, environ=in_environ).deny_network == expected
+    assert Config(deny_network=expected).deny_network == expected
 
 
 def test_bad_settings_are_named_together() -> None:

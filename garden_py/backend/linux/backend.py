@@ -136,8 +136,7 @@ class LinuxBackend:
 
     async def open(self, events: BackendEvents, rows: list[ContainerRow]) -> None:
         """Get ready, and hold what rows lease; see service.ports."""
-        servers = (*self._config.dns_server, *self._config.additional_dns_server)
-        check_dns_servers(servers, self._config.network_pool_v6)
+        check_dns_servers(self._config)
         check_apparmor(self._config.apparmor)
         check_plugins(self._config)
         self._events = events

@@ -772,17 +772,10 @@ def _host_addresses() -> set[IPv4Address | IPv6Address]:
     return found | {each.network_address for each in networks if each.version == 6 and each.prefixlen < 127}
 
 
-def check_dns_servers(servers: tuple[str, ...], pool_v6: IPv6Network | None) -> None:
-    """Refuse DNS servers that are no addresses, or that containers cannot reach."""
-    for text in servers:
-        try:
-            address = ip_address(text)
-        except ValueError as error:
-            raise InvalidField("dns_server", f"{text!r} is not an IP address") from error
-        if address.version == 6 and pool_v6 is None:
-            problem = f"containers have no IPv6 to ask {text} by; give them some with --network-pool-v6"
-            raise InvalidField("dns_server", problem)
-        if isinstance(address, IPv6Address) and (
-            address.is_link_local or address.is_loopback or address.scope_id
-        ):
-            raise InvalidField("dns_server", f"{text} means nothing beyond one link")
+def check_dns_servers(config: Config) -> None:
+    """Refuse DNS servers that containers cannot reach."""
+    for name in ("dns_server", "additional_dns_server"):
+        for text in getattr(config, name):
+            if ip_address(text).version == 6 and config.network_pool_v6 is None:
+                problem = f"containers have no IPv6 to ask {text} by; give them some with --network-pool-v6"
+                raise InvalidField(name, problem)
