@@ -162,6 +162,10 @@ app.command("capacity")(inspect.capacity)
 app.command("ping")(inspect.ping)
 
 
+_TOO_LARGE = "Value out of range: "
+"""What protobuf says of a number that its field in a message to the server cannot hold."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code.
 
@@ -209,6 +213,9 @@ def run_command(arguments: Sequence[str] | None = None) -> int:
             return failures.EXIT_BAD_INPUT
         if isinstance(error, GardenError):
             return failures.report_failure(error)
+        if isinstance(error, ValueError) and str(error).startswith(_TOO_LARGE):
+            failures.report(f"{str(error).removeprefix(_TOO_LARGE)} is too large a number")
+            return failures.EXIT_BAD_INPUT
         raise
     return code if isinstance(code, int) else 0
 

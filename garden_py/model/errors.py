@@ -341,18 +341,23 @@ class NoTty(GardenError):
 
 
 class OffsetOutOfRange(GardenError):
-    """The asked-for bytes are not there: dropped by retention, or beyond what was written.
+    """The asked-for bytes are not there: dropped by retention, or beyond what was written. Likewise of events.
 
     Attributes:
-        offset: what was asked for.
+        offset: what was asked for; of events a cursor, as the others.
         first_offset: the first byte still kept.
         end_offset: the offset after the last byte.
+
+    Args:
+        problem: in words; empty: it is about output.
     """
 
     code = "offset_out_of_range"
 
-    def __init__(self, offset: int, first_offset: int, end_offset: int) -> None:
-        super().__init__(f"offset {offset} is not available: kept are {first_offset} to {end_offset}")
+    def __init__(self, offset: int, first_offset: int, end_offset: int, problem: str = "") -> None:
+        super().__init__(
+            problem or f"offset {offset} is not available: kept are {first_offset} to {end_offset}"
+        )
         self.offset = offset
         self.first_offset = first_offset
         self.end_offset = end_offset

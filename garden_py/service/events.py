@@ -120,8 +120,12 @@ class EventHub:
         Raises:
             OffsetOutOfRange: with the oldest cursor that can be continued from.
         """
-        if not self._oldest <= after <= self.cursor:
-            raise OffsetOutOfRange(after, self._oldest, self.cursor)
+        if self._oldest <= after <= self.cursor:
+            return
+        problem = f"not all events after cursor {after} are kept: those after {self._oldest} are"
+        if after > self.cursor:
+            problem = f"no event has had the cursor {after} yet: the latest is {self.cursor}"
+        raise OffsetOutOfRange(after, self._oldest, self.cursor, problem)
 
     async def watch(self, after: int) -> AsyncIterator[Event]:
         """Every event after a cursor, and then those to come.

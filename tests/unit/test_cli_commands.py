@@ -406,3 +406,13 @@ def test_diagnose_passes_the_tar_on_as_it_comes(garden: Garden) -> None:
     garden("create", "--handle", "c")
     assert garden("diagnose", "c") == Result(0, "a tar in pieces", "")
     assert garden("diagnose", "nobody").code == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [("events", "--after"), ("limits", "web", "--pids"), ("logs", "web", "p", "--from")]
+)
+def test_numbers_that_no_message_holds_are_bad_input(garden: Garden, arguments: tuple[str, ...]) -> None:
+    """The server cannot refuse them: they do not get there."""
+    number = "9" * 20
+    result = garden(*arguments, number)
+    assert (result.code, result.err) == (2, f"garden: {number} is too large a number\n")

@@ -95,7 +95,8 @@ class StdinFeed:
         if accepted is None:
             raise OffsetUnknown(self._process_id)
         if offset > accepted:
-            raise OffsetOutOfRange(offset, 0, accepted)
+            problem = f"stdin goes on at offset {accepted}, the number of bytes so far; {offset} leaves a gap"
+            raise OffsetOutOfRange(offset, 0, accepted, problem)
         return data[accepted - offset :]
 
     async def _accept(self, view: memoryview) -> None:
