@@ -320,6 +320,18 @@ class ProcessNotLimited(GardenError):
         self.process_id = process_id
 
 
+class ProcessNotCounted(GardenError):
+    """The call is about what a process uses, and this one is counted with its container."""
+
+    code = "process_not_counted"
+
+    def __init__(self, handle: str, process_id: str) -> None:
+        why = "it was started without limits of its own"
+        super().__init__(f"process {process_id} is counted with its container {handle}: {why}")
+        self.handle = handle
+        self.process_id = process_id
+
+
 class StdinClosed(GardenError):
     """Input was sent after the process's stdin had been closed."""
 

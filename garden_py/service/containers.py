@@ -356,7 +356,8 @@ class Containers:
 
         Raises:
             ContainerNotFound, ContainerBusy, ContainerBroken.
-            ProcessNotFound: there is no such process, or it has ended, or it is not counted by itself.
+            ProcessNotFound, ProcessExited.
+            ProcessNotCounted: it is counted with its container.
         """
         container = self._registry.get(handle)
         container.require_usable("measured")

@@ -530,7 +530,8 @@ class Backend(LeakFinder, Protocol):
         """What a container uses now, or one of its processes that is counted by itself (ProcessSpec.has_own_group).
 
         Raises:
-            ProcessNotFound: there is no such process, or it has ended.
+            ProcessNotFound, ProcessExited.
+            ProcessNotCounted: the process is counted with its container.
         """
 
     def cpu_usage_ns(self, handle: str) -> int:

@@ -204,6 +204,22 @@ async def test_limits_of_a_process(stage: Stage) -> None:
         await stage.backend.limits(handle, "nobody")
 
 
+async def test_usage_of_a_process_that_is_not_counted_by_itself(stage: Stage) -> None:
+    """It is refused for what it is: a process that is known is not said to be unknown."""
+    handle = await stage.create()
+    await stage.start(handle, "sleep", "1000", id="own", limits=Limits(memory_bytes=64 << 20))
+    await stage.start(handle, "sleep", "1000", id="plain")
+    ended = await stage.start(handle, "true", id="ended", limits=Limits(memory_bytes=64 << 20))
+    await exit_of(ended)
+    assert (await stage.backend.usage(handle, "own")).pids >= 1
+    with pytest.raises(errors.ProcessNotCounted, match="is counted with its container"):
+        await stage.backend.usage(handle, "plain")
+    with pytest.raises(errors.ProcessExited, match="ended has exited"):
+        await stage.backend.usage(handle, "ended")
+    with pytest.raises(errors.ProcessNotFound):
+        await stage.backend.usage(handle, "nobody")
+
+
 async def test_rlimits_of_a_container_and_its_processes(stage: Stage) -> None:
     """Of a container they are its processes', those under way included, unless these state the resource themselves."""
     handle = await stage.create(limits=Limits(rlimits=(("core", 5), ("nofile", 500))))

@@ -290,6 +290,14 @@ class FakeBackend:
         if (gate := self.usage_gates.get(handle)) is not None:
             await gate.wait()
         limits = self._get(handle).limits
+        if process_id is not None:
+            process = self._get(handle).processes.get(process_id)
+            if process is None:
+                raise errors.ProcessNotFound(handle, process_id)
+            if process.exit is not None:
+                raise errors.ProcessExited(process_id)
+            if not process.spec.has_own_group:
+                raise errors.ProcessNotCounted(handle, process_id)
         return Usage(
             memory_bytes=4096,
             memory_limit_bytes=limits.memory_bytes or 0,

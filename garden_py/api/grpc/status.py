@@ -36,6 +36,7 @@ CODES: dict[type[errors.GardenError], StatusCode] = {
     errors.ProcessStartFailed: StatusCode.FAILED_PRECONDITION,
     errors.ProcessExited: StatusCode.FAILED_PRECONDITION,
     errors.ProcessNotLimited: StatusCode.FAILED_PRECONDITION,
+    errors.ProcessNotCounted: StatusCode.FAILED_PRECONDITION,
     errors.StdinClosed: StatusCode.FAILED_PRECONDITION,
     errors.NoTty: StatusCode.FAILED_PRECONDITION,
     errors.OffsetOutOfRange: StatusCode.OUT_OF_RANGE,

@@ -27,7 +27,14 @@ from garden_py.backend.oci.data import load_runc_config
 from garden_py.backend.streams.agent_link import AgentLink
 from garden_py.backend.streams.agent_replies import Spawned
 from garden_py.model.codec import load_exit
-from garden_py.model.errors import ContainerBroken, InvalidField, ProcessNotFound, ProcessStartFailed
+from garden_py.model.errors import (
+    ContainerBroken,
+    InvalidField,
+    ProcessExited,
+    ProcessNotCounted,
+    ProcessNotFound,
+    ProcessStartFailed,
+)
 from garden_py.model.image import ImageConfig
 from garden_py.model.process import ProcessSpec
 from garden_py.model.process import Sidecar as SidecarSpec
@@ -293,16 +300,21 @@ def usage_of(container: LinuxContainer, process_id: str) -> Usage:
     """What one process and its children use.
 
     Raises:
-        ProcessNotFound: there is none that is counted by itself, or it has ended.
+        ProcessNotFound, ProcessExited.
+        ProcessNotCounted: it is counted with its container.
     """
     process = container.processes.get(process_id)
-    if process is None or process.exit is not None or not process.own_group:
+    if process is None:
         raise ProcessNotFound(container.handle, process_id)
+    if process.exit is not None:
+        raise ProcessExited(process_id)
+    if not process.own_group:
+        raise ProcessNotCounted(container.handle, process_id)
     try:
         with may_be_gone(container.handle):
             return read_usage(container.cgroup, container.leaf_of(process.spec))
-    except ContainerBroken as error:  # only its own group is gone
-        raise ProcessNotFound(container.handle, process_id) from error
+    except ContainerBroken as error:  # only its own group is gone: it has just ended
+        raise ProcessExited(process_id) from error
 
 
 def without_sidecars(container: LinuxContainer, total: Usage) -> Usage:
