@@ -10,6 +10,7 @@ import socket
 import stat
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,6 +40,7 @@ from garden_py.model.process import OutputStream, ProcessSpec
 from garden_py.observe.metrics import Metrics
 
 T = TypeVar("T")
+CHUNKED = build_head("POST", "/containers", "Transfer-Encoding: chunked")
 
 
 class Garden:
@@ -338,12 +340,21 @@ async def test_body_that_is_too_large_is_refused(tmp_path: Path) -> None:
     """Before it is read to its end."""
     garden = await open_garden(tmp_path, max_message_bytes=1 << 20)
     body = b'{"handle": "' + b"x" * (2 << 20) + b'"}'
-    reply = await garden.do(lambda c: c.call("POST", "/containers", body))
-    assert (reply.status, reply.json()["Message"]) == (500, "the body is larger than 1048576 bytes")
+    told = (500, "the body is larger than 1048576 bytes")
+
+    def say(client: GardenHttp, said: bytes) -> Reply:
+        with connect(client.address) as sock:
+            sock.sendall(said)
+            return read_reply(sock)
+
+    for said in (
+        build_head("POST", "/containers", length=len(body)) + body,
+        build_head("POST", "/containers", length=10**18),  # which would never come
+        CHUNKED + b"%x\r\n%b\r\n" % (len(body), body),
+    ):
+        reply = await garden.do(partial(say, said=said))
+        assert (reply.status, reply.json()["Message"]) == told
     await garden.door.stop()
-
-
-CHUNKED = build_head("POST", "/containers", "Transfer-Encoding: chunked")
 
 
 @pytest.mark.parametrize(

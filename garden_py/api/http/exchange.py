@@ -98,11 +98,14 @@ class Request:
             BrokenBody: it breaks off, or is no HTTP.
             ConnectionError: the client has gone.
         """
+        too_large = BodyTooLarge(f"the body is larger than {most} bytes")
+        if int(self.headers.get("content-length", "0")) > most:  # h11 has looked at it
+            raise too_large
         found = bytearray()
         async for piece in self._pieces:
             found += piece
             if len(found) > most:
-                raise BodyTooLarge(f"the body is larger than {most} bytes")
+                raise too_large
         return bytes(found)
 
 
