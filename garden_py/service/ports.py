@@ -330,19 +330,44 @@ class RunningProcess(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class OutOfMemory:
+    """Tasks of a container that the kernel has killed for want of memory.
+
+    Attributes:
+        process_id: of the process whose own limit it was for; "": the container's, or nobody's.
+        victim: id of the process that was killed, or whose children were, if it is not that; "": not known, it shares
+            its container's group.
+        limit_bytes: the limit; 0: there is none, it was the host that had no memory left.
+        kills: how many tasks.
+    """
+
+    process_id: str = ""
+    victim: str = ""
+    limit_bytes: int = 0
+    kills: int = 1
+
+    @property
+    def limit_of(self) -> str:
+        """Who had no memory left: `container`, `process` or `host`."""
+        if not self.limit_bytes:
+            return "host"
+        return "process" if self.process_id else "container"
+
+
+@dataclass(frozen=True, slots=True)
 class BackendEvents:
     """How a backend reports what happens by itself. Called in the event loop; must not block.
 
     Attributes:
         process_exited: (handle, process).
-        out_of_memory: (handle, process id or "").
+        out_of_memory: (handle, what has been killed since the last time).
         broken: (handle, reason): the container's agent is gone.
         connection: (handle, connection) that the network refused, or that a rule which logs allowed; not each one: the
             backend bounds the rate.
     """
 
     process_exited: Callable[[str, RunningProcess], None]
-    out_of_memory: Callable[[str, str], None]
+    out_of_memory: Callable[[str, OutOfMemory], None]
     broken: Callable[[str, str], None]
     connection: Callable[[str, Connection], None]
 

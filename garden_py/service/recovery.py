@@ -19,7 +19,7 @@ from garden_py.model.lifecycle import USABLE, State
 from garden_py.service.connections import Connections
 from garden_py.service.containers import Containers
 from garden_py.service.events import EventHub, EventKind
-from garden_py.service.ports import Backend, BackendEvents, ContainerRow
+from garden_py.service.ports import Backend, BackendEvents, ContainerRow, OutOfMemory
 from garden_py.service.processes import Processes
 from garden_py.service.registry import Container, ProcessEntry, Registry
 
@@ -185,12 +185,20 @@ class Recovery:
 
     # --- what the backend reports
 
-    def _out_of_memory(self, handle: str, process_id: str) -> None:
+    def _out_of_memory(self, handle: str, killed: OutOfMemory) -> None:
         container = self._registry.find(handle)
         if container is not None:
-            if not _is_apart(container, process_id):
+            if not _is_apart(container, killed.process_id):
                 self._registry.note(container, "Out of memory")
-            self._events.publish(EventKind.OUT_OF_MEMORY, handle, process_id=process_id)
+            self._events.publish(
+                EventKind.OUT_OF_MEMORY,
+                handle,
+                process_id=killed.process_id,
+                limit_of=killed.limit_of,
+                limit_bytes=str(killed.limit_bytes or ""),
+                kills=str(killed.kills),
+                victim=killed.victim,
+            )
 
     def _broken(self, handle: str, reason: str) -> None:
         container = self._registry.find(handle)

@@ -19,6 +19,7 @@ from garden_py.model.limits import IO_RATES, SWAP_UNLIMITED, Limits
 from garden_py.model.netrule import DefaultAction, EgressPolicy, parse_egress_rule
 from garden_py.model.process import OutputStream
 from garden_py.model.spec import PortMapping, Transport
+from garden_py.service.ports import OutOfMemory
 
 
 class Refused(Exception):
@@ -297,7 +298,7 @@ async def test_running_out_of_memory_is_told_and_spares_the_container(stage: Sta
     assert hog.exit.out_of_memory
     assert "out of memory" in hog.exit.reason
     await eventually(lambda: bool(stage.heard.out_of_memory), "an out-of-memory report")
-    assert stage.heard.out_of_memory[0][0] == handle
+    assert stage.heard.out_of_memory == [(handle, OutOfMemory(limit_bytes=16 << 20))]
     assert await exit_of(await stage.start(handle, "true")) == (0, None)
     assert stage.heard.broken == []
 

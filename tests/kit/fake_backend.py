@@ -33,6 +33,7 @@ from garden_py.service.ports import (
     EgressCounts,
     HostCapacity,
     NetworkFacts,
+    OutOfMemory,
     PoolLevel,
     ProcessRow,
     RuleCount,
@@ -413,7 +414,8 @@ class FakeBackend:
         if program is None:
             raise errors.ExecutableNotFound(f"{spec.path}: executable file not found in $PATH")
         variables = {"PATH": "/bin", **dict(entry.split("=", 1) for entry in env)}
-        stdio = Stdio(spec, variables, out_of_memory=lambda: self._events.out_of_memory(handle, ""))
+        killed = OutOfMemory(limit_bytes=container.limits.memory_bytes or 0)
+        stdio = Stdio(spec, variables, out_of_memory=lambda: self._events.out_of_memory(handle, killed))
         if spec.tty is not None:
             stdio.stderr.close()
         process = FakeProcess(

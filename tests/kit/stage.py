@@ -19,6 +19,7 @@ from garden_py.service.ports import (
     Backend,
     BackendEvents,
     ContainerRow,
+    OutOfMemory,
     OutputLog,
     ProcessRow,
     RunningProcess,
@@ -33,14 +34,14 @@ class Heard:
     """What a backend has reported by itself."""
 
     exits: list[tuple[str, str]] = field(default_factory=list)
-    out_of_memory: list[tuple[str, str]] = field(default_factory=list)
+    out_of_memory: list[tuple[str, OutOfMemory]] = field(default_factory=list)
     broken: list[tuple[str, str]] = field(default_factory=list)
     connections: list[tuple[str, Connection]] = field(default_factory=list)
 
     def events(self) -> BackendEvents:
         return BackendEvents(
             process_exited=lambda handle, process: self.exits.append((handle, process.id)),
-            out_of_memory=lambda handle, process_id: self.out_of_memory.append((handle, process_id)),
+            out_of_memory=lambda handle, killed: self.out_of_memory.append((handle, killed)),
             broken=lambda handle, reason: self.broken.append((handle, reason)),
             connection=lambda handle, connection: self.connections.append((handle, connection)),
         )

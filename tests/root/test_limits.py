@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -54,6 +55,27 @@ def test_child_that_is_killed_is_told_by_its_shell(garden: GardenClient) -> None
     with limited(garden, memory_bytes=16 * MIB) as box:
         done = box.run(sh("tail /dev/zero; exit $?")).output()
         assert (done.exit.code, done.exit.out_of_memory) == (137, True)
+
+
+@pytest.mark.cgroup2
+def test_child_that_its_shell_outlives_is_told_once(garden: GardenClient) -> None:
+    """Every charge that fails on the way to one kill is signalled by cgroup v1: hundreds of times."""
+    with limited(garden, memory_bytes=24 * MIB) as box:
+        events = events_of(garden, box.handle)
+        hungry = """sh -c 'x=$(dd if=/dev/zero bs=1M count=60 2>/dev/null | tr "\\0" a)'; exit 4"""
+        done = box.run(sh(hungry), id="shell").output()
+        assert (done.exit.code, done.exit.out_of_memory) == (4, False)
+        kills = box.metrics().oom_kills
+        box.run(["true"], id="last").wait()
+        so_far = itertools.takewhile(lambda e: e.process_id != "last" or e.exit is None, events)
+        told = [e for e in so_far if e.kind in (EventKind.OUT_OF_MEMORY, EventKind.PROCESS_EXITED)]
+        assert [(e.kind, e.process_id) for e in told] == [
+            (EventKind.OUT_OF_MEMORY, ""),
+            (EventKind.PROCESS_EXITED, "shell"),
+        ]
+        limit = {"limit_of": "container", "limit_bytes": str(24 * MIB)}
+        assert dict(told[0].details) == {**limit, "kills": str(kills)}
+        assert box.info().events == ("Out of memory",)
 
 
 def test_an_oom_kill_explains_one_end(garden: GardenClient) -> None:

@@ -3135,6 +3135,11 @@ class Event(_message.Message):
         PROCESS_STARTED: Event._Kind.ValueType  # 6
         PROCESS_EXITED: Event._Kind.ValueType  # 7
         OUT_OF_MEMORY: Event._Kind.ValueType  # 8
+        """The kernel has killed tasks for want of memory, once per kill or per kills at once. process_id: of the process whose own
+        limit it was for; else empty. Details: limit_of (container, process, or host if there was no limit), limit_bytes, kills
+        (how many tasks) and victim: id of the process that was killed, or whose children were, where it is counted by itself but
+        the limit was the container's. That the kernel has killed a process started by callers, its PROCESS_EXITED says too.
+        """
         LIMITS_CHANGED: Event._Kind.ValueType  # 9
         EGRESS_CHANGED: Event._Kind.ValueType  # 10
         PORT_MAPPED: Event._Kind.ValueType  # 11
@@ -3162,6 +3167,11 @@ class Event(_message.Message):
     PROCESS_STARTED: Event.Kind.ValueType  # 6
     PROCESS_EXITED: Event.Kind.ValueType  # 7
     OUT_OF_MEMORY: Event.Kind.ValueType  # 8
+    """The kernel has killed tasks for want of memory, once per kill or per kills at once. process_id: of the process whose own
+    limit it was for; else empty. Details: limit_of (container, process, or host if there was no limit), limit_bytes, kills
+    (how many tasks) and victim: id of the process that was killed, or whose children were, where it is counted by itself but
+    the limit was the container's. That the kernel has killed a process started by callers, its PROCESS_EXITED says too.
+    """
     LIMITS_CHANGED: Event.Kind.ValueType  # 9
     EGRESS_CHANGED: Event.Kind.ValueType  # 10
     PORT_MAPPED: Event.Kind.ValueType  # 11

@@ -32,7 +32,7 @@ from garden_py.model.limits import Limits, Rlimits, rlimits_over
 from garden_py.model.netrule import EgressPolicy
 from garden_py.model.process import ProcessSpec
 from garden_py.observe.apart import apart
-from garden_py.service.ports import BackendEvents
+from garden_py.service.ports import BackendEvents, OutOfMemory
 
 if TYPE_CHECKING:
     from garden_py.backend.linux.sidecars import Sidecar
@@ -139,7 +139,7 @@ class LinuxContainer(AgentOwner):
         self.policy: EgressPolicy | None = None
         self._events = events
         self.spawning: set[str] = set()
-        self._untold_oom: list[str] = []
+        self._untold_oom: list[OutOfMemory] = []
         self._early_exits: dict[str, AgentExit] = {}
         self._watches: dict[str, OomWatch] = {}
         self._pidfd = -1
@@ -191,26 +191,23 @@ class LinuxContainer(AgentOwner):
         loop = asyncio.get_running_loop()
         self._pidfd = pidfd
         apart(loop.add_reader, self._pidfd, self._lost, "its PID 1 has ended")
-        self.watch_oom("", (WORK,))
+        self.watch_oom("", self.cgroup.leaf(None))
 
     def watch_oom(self, process_id: str, leaf: tuple[str, ...]) -> None:
-        """Watch one more cgroup."""
+        """Watch one more cgroup: that of a process counted by itself, or, with no id, that of all others."""
+
+        def tell(kills: int) -> None:
+            self._events.out_of_memory(self.handle, self._killed(process_id, leaf, kills))
+
         directory = self.cgroup.directory("memory", *leaf)
-        watch = OomWatch(
-            directory,
-            self.cgroup.hierarchies.version,
-            lambda: self._events.out_of_memory(self.handle, process_id),
-            below_limit=leaf != (WORK,) and leaf[0] == WORK,
-        )
+        watch = OomWatch(directory, self.cgroup.hierarchies.version, tell)
         self._watches[process_id] = watch
         apart(asyncio.get_running_loop().add_reader, watch.fileno(), watch.acknowledge)
 
     def remember_oom(self, process: LinuxProcess) -> None:
         """If a process has run out of memory while no server watched its group, `tell_oom` will say so."""
-        if process.exit is None or not process.exit.out_of_memory:
-            return
-        own = self._was_own_limit(self.leaf_of(process.spec))
-        self._untold_oom.append(process.id if own else "")
+        if process.exit is not None and process.exit.out_of_memory:
+            self._untold_oom.append(self._killed(process.id, self.leaf_of(process.spec), 1))
 
     def heed_exit(self, process: LinuxProcess) -> None:
         """An earlier server has told how a process ended: if that was an OOM kill, it explains no other's end."""
@@ -223,7 +220,7 @@ class LinuxContainer(AgentOwner):
             self._events.out_of_memory(self.handle, self._untold_oom.pop(0))
 
     def _hear_oom(self, process_id: str) -> None:
-        """The kernel tells of an OOM kill before the victim ends, but the agent may be heard first."""
+        """The kernel counts an OOM kill before the victim ends, or its parent, but the agent may be heard first."""
         watch = self._watches.get(process_id)
         if watch is not None:
             watch.acknowledge()
@@ -308,8 +305,8 @@ class LinuxContainer(AgentOwner):
                 self._early_exits[told.process_id] = told
         elif process.exit is None:
             process.ended(told)
+            self._hear_oom(told.process_id if process.own_group else "")
             if process.own_group:
-                self._hear_oom(told.process_id)
                 self.unwatch_oom(told.process_id)
             self._events.process_exited(self.handle, process)
 
@@ -355,6 +352,15 @@ class LinuxContainer(AgentOwner):
         if self._was_own_limit(leaf):
             return describe_memory_limit(read_limits(self.cgroup, leaf=at), "the process's own ")
         return describe_memory_limit(read_limits(self.cgroup), "the container's ")
+
+    def _killed(self, process_id: str, leaf: tuple[str, ...], kills: int) -> OutOfMemory:
+        """What to tell of so many kills in leaf, with the limit that was the reason."""
+        at = limit_leaf(leaf)
+        own = at != (WORK,) and (leaf[0] != WORK or self._was_own_limit(leaf))
+        limit_bytes = read_limits(self.cgroup, leaf=at if own else (WORK,)).memory_bytes or 0
+        if own:
+            return OutOfMemory(process_id, "", limit_bytes, kills)
+        return OutOfMemory("", process_id if at != (WORK,) else "", limit_bytes, kills)
 
     def _was_own_limit(self, leaf: tuple[str, ...]) -> bool:
         """Whether processes in leaf that were killed had a limit of their own, and met it."""

@@ -43,8 +43,6 @@ async def change(
 ) -> Limits:
     """Change limits of a process, all or none; those in force then.
 
-    Its own out-of-memory events are told from here on, if it had no limits before (a sidecar).
-
     Args:
         container: that it is in.
         process_id: of it.
@@ -71,9 +69,6 @@ async def change(
             stated = now_disk.over(stated.without_disk())
         spec = replace(former, limits=stated, rlimits=rlimits_over(limits.rlimits, former.rlimits))
         now = _change_group(container, process, limits, undo) if process.own_group else Limits()
-        if former.limits.empty() and not stated.empty():
-            container.watch_oom(process_id, container.leaf_of(spec))
-            undo.callback(container.unwatch_oom, process_id)
         if limits.rlimits:  # last of all: not every limit that is lowered can be raised again
             undo.callback(await resource_limits.change_process(container, process, limits.rlimits))
         undo.callback(setattr, process, "spec", former)

@@ -123,9 +123,7 @@ class LinuxProcesses:
             if spec.has_own_group:
                 with may_be_gone(container.handle):
                     groups.add_process_group(container.cgroup, leaf, spec.limits)
-            if not spec.limits.empty():  # before it can run: the kernel tells nothing of what was before
-                with may_be_gone(container.handle):
-                    container.watch_oom(spec.id, leaf)
+                    container.watch_oom(spec.id, leaf)  # before it can run: what was before is not told
             made: list[LinuxProcess] = []
 
             def prepare() -> None:
@@ -234,7 +232,7 @@ class LinuxProcesses:
             if ended is not None and process.exit is None:
                 process.ended_unseen(ended)
                 container.remember_oom(process)
-            elif process.exit is None and not spec.limits.empty():
+            elif process.exit is None and process.own_group:
                 container.watch_oom(spec.id, container.leaf_of(spec))
         else:
             for output in process.logs.values():
