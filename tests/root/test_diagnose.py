@@ -12,12 +12,13 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
+from kit.cgroups import pids_in
 from kit.garden import wait_until
 from kit.server import ServerProcess, running_server
+from kit.stuck import FREEZER, held
 from kit.trace import assert_no_trace, snapshot
 
 from garden_py.client import (
@@ -34,7 +35,6 @@ from garden_py.client import (
 )
 
 pytestmark = pytest.mark.root
-FREEZER = Path("/sys/fs/cgroup/freezer")
 SECRET = "s3cret-that-nobody-may-read"
 
 
@@ -155,15 +155,11 @@ def test_a_broken_container_is_told_with_what_is_left_of_it(server: ServerProces
 def test_a_container_that_the_kernel_holds_is_told_while_it_is_held(server: ServerProcess) -> None:
     with GardenClient(server.address) as garden:
         container = make(garden, "stuck")
-        (freezer,) = FREEZER.glob("garden-*/stuck/freezer.state")
-        freezer.write_text("FROZEN")
-        wait_until(lambda: freezer.read_text().strip() == "FROZEN", "the freeze")
-        try:
+        (directory,) = FREEZER.glob("garden-*/stuck")
+        with held(*pids_in(directory)):
             with pytest.raises(Unavailable):
                 container.destroy()
             found = diagnose(server, "stuck")
-        finally:
-            freezer.write_text("THAWED")
         wait_until(lambda: not list(garden.list(all_states=True)), "the destroy", timeout_s=40)
     assert json.loads(found["container.json"])["state"] == "unkillable"
     assert b"refrigerator" in found["processes/status.txt"] or b"freeze" in found["processes/status.txt"]

@@ -1,20 +1,20 @@
-"""What the kernel does not let go, on a real container: cgroup v1's freezer, in which SIGKILL waits for the thaw."""
+"""What the kernel does not let go, on a real container: held by cgroup v1's freezer, SIGKILL waits for the thaw."""
 
 from __future__ import annotations
 
 import time
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from kit.cgroups import cgroups_of, pids_in
 from kit.garden import events_of, wait_until
 from kit.server import ServerProcess, running_server
+from kit.stuck import FREEZER, held
 
 from garden_py.client import ContainerState, GardenClient
 from garden_py.client.errors import Unavailable
 
-FREEZER = Path("/sys/fs/cgroup/freezer")
 pytestmark = [
     pytest.mark.root,
     pytest.mark.skipif(
@@ -30,9 +30,10 @@ def server(no_trace: None) -> Iterator[ServerProcess]:
         yield server
 
 
-def freezer_of(handle: str) -> Path:
-    (directory,) = FREEZER.glob(f"garden-*/{handle}")
-    return directory / "freezer.state"
+def pids_of(handle: str) -> list[int]:
+    """By the host's numbers; PID 1 is the first."""
+    (directory,) = (path for path in cgroups_of(handle) if path.match("pids/*/*"))
+    return sorted(pids_in(directory))
 
 
 def count_of(state: str) -> float:
@@ -48,31 +49,23 @@ def test_stuck_container_is_told_kept_in_the_accounts_and_retried(server: Server
     with GardenClient(server.address) as garden:
         stuck = garden.create()
         stuck.start(["sleep", "1000"])
-        pid, address = stuck.info().pid, stuck.info().container_ip
+        address = stuck.info().container_ip
+        _, sleeper = pids_of(stuck.handle)
         events = events_of(garden, stuck.handle)
-        freezer = freezer_of(stuck.handle)
-        freezer.write_text("FROZEN")
-        wait_until(lambda: freezer.read_text().strip() == "FROZEN", "the freeze")
-        try:
+        with held(*pids_of(stuck.handle)):
             began = time.monotonic()
-            with pytest.raises(Unavailable, match=f"{pid}") as caught:
+            with pytest.raises(Unavailable, match=f"process {sleeper} ") as caught:
                 stuck.destroy()
             assert caught.value.code == "UNKILLABLE"
             assert time.monotonic() - began < 10
             (info,) = [each for each in garden.list(all_states=True) if each.handle == stuck.handle]
             assert info.state is ContainerState.UNKILLABLE
-            assert (
-                "refrigerator" in info.state_reason
-                or "frozen" in info.state_reason
-                or "freeze" in info.state_reason
-            )
+            assert f"process {sleeper} (state D, wait channel " in info.state_reason
             assert count_of("unkillable") == 1
             assert garden.capacity().containers == 1
             with garden.create() as other:
                 assert other.info().container_ip != address
                 assert other.run(["echo", "alive"]).output().stdout == b"alive\n"
-        finally:
-            freezer.write_text("THAWED")
         wait_until(lambda: not list(garden.list(all_states=True)), "the destroy", timeout_s=40)
         told = []
         for event in events:
@@ -83,17 +76,28 @@ def test_stuck_container_is_told_kept_in_the_accounts_and_retried(server: Server
         assert count_of("unkillable") == 0
 
 
+def test_process_that_is_stuck_is_named_and_not_pid_1_which_waits_for_it(server: ServerProcess) -> None:
+    """Who looks for the device or file system that hangs needs the process that sleeps in it."""
+    with GardenClient(server.address) as garden:
+        stuck = garden.create()
+        stuck.start(["sleep", "1000"])
+        stuck.start(["sleep", "1000"])
+        pid_1, first, second = pids_of(stuck.handle)
+        with held(first), pytest.raises(Unavailable) as caught:
+            stuck.destroy()
+        assert f"process {first} (state D, wait channel " in str(caught.value)
+        assert str(second) not in str(caught.value)
+        assert f"{pid_1} " not in str(caught.value)
+        wait_until(lambda: not list(garden.list(all_states=True)), "the destroy", timeout_s=40)
+
+
 def test_stuck_container_is_retried_by_the_next_server(server: ServerProcess) -> None:
     """The job is written down: it survives the server."""
     with GardenClient(server.address) as garden:
         stuck = garden.create()
-        freezer = freezer_of(stuck.handle)
-        freezer.write_text("FROZEN")
-        try:
+        with held(*pids_of(stuck.handle)):
             with pytest.raises(Unavailable):
                 stuck.destroy()
             server.kill()
             server.start()
-        finally:
-            freezer.write_text("THAWED")
         wait_until(lambda: not list(garden.list(all_states=True)), "the destroy", timeout_s=40)

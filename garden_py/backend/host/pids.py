@@ -6,8 +6,11 @@ import asyncio
 import os
 import select
 import signal
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+
+_NAMED_MOST = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,34 +34,88 @@ class ProcessIdentity:
 
 def read_start_time(pid: int) -> int | None:
     """A process's start time in clock ticks since boot; None if there is no such process, or only its zombie."""
-    fields = _read_stat(pid)
+    fields = _read_stat(str(pid))
     return int(fields[19]) if fields and fields[0] not in "ZX" else None
 
 
 def read_session(pid: int) -> int | None:
     """A process's session id (proc_pid_stat(5), field 6); None if there is no such process."""
-    fields = _read_stat(pid)
+    fields = _read_stat(str(pid))
     return int(fields[3]) if fields else None
 
 
-def _read_stat(pid: int) -> list[str]:
-    """Fields of /proc/PID/stat from the third (state) on; empty if there is no such process.
+def _read_stat(whose: str) -> list[str]:
+    """Fields of /proc/PID/stat, or of a thread's, from the third (state) on; empty if there is no such process.
 
     The second field is the command name in parentheses, which may hold anything, parentheses too.
     """
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return Path(f"/proc/{whose}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return []
 
 
 def read_wait_channel(pid: int) -> str:
     """Where in the kernel a process sleeps, as far as we may know; for messages."""
-    fields = _read_stat(pid)
+    stuck = read_stuck(pid)
+    return "gone" if stuck is None else stuck.where
+
+
+@dataclass(frozen=True, slots=True)
+class Stuck:
+    """A process that does not end.
+
+    Attributes:
+        state: one letter of proc_pid_stat(5); D is a sleep that SIGKILL does not end.
+        wait_channel: the function of the kernel that it sleeps in; "0": none (proc_pid_wchan(5)).
+    """
+
+    pid: int
+    state: str
+    wait_channel: str
+
+    @property
+    def where(self) -> str:
+        """State and wait channel, for messages."""
+        return f"state {self.state}, wait channel {self.wait_channel or 'unknown'}"
+
+
+def read_stuck(pid: int) -> Stuck | None:
+    """A process as one of its threads has it that SIGKILL does not end, else as its first; None if it is gone."""
+    found: Stuck | None = None
     try:
-        return f"state {fields[0]}, wait channel {Path(f'/proc/{pid}/wchan').read_text() or 'unknown'}"
-    except (IndexError, FileNotFoundError, ProcessLookupError):
-        return "gone"
+        for thread in sorted(os.listdir(f"/proc/{pid}/task"), key=int):
+            fields = _read_stat(f"{pid}/task/{thread}")
+            if fields and (found is None or fields[0] == "D"):
+                found = Stuck(pid, fields[0], Path(f"/proc/{pid}/task/{thread}/wchan").read_text())
+                if found.state == "D":
+                    return found
+    except (FileNotFoundError, ProcessLookupError):
+        return found
+    return found
+
+
+def describe_stuck(processes: Collection[Stuck], init: int = 0) -> str:
+    """A sentence about processes that do not end: those that hold up the others.
+
+    Args:
+        processes: all that are left.
+        init: PID 1, which cannot end before the others (pid_namespaces(7)); 0: it is none of them.
+    """
+    left = [each for each in processes if each.pid != init] or list(processes)
+    named = [each for each in left if each.state == "D"] or left
+    told = [f"{each.pid} ({each.where})" for each in named[:_NAMED_MOST]]
+    if len(named) > _NAMED_MOST:
+        told.append(f"{len(named) - _NAMED_MOST} more")
+    if named and named[0].pid == init:
+        return f"PID 1 does not end: {told[0]}"
+    if len(told) == 1:
+        return f"process {told[0]} does not end"
+    return (
+        f"processes {', '.join(told[:-1])} and {told[-1]} do not end"
+        if told
+        else "its processes have just ended"
+    )
 
 
 async def kill_and_wait(identity: ProcessIdentity, *, timeout_s: float) -> bool:

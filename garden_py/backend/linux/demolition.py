@@ -12,7 +12,7 @@ import structlog
 
 from garden_py.backend.cgroup import groups
 from garden_py.backend.cgroup.layout import ContainerCgroup
-from garden_py.backend.host.pids import kill_and_wait, read_wait_channel
+from garden_py.backend.host.pids import describe_stuck, kill_and_wait, read_stuck
 from garden_py.backend.launcher.client import Launcher
 from garden_py.backend.linux.container import ContainerFacts
 from garden_py.backend.linux.disk import ContainerDisk
@@ -91,12 +91,12 @@ class Demolition:
         """End PID 1, and with it everything in its pid namespace (pid_namespaces(7)); then whatever is not in it."""
         identity = facts.identity
         if identity is not None and not await kill_and_wait(identity, timeout_s=deadline - time.monotonic()):
-            raise Unkillable(
-                handle, f"PID 1 ({identity.pid}) does not end: {read_wait_channel(identity.pid)}"
-            )
+            # With a pid namespace to empty, PID 1 waits for those that are left in it.
+            left = filter(None, map(read_stuck, sorted({identity.pid, *groups.pids_in(cgroup)})))
+            raise Unkillable(handle, describe_stuck(list(left), identity.pid))
         while pids := groups.pids_in(cgroup):
             if time.monotonic() > deadline:
-                raise Unkillable(handle, f"process {pids[0]} does not end: {read_wait_channel(pids[0])}")
+                raise Unkillable(handle, describe_stuck(list(filter(None, map(read_stuck, pids)))))
             groups.kill_all(cgroup)
             await asyncio.sleep(_RETRY_S)
 
