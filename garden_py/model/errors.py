@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 
 class GardenError(Exception):
@@ -92,7 +92,7 @@ class ContainerBroken(GardenError):
 
 
 class Unkillable(GardenError):
-    """Destroy went as far as the kernel let it and goes on in the background.
+    """Destroy or stop went as far as the kernel let it; destroy goes on in the background.
 
     Attributes:
         handle: the container.
@@ -101,8 +101,11 @@ class Unkillable(GardenError):
 
     code = "unkillable"
 
-    def __init__(self, handle: str, reason: str) -> None:
-        super().__init__(f"container {handle} cannot be destroyed yet: {reason}; the server keeps trying")
+    def __init__(
+        self, handle: str, reason: str, *, wanted: Literal["destroyed", "stopped"] = "destroyed"
+    ) -> None:
+        then = "; the server keeps trying" if wanted == "destroyed" else ""
+        super().__init__(f"container {handle} cannot be {wanted} yet: {reason}{then}")
         self.handle = handle
         self.reason = reason
 

@@ -597,7 +597,11 @@ class Containers:
     # --- stop and destroy
 
     async def stop(self, handle: str, *, kill: bool, grace_s: float = STOP_GRACE_S) -> None:
-        """End all processes: SIGTERM, repeated, then SIGKILL after grace_s seconds; kill: SIGKILL at once."""
+        """End all processes: SIGTERM, repeated, then SIGKILL after grace_s seconds; kill: SIGKILL at once.
+
+        Raises:
+            Unkillable: some are still there 10 s after the first SIGKILL; they end when the kernel lets them.
+        """
         with self._usable(handle, "stopped") as container:
             deadline = time.monotonic() + (0 if kill else grace_s)
             while time.monotonic() < deadline and self._backend.workload_count(handle):
@@ -607,6 +611,8 @@ class Containers:
             while time.monotonic() < deadline and self._backend.workload_count(handle):
                 await self._backend.signal_all(handle, signal.SIGKILL)
                 await self._until_empty(handle, min(deadline, time.monotonic() + _STOP_REPEAT_S))
+            if self._backend.workload_count(handle):
+                raise errors.Unkillable(handle, self._backend.describe_workload(handle), wanted="stopped")
             if container.state in USABLE:
                 self._registry.move(container, State.STOPPED)
                 self._events.publish(EventKind.CONTAINER_STOPPED, handle)

@@ -551,6 +551,9 @@ class Backend(LeakFinder, Protocol):
     def workload_count(self, handle: str) -> int:
         """Tasks of a container, the agent not counted."""
 
+    def describe_workload(self, handle: str) -> str:
+        """A sentence about its processes, of which none should be left, for an error: which, and where they hang."""
+
     async def usage(self, handle: str, process_id: str | None = None) -> Usage:
         """What a container uses now, or one of its processes that is counted by itself (ProcessSpec.has_own_group).
 

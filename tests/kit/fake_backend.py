@@ -287,6 +287,10 @@ class FakeBackend:
     def workload_count(self, handle: str) -> int:
         return sum(1 for process in self._get(handle).processes.values() if process.exit is None)
 
+    def describe_workload(self, handle: str) -> str:
+        left = [process.id for process in self._get(handle).processes.values() if process.exit is None]
+        return f"{', '.join(left)} of a fake"
+
     async def usage(self, handle: str, process_id: str | None = None) -> Usage:
         if (gate := self.usage_gates.get(handle)) is not None:
             await gate.wait()

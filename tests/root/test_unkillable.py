@@ -91,6 +91,22 @@ def test_process_that_is_stuck_is_named_and_not_pid_1_which_waits_for_it(server:
         wait_until(lambda: not list(garden.list(all_states=True)), "the destroy", timeout_s=40)
 
 
+def test_stop_that_leaves_a_stuck_process_fails(server: ServerProcess) -> None:
+    """It names the process, the container stays as it was, and the next stop finds nothing left."""
+    with GardenClient(server.address) as garden, garden.create() as box:
+        box.start(["sleep", "1000"])
+        box.start(["sleep", "1000"])
+        _, stuck, other = pids_of(box.handle)
+        with held(stuck):
+            with pytest.raises(Unavailable, match=rf"process {stuck} \(state D, wait channel ") as caught:
+                box.stop(kill=True)
+            assert caught.value.code == "UNKILLABLE"
+            assert box.info().state is ContainerState.ACTIVE
+            assert other not in pids_of(box.handle)
+        box.stop(kill=True)
+        assert box.info().state is ContainerState.STOPPED
+
+
 def test_stuck_container_is_retried_by_the_next_server(server: ServerProcess) -> None:
     """The job is written down: it survives the server."""
     with GardenClient(server.address) as garden:

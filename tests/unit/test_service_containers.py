@@ -547,6 +547,29 @@ async def test_stop_ends_processes_and_the_container_goes_on(server: Server) -> 
 
 
 @in_virtual_time
+async def test_stop_that_leaves_a_process_says_so(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What still runs is told with the error, and the container is not called stopped."""
+    core = await server.start()
+    await core.containers.create(spec())
+    process = await core.processes.start("box", SLEEP)
+    sent: list[int] = []
+
+    async def hold(handle: str, number: int) -> None:
+        sent.append(number)
+
+    with monkeypatch.context() as kernel:
+        kernel.setattr(server.backend, "signal_all", hold)
+        with pytest.raises(errors.Unkillable, match=f"box cannot be stopped yet: {process.id} ") as caught:
+            await core.containers.stop("box", kill=False, grace_s=1)
+    assert caught.value.code == "unkillable"
+    assert set(sent) == {15, 9}
+    assert core.containers.get("box").state is State.ACTIVE
+    assert ("CONTAINER_STOPPED", "box") not in server.events()
+    await core.containers.stop("box", kill=False)
+    assert core.containers.get("box").state is State.STOPPED
+
+
+@in_virtual_time
 async def test_usage_of_many_never_fails_as_a_whole(server: Server) -> None:
     """One bad handle is an entry, not an error."""
     core = await server.start()

@@ -252,6 +252,8 @@ class GardenServicer:
 
     def StopContainer(self, request, context):
         """Ends all processes of a container: SIGTERM, `grace`, SIGKILL. The container stays and can run new processes.
+        Errors: NOT_FOUND; UNAVAILABLE with reason UNKILLABLE when some are still there 10 s after SIGKILL, because the kernel holds
+        them: the container is not STOPPED then, and they end as soon as they can.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -173,13 +173,22 @@ def pids_below(top: Path) -> list[int]:
 
 def workload_count(cgroup: ContainerCgroup) -> int:
     """Tasks (threads included) of the workload, agents not counted."""
-    top = cgroup.directory("pids")
-    count = _count(top / WORK)
-    for name in os.listdir(top):
-        if name.startswith("p-"):
-            with suppress(FileNotFoundError):  # that sidecar has ended since
-                count += _count(top / name)
+    work, *beside = _workload_directories(cgroup)
+    count = _count(work)
+    for directory in beside:
+        with suppress(FileNotFoundError):  # that sidecar has ended since
+            count += _count(directory)
     return count
+
+
+def workload_pids(cgroup: ContainerCgroup) -> list[int]:
+    """Processes of the workload, as the host numbers them."""
+    return [pid for directory in _workload_directories(cgroup) for pid in pids_below(directory)]
+
+
+def _workload_directories(cgroup: ContainerCgroup) -> list[Path]:
+    top = cgroup.directory("pids")
+    return [top / WORK, *(top / name for name in os.listdir(top) if name.startswith("p-"))]
 
 
 def _count(directory: Path) -> int:

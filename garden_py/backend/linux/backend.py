@@ -17,6 +17,7 @@ from garden_py.backend.cgroup import groups
 from garden_py.backend.cgroup.limits import change_limits, read_limits
 from garden_py.backend.cgroup.stats import read_usage
 from garden_py.backend.disk.store import LoopStore
+from garden_py.backend.host.pids import describe_stuck, read_stuck
 from garden_py.backend.images.images import Images, Rootfs
 from garden_py.backend.images.store import ImageStore
 from garden_py.backend.launcher.client import Launcher
@@ -518,6 +519,12 @@ class LinuxBackend:
         """Tasks in the container, the agent not counted."""
         with may_be_gone(handle):
             return groups.workload_count(self._get(handle).cgroup)
+
+    def describe_workload(self, handle: str) -> str:
+        """Which processes do not end, and where in the kernel they are."""
+        with may_be_gone(handle):
+            pids = groups.workload_pids(self._get(handle).cgroup)
+        return describe_stuck(list(filter(None, map(read_stuck, pids))))
 
     async def usage(self, handle: str, process_id: str | None = None) -> Usage:
         """What a container uses now, or one of its processes; see service.ports."""

@@ -51,7 +51,11 @@ class AsyncContainer:
         return await self._link.unary(calls.info(self.handle))
 
     async def stop(self, *, kill: bool = False, grace: timedelta | None = None) -> None:
-        """End all processes: SIGTERM, `grace` (None: 10 s), SIGKILL; with `kill` SIGKILL at once."""
+        """End all processes: SIGTERM, `grace` (None: 10 s), SIGKILL; with `kill` SIGKILL at once.
+
+        Raises:
+            Unavailable: with code UNKILLABLE, the kernel holds on to one, which ends when it can.
+        """
         await self._link.unary(calls.stop(self.handle, kill=kill, grace=grace))
 
     async def destroy(self) -> None:
