@@ -22,8 +22,11 @@ from garden_py.backend.cgroup.layout import (
     throttled_parent_of,
 )
 from garden_py.backend.cgroup.limits import write_limits
+from garden_py.backend.host.small_files import read_small
 from garden_py.model.limits import Limits
 
+# Whether a group itself is frozen, where that is changed, and what thaws it.
+_FREEZERS = (("freezer.self_freezing", "freezer.state", "THAWED"), ("cgroup.freeze", "cgroup.freeze", "0"))
 _ENABLE_V2 = " ".join(f"+{name}" for name in V2_CONTROLLERS)
 
 
@@ -193,6 +196,31 @@ def _workload_directories(cgroup: ContainerCgroup) -> list[Path]:
 
 def _count(directory: Path) -> int:
     return int((directory / "pids.current").read_text())
+
+
+def thaw(cgroup: ContainerCgroup) -> None:
+    """Let go of what somebody has frozen in the container's groups: what v1's freezer holds, SIGKILL does not end.
+
+    A group above them that is frozen stays so; it is none of ours.
+
+    Source: cgroup-v1/freezer-subsystem.rst; cgroup-v2.rst, cgroup.freeze.
+    """
+    for mount_point in all_hierarchies(cgroup.hierarchies):
+        top = mount_point / cgroup.path
+        for asked, change, thawed in _FREEZERS:
+            if not (top / asked).exists():
+                continue
+            for parent, _, _ in os.walk(top):
+                _thaw_one(Path(parent, asked), Path(parent, change), thawed)
+
+
+def _thaw_one(asked: Path, change: Path, thawed: str) -> None:
+    try:
+        if read_small(asked).strip() == "1":
+            change.write_text(thawed)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENODEV):  # removed while we looked
+            raise
 
 
 def kill_all(cgroup: ContainerCgroup) -> None:

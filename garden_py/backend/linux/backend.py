@@ -512,7 +512,9 @@ class LinuxBackend:
         return self._get_whole(handle).facts.pid
 
     async def signal_all(self, handle: str, number: int) -> None:
-        """Signal everything in the container but PID 1."""
+        """Signal everything in the container but PID 1; what is frozen is thawed, for the agent may be too."""
+        with may_be_gone(handle):
+            groups.thaw(self._get(handle).cgroup)
         await self._get(handle).link.signal_all(number)
 
     def workload_count(self, handle: str) -> int:

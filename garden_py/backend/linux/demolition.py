@@ -89,6 +89,7 @@ class Demolition:
         self, handle: str, facts: ContainerFacts, cgroup: ContainerCgroup, deadline: float
     ) -> None:
         """End PID 1, and with it everything in its pid namespace (pid_namespaces(7)); then whatever is not in it."""
+        groups.thaw(cgroup)
         identity = facts.identity
         if identity is not None and not await kill_and_wait(identity, timeout_s=deadline - time.monotonic()):
             # With a pid namespace to empty, PID 1 waits for those that are left in it.
