@@ -524,6 +524,8 @@ class Backend(LeakFinder, Protocol):
     async def destroy(self, handle: str, facts: dict[str, Any]) -> None:
         """Remove whatever exists of a container; works from its facts alone, and any number of times.
 
+        The exits of its processes are reported when none is left, be it by a later call.
+
         Raises:
             Unkillable: the kernel holds on to something past the deadline; call again.
         """

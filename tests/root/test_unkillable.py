@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import urllib.request
 from collections.abc import Iterator
+from datetime import timedelta
 
 import pytest
 from kit.cgroups import cgroups_of, pids_in
@@ -48,7 +49,7 @@ def test_stuck_container_is_told_kept_in_the_accounts_and_retried(server: Server
     """An answer within the deadline; everybody else goes on; it goes as soon as the kernel lets it."""
     with GardenClient(server.address) as garden:
         stuck = garden.create()
-        stuck.start(["sleep", "1000"])
+        process = stuck.start(["sleep", "1000"])
         address = stuck.info().container_ip
         _, sleeper = pids_of(stuck.handle)
         events = events_of(garden, stuck.handle)
@@ -61,6 +62,7 @@ def test_stuck_container_is_told_kept_in_the_accounts_and_retried(server: Server
             (info,) = [each for each in garden.list(all_states=True) if each.handle == stuck.handle]
             assert info.state is ContainerState.UNKILLABLE
             assert f"process {sleeper} (state D, wait channel " in info.state_reason
+            assert stuck.wait(process.id, timeout=timedelta(seconds=0.1)) is None, "it still runs"
             assert count_of("unkillable") == 1
             assert garden.capacity().containers == 1
             with garden.create() as other:
@@ -72,7 +74,8 @@ def test_stuck_container_is_told_kept_in_the_accounts_and_retried(server: Server
             told.append(event.kind.name)
             if told[-1] == "CONTAINER_DESTROYED":
                 break
-        assert "CONTAINER_UNKILLABLE" in told
+        assert told.index("CONTAINER_UNKILLABLE") < told.index("PROCESS_EXITED"), "it ran until then"
+        assert told.count("PROCESS_EXITED") == 1
         assert count_of("unkillable") == 0
 
 

@@ -110,6 +110,7 @@ class LinuxBackend:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._containers: dict[str, LinuxContainer] = {}
+        self._undead: dict[str, LinuxContainer] = {}  # being destroyed, and a process is left
         self._unleased: dict[str, str] = {}
         self._events: BackendEvents
         self._site: Site
@@ -340,7 +341,7 @@ class LinuxBackend:
         self._heartbeat.stop()
         await self._upgrades.close()
         self._network.close()
-        for container in self._containers.values():
+        for container in (*self._containers.values(), *self._undead.values()):
             container.let_go()
         await self._images.settle()
         await self._site.depot.settle()
@@ -440,8 +441,8 @@ class LinuxBackend:
             raise Unkillable(handle, reason) from failure
 
     async def destroy(self, handle: str, facts: dict[str, Any]) -> None:
-        """Remove whatever exists of a container."""
-        container = self._containers.pop(handle, None)
+        """Remove whatever exists of a container; its processes are told to have ended when none is left."""
+        container = self._containers.pop(handle, None) or self._undead.pop(handle, None)
         if container is not None:
             container.broken_because = "it is being destroyed"
             container.unwatch()
@@ -456,13 +457,15 @@ class LinuxBackend:
         except (OSError, ExceptionGroup) as error:
             raise _as_garden_error("destroy", error) from error
         finally:
-            if container is not None:
+            if container is not None and groups.pids_in(container.cgroup):
+                self._undead[handle] = container
+            elif container is not None:
                 container.end_all("the container was destroyed")
 
     def clues(self, handle: str, facts: dict[str, Any]) -> list[Clue]:
         """Where to look at it; see service.ports."""
         known = ContainerFacts.from_json(facts) if facts else None
-        return self._clues.about(handle, known, self._containers.get(handle))
+        return self._clues.about(handle, known, self._containers.get(handle) or self._undead.get(handle))
 
     def _get(self, handle: str) -> LinuxContainer:
         container = self._containers.get(handle)
