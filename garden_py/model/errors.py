@@ -149,6 +149,25 @@ class PoolExhausted(GardenError):
         self.flag = flag
 
 
+class TaskLimitReached(GardenError):
+    """The container has no room for one more process under its limit of tasks (limits.pids); nothing was started.
+
+    Attributes:
+        tasks: processes and threads that it has.
+        limit: how many it may have.
+    """
+
+    code = "task_limit_reached"
+
+    def __init__(self, handle: str, tasks: int, limit: int) -> None:
+        super().__init__(
+            f"container {handle} has {tasks} tasks of at most {limit} (limits.pids): there is no room for a process"
+        )
+        self.handle = handle
+        self.tasks = tasks
+        self.limit = limit
+
+
 class NoLink(GardenError):
     """A container has no link of its own, so it has neither egress rules nor ports."""
 

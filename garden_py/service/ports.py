@@ -653,6 +653,7 @@ class Backend(LeakFinder, Protocol):
 
         Raises:
             ExecutableNotFound, NotExecutable, UserNotFound, ProcessStartFailed, ContainerBroken.
+            TaskLimitReached: its container has as many tasks as it may have.
         """
 
     def end_fetches(self) -> None:

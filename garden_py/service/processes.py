@@ -52,7 +52,7 @@ class Processes:
 
         Raises:
             InvalidRequest, ContainerNotFound, ContainerBusy, ContainerBroken, ProcessIdInUse, ExecutableNotFound,
-            NotExecutable, UserNotFound, ProcessStartFailed.
+            NotExecutable, UserNotFound, ProcessStartFailed, TaskLimitReached.
         """
         check_process(spec)
         if len(request_id) > REQUEST_ID_MAX:

@@ -289,6 +289,18 @@ async def test_usage_counts_tasks_and_shows_limits(stage: Stage) -> None:
     await exit_of(process)
 
 
+async def test_start_beyond_the_limit_of_tasks_is_refused(stage: Stage) -> None:
+    """It takes nothing away: as soon as one ends there is room again."""
+    handle = await stage.create(limits=Limits(pids=1))
+    first = await stage.start(handle, "sleep", "1000")
+    with pytest.raises(errors.TaskLimitReached) as caught:
+        await stage.start(handle, "sleep", "1000")
+    assert (caught.value.tasks, caught.value.limit) == (1, 1)
+    await first.signal(9, group=False)
+    await exit_of(first)
+    assert await exit_of(await stage.start(handle, "true")) == (0, None)
+
+
 async def test_running_out_of_memory_is_told_and_spares_the_container(stage: Stage) -> None:
     """The hog dies with the reason on its exit status; PID 1 lives and runs the next process."""
     handle = await stage.create(limits=Limits(memory_bytes=16 << 20))

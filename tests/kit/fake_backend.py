@@ -407,6 +407,9 @@ class FakeBackend:
         self, handle: str, spec: ProcessSpec, env: tuple[str, ...], record: Callable[[], None]
     ) -> FakeProcess:
         container = self._get(handle)
+        tasks, limit = self.workload_count(handle), container.limits.pids
+        if limit and tasks >= limit and not spec.is_beside:
+            raise errors.TaskLimitReached(handle, tasks, limit)
         self.calls.append(("start", spec.id))
         record()
         await self.start_gate.wait()

@@ -19,6 +19,7 @@ from garden_py.client import (
     FailedPrecondition,
     GardenClient,
     Limits,
+    ResourceExhausted,
 )
 from garden_py.model.limits import MEMORY_FLOOR_BYTES
 
@@ -124,6 +125,31 @@ def test_tasks_are_limited(garden: GardenClient) -> None:
         assert metrics.pids <= 9  # PID 1 is beside the limit
         box.stop(kill=True)
         assert text_of(box, "echo again") == "again\n"
+
+
+@pytest.mark.cgroup2
+def test_processes_that_callers_start_are_tasks_too(garden: GardenClient) -> None:
+    """The kernel checks the limit when a task forks; these are forked outside and join. Also many at once."""
+    with limited(garden, pids=4) as box, ThreadPoolExecutor(8) as pool:
+
+        def start(number: int) -> ResourceExhausted | str:
+            try:
+                return box.start(["sleep", "1000"], id=f"s{number}").id
+            except ResourceExhausted as error:
+                return error
+
+        ends = list(pool.map(start, range(8)))
+        started = [end for end in ends if isinstance(end, str)]
+        refused = [end for end in ends if isinstance(end, ResourceExhausted)]
+        assert (len(started), len(refused)) == (4, 4)
+        assert {(end.code, end.quotas[0].field) for end in refused} == {("TASK_LIMIT_REACHED", "limits.pids")}
+        assert box.metrics().pids == 5  # PID 1 is beside the limit
+        assert {each.id for each in box.processes()} == set(started)
+        box.signal(started[0], "KILL")
+        box.wait(started[0])
+        assert text_of(box, "echo room") == "room\n"
+        box.update_limits(Limits(pids=0))
+        assert text_of(box, "true | echo any") == "any\n"
 
 
 @pytest.mark.cgroup2

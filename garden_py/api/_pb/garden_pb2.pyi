@@ -20,8 +20,9 @@ Conventions
     ALREADY_EXISTS       handle or process id in use
     PERMISSION_DENIED    a setting of the server forbids it (reason PRIVILEGED_DISABLED), or a registry does not take the
                          user and password (IMAGE_ACCESS_DENIED)
-    RESOURCE_EXHAUSTED   a pool is empty (addresses, ports, containers), the message is over the size limit, or an image is
-                         larger than the server takes (IMAGE_TOO_LARGE)
+    RESOURCE_EXHAUSTED   a pool is empty (addresses, ports, containers), a container has as many tasks as it may have
+                         (TASK_LIMIT_REACHED), the message is over the size limit, or an image is larger than the server takes
+                         (IMAGE_TOO_LARGE)
     FAILED_PRECONDITION  the container, process or image is in a state that does not allow the call; or what was fetched is
                          no image, or not what its digests say (IMAGE_INVALID)
     ABORTED              an etag did not match: read again, then retry
@@ -540,7 +541,7 @@ class Limits(_message.Message):
     cpu_period_us: _builtins.int
     """1000 to 1000000 µs, default 100000"""
     pids: _builtins.int
-    """processes and threads; 0 = unlimited"""
+    """processes and threads, PID 1 not counted; 0 = unlimited"""
     disk_bytes: _builtins.int
     """Disk space of the writable layer, of containers and sidecars only; 0 = unlimited; floor 256 KiB. Beyond it a writer gets
     EDQUOT. UNIMPLEMENTED where the server's file system cannot enforce it (see --store-size).

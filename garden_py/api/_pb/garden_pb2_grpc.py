@@ -356,7 +356,8 @@ class GardenServicer:
     def RunProcess(self, request_iterator, context):
         """Starts a process and stays with it. First message: spec; then input. Answers: one `started`, then output chunks,
         `exited` once, `closed` per stream, and the end of the stream when all three have been said. Leaving does not
-        end the process.
+        end the process. RESOURCE_EXHAUSTED (TASK_LIMIT_REACHED) when the container has as many tasks as `limits.pids` says; so
+        StartProcess.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -26,6 +26,7 @@ CODES: dict[type[errors.GardenError], StatusCode] = {
     errors.Unkillable: StatusCode.UNAVAILABLE,
     errors.NoLink: StatusCode.FAILED_PRECONDITION,
     errors.PoolExhausted: StatusCode.RESOURCE_EXHAUSTED,
+    errors.TaskLimitReached: StatusCode.RESOURCE_EXHAUSTED,
     errors.PrivilegedDisabled: StatusCode.PERMISSION_DENIED,
     errors.PortInUse: StatusCode.ALREADY_EXISTS,
     errors.ProcessNotFound: StatusCode.NOT_FOUND,
@@ -124,6 +125,10 @@ def _details(
         case errors.PoolExhausted():
             quota = error_details_pb2.QuotaFailure()
             quota.violations.add(subject=error.pool, description=f"size {error.size}, set by {error.flag}")
+            found.append(quota)
+        case errors.TaskLimitReached():
+            quota = error_details_pb2.QuotaFailure()
+            quota.violations.add(subject="limits.pids", description=f"{error.tasks} of {error.limit} in use")
             found.append(quota)
         case errors.ContainerNotFound() | errors.HandleInUse():
             found.append(

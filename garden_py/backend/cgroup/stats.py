@@ -145,6 +145,13 @@ def _read_v2(cgroup: ContainerCgroup, top: tuple[str, ...], limited: tuple[str, 
     )
 
 
+def read_task_room(cgroup: ContainerCgroup) -> tuple[int, int]:
+    """Tasks within the container's limit of them, and the limit; with none, (0, 0)."""
+    work = _at(cgroup, "pids", (WORK,))
+    limit = parse_max(read_small(f"{work}/pids.max").strip())
+    return (_number(f"{work}/pids.current"), limit) if limit else (0, 0)
+
+
 def read_oom_kills(cgroup: ContainerCgroup, leaf: tuple[str, ...]) -> int:
     """Tasks that the OOM killer has ended in a group; v2 counts those below it too, v1 its own.
 

@@ -18,13 +18,14 @@ from garden_py.backend.cgroup import groups
 from garden_py.backend.cgroup.events import OomWatch
 from garden_py.backend.cgroup.layout import WORK, ContainerCgroup
 from garden_py.backend.cgroup.limits import read_limits
-from garden_py.backend.cgroup.stats import met_own_limit, read_oom_kills
+from garden_py.backend.cgroup.stats import met_own_limit, read_oom_kills, read_task_room
 from garden_py.backend.host.pids import ProcessIdentity
 from garden_py.backend.linux.agent_owner import AgentOwner
 from garden_py.backend.linux.isolation import Isolation
 from garden_py.backend.linux.lease import NetworkLease
 from garden_py.backend.linux.process import LinuxProcess, OomAccount
 from garden_py.backend.linux.starts import Starts
+from garden_py.backend.linux.task_room import TaskRoom
 from garden_py.backend.streams.agent_link import AgentLink
 from garden_py.backend.streams.agent_replies import AgentExit
 from garden_py.model.errors import ContainerBroken
@@ -135,6 +136,7 @@ class LinuxContainer(AgentOwner):
         self.bandwidth = Limits()
         self.rlimits: Rlimits = ()
         self.starts = Starts()
+        self.task_room = TaskRoom(handle, self._read_task_room)
         self.helper_pids: set[int] = set()
         self.policy: EgressPolicy | None = None
         self._events = events
@@ -146,6 +148,10 @@ class LinuxContainer(AgentOwner):
         self.throttled = False
         self._default_groups: dict[bool, list[int]] = {}
         self._shared_oom = self._oom_account(cgroup.leaf(None))
+
+    def _read_task_room(self) -> tuple[int, int]:
+        with may_be_gone(self.handle):
+            return read_task_room(self.cgroup)
 
     def _oom_account(self, leaf: tuple[str, ...]) -> OomAccount:
         return OomAccount(lambda: read_oom_kills(self.cgroup, leaf))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -105,7 +105,9 @@ class LinuxProcesses:
         env: tuple[str, ...],
         record: Callable[[], None],
     ) -> LinuxProcess:
-        async with container.starts.begin():
+        # A sidecar beside the container's limits is in a group of its own, which is empty.
+        room = nullcontext() if spec.is_beside else container.task_room.take()
+        async with container.starts.begin(), room:
             return await self._spawn_now(container, owner, spec, env, record)
 
     async def _spawn_now(
