@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 from kit import plant
@@ -64,6 +66,19 @@ def test_the_server_that_is_named_for_any_command_is_asked(server: ServerProcess
         argv = [sys.executable, "-m", "garden_py", *before, "doctor", "--leaks", "-o", "json", *after]
         done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=True)
         assert json.loads(done.stdout) == []
+
+
+def test_the_server_that_the_environment_names_is_asked(server: ServerProcess, tmp_path: Path) -> None:
+    """As by every other command; a state directory that is named says more."""
+    argv = [sys.executable, "-m", "garden_py", "doctor", "--leaks", "-o", "json"]
+    environ = {**os.environ, "GARDEN_ADDRESS": server.address}
+    asked = subprocess.run(argv, capture_output=True, text=True, timeout=60, env=environ, check=True)
+    assert json.loads(asked.stdout) == []
+    for unused in (tmp_path, tmp_path / "missing"):
+        named = [*argv, "--state-dir", str(unused)]
+        done = subprocess.run(named, capture_output=True, text=True, timeout=60, env=environ)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == f"garden doctor: no garden server has used {unused}\n"
 
 
 def test_exactly_the_orphans_are_found_and_removed(server: ServerProcess) -> None:

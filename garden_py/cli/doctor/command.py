@@ -53,7 +53,8 @@ def doctor(
         typer.Option(
             "--address",
             metavar="ADDRESS",
-            help="With --leaks: ask this server.  [default: the one on --state-dir, if it runs]",
+            help="With --leaks: ask this server.  [default: the one on --state-dir, if it runs; without that flag "
+            "the one at GARDEN_ADDRESS, if set]",
             show_default=False,
         ),
     ] = None,
@@ -95,7 +96,8 @@ def doctor(
     --state-dir, or reads the journal itself if that server is stopped (it cannot start meanwhile). Both need root,
     and without it a server is asked: that of --address, else the one at the default address. What
     is being made or destroyed is neither; what is found must be found twice, a second apart. Exit code 1 if a leak
-    is left. --fix removes orphans; what only looks like the server's is kept, and the last column says why. A
+    is left. GARDEN_ADDRESS names the server as for other commands, unless --state-dir is given. --fix removes
+    orphans; what only looks like the server's is kept, and the last column says why. A
     running server does the same by itself, see `garden server --janitor-interval-s`.
 
         garden doctor --leaks

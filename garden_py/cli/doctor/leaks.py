@@ -41,15 +41,20 @@ def report_leaks(
 def find_leaks(context: typer.Context, state_dir: Path, address: str | None, *, fix: bool) -> list[Leak]:
     """Ask the server if there is one, else look ourselves, which only root can: others ask the default server."""
     stated = address is not None or opt.settings_of(context).address is not None
+    if not stated and not _is_written(context, "state_dir"):
+        stated = bool(os.environ.get("GARDEN_ADDRESS"))  # which `connect` follows
     if not stated and os.geteuid() != 0 and state_dir != DEFAULT_STATE_DIR:
         raise parse.BadInput(f"{state_dir}: root alone may read its journal; --address asks its server")
     if not stated and os.geteuid() == 0:
         # Imported here: only this needs the server's half.
         from garden_py.model.errors import GardenError
         from garden_py.observe.log import configure_logging
-        from garden_py.stopped import ServerRuns, check_stopped
+        from garden_py.stopped import JOURNAL_NAME, ServerRuns, check_stopped
 
         configure_logging("error", "auto")  # what is found is on stdout already
+        if not (state_dir / JOURNAL_NAME).exists():
+            typer.echo(f"garden doctor: no garden server has used {state_dir}", err=True)
+            raise typer.Exit(EXIT_LEAKS)
         try:
             return [_from_report(report) for report in check_stopped(state_dir, remove=fix)]
         except ServerRuns as running:
@@ -59,6 +64,12 @@ def find_leaks(context: typer.Context, state_dir: Path, address: str | None, *, 
             raise typer.Exit(EXIT_LEAKS) from error
     with opt.connect(context, address) as garden:
         return list(garden.check_leaks(remove=fix))
+
+
+def _is_written(context: typer.Context, option: str) -> bool:
+    """Whether an option is on the command line: neither its default nor from the environment."""
+    source = context.get_parameter_source(option)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _from_report(report: LeakReport) -> Leak:
