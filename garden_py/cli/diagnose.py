@@ -44,7 +44,7 @@ class Overview:
 
     Attributes:
         limits: in force, as the kernel has them.
-        egress: with the counters of its rules.
+        egress: with the counters of its rules; None also of a container without a link of its own.
         problems: why there is no answer, by field.
     """
 
@@ -86,6 +86,7 @@ def look_at(container: Container) -> Overview:
         GardenError: there is no such container, or no server.
     """
     from garden_py.client.errors import GardenError
+    from garden_py.client.values import NetworkMode
 
     found = Overview(container.info())
     questions: Mapping[str, Callable[[], Any]] = {
@@ -94,7 +95,10 @@ def look_at(container: Container) -> Overview:
         "processes": container.processes,
         "metrics": container.metrics,
     }
+    has_link = found.container.spec.network_mode is NetworkMode.OWN
     for name, ask in questions.items():
+        if name == "egress" and not has_link:
+            continue
         try:
             setattr(found, name, ask())
         except GardenError as error:
@@ -108,6 +112,8 @@ def _print_overview(found: Overview) -> None:
     fields = info_fields(found.container)
     if found.limits is not None:
         fields["limits"] = render.limits_text(found.limits)
+    if found.egress is None and "egress" not in found.problems:
+        fields["egress"] = "none: the container has no link of its own"
     fields["environment"] = ", ".join(sorted(found.container.spec.env))
     render.print_fields(fields)
     if found.metrics is not None:

@@ -85,7 +85,13 @@ def format_rule(rule: EgressRule) -> str:
 
 
 def add_rules(policy: EgressPolicy, rules: tuple[EgressRule, ...], position: int | None) -> EgressPolicy:
-    """The policy with rules inserted before the rule at position (1 is the first); None: at the end."""
+    """The policy with rules inserted before the rule at position (1 is the first); None: at the end.
+
+    Raises:
+        BadInput: that is beyond the end.
+    """
+    if position is not None and position > len(policy.rules) + 1:
+        raise parse.BadInput(f"--at {position}: the last rule is {len(policy.rules)}")
     at = len(policy.rules) if position is None else position - 1
     return replace(policy, rules=(*policy.rules[:at], *rules, *policy.rules[at:]))
 

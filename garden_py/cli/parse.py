@@ -85,7 +85,10 @@ def parse_pairs(texts: Sequence[str], what: str) -> dict[str, str]:
 def parse_rlimits(texts: Sequence[str]) -> dict[str, int]:
     """`nofile=1024` texts by name; `unlimited` is the largest value, RLIM_INFINITY (getrlimit(2))."""
     limits: dict[str, int] = {}
-    for name, value in parse_pairs(texts, "rlimit").items():
+    for text in texts:
+        ((name, value),) = parse_pairs([text], "rlimit").items()
+        if name in limits:
+            raise BadInput(f"rlimit {name} is given twice")
         if value == "unlimited":
             limits[name] = RLIM_INFINITY
         elif value.isdecimal():
@@ -121,9 +124,12 @@ def parse_port(text: str) -> PortMapping:
     """`[HOST:]CONTAINER[/tcp|udp]`; without HOST the server picks a free port."""
     from garden_py.client.values import PortMapping, PortProtocol
 
-    match = re.fullmatch(r"(?:(\d{1,5}):)?(\d{1,5})(?:/(tcp|udp))?", text)
-    if match is None or not all(int(port) < 65536 for port in (match[1] or "0", match[2])):
+    match = re.fullmatch(r"(?:(\d+):)?(\d+)(?:/(tcp|udp))?", text)
+    if match is None:
         raise BadInput(f"port {text!r} is not of the form [HOST:]CONTAINER[/tcp|udp]")
+    for port in (match[1] or "0", match[2]):
+        if int(port) > 65535:
+            raise BadInput(f"port {text!r}: {port} is not within 1..65535")
     return PortMapping(int(match[1] or 0), int(match[2]), PortProtocol[(match[3] or "tcp").upper()])
 
 

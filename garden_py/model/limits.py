@@ -178,6 +178,11 @@ def rlimits_over(rlimits: Rlimits, older: Rlimits) -> Rlimits:
     return tuple(sorted({**dict(older), **dict(rlimits)}.items()))
 
 
+def format_rlimit(name: str, value: int) -> str:
+    """`nofile=1024`, or `nofile=unlimited`."""
+    return f"{name}={'unlimited' if value == RLIM_INFINITY else value}"
+
+
 def rlimit_violations(rlimits: Iterable[tuple[str, int]], prefix: str) -> list[FieldViolation]:
     """Resources that there are not, and values that are none, named as `prefix[name]`."""
     found: list[FieldViolation] = []

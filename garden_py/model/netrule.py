@@ -336,7 +336,7 @@ class Destination:
         """Read a protocol and what follows it on a command line.
 
         `10.0.0.5:443` or `[2001:db8::5]:443` for tcp and udp; `10.0.0.5:3/1` for icmp, or an address alone for an echo
-        request; an address alone for all, which stands for another protocol.
+        request; an address alone for all, which stands for another protocol. Alone, IPv6 needs no brackets.
 
         Raises:
             InvalidField: naming the part.
@@ -346,8 +346,12 @@ class Destination:
         except ValueError as error:
             known = ", ".join(p.value for p in Protocol)
             raise InvalidField("protocol", f"{protocol!r} is none of {known}") from error
-        match = re.fullmatch(r"(?:\[([^\]]+)\]|([^:\[\]]+))(?::(.+))?", text)
+        is_alone = kind not in (Protocol.TCP, Protocol.UDP) and _is_ipv6(text)
+        pattern = r"(?:\[([^\]]+)\]|([^:\[\]]+))(?::(.+))?"
+        match = re.fullmatch(pattern, f"[{text}]" if is_alone else text)
         try:
+            if text.count(":") > 1 and "[" not in text and not is_alone:
+                raise ValueError("write IPv6 in brackets, as in [2001:db8::5]:443")
             if match is None:
                 raise ValueError("write ADDRESS, ADDRESS:PORT or [IPv6]:PORT")
             address = parse_address(match[1] or match[2])
@@ -368,6 +372,13 @@ class Destination:
         shown = f"[{self.address}]" if self.address.version == 6 else str(self.address)
         last = self.port if self.icmp is None else self.icmp
         return f"{self.protocol.value} {shown}" + ("" if last is None else f":{last}")
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        return ip_address(text).version == 6
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True, slots=True)

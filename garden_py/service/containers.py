@@ -290,9 +290,8 @@ class Containers:
             limit: at most this many.
         """
         found: list[Container] = []
-        hidden = (State.CREATING, State.DESTROYING, State.UNKILLABLE)
         for container in self._registry:
-            if container.handle <= after or (container.state in hidden and not all_states):
+            if container.handle <= after or (container.state in _IN_TRANSIT and not all_states):
                 continue
             own = dict(container.spec.properties)
             if all(own.get(key, "") == value for key, value in properties.items()):

@@ -198,6 +198,8 @@ def test_egress_add_and_remove_survive_a_concurrent_change(garden: Garden, fake:
     assert fake.conflicts == 0
     shown = [line.split("  ")[1].strip() for line in garden("egress", "get", "c").out.splitlines()[1:]]
     assert shown == ["deny all:169.254.169.254 log", "tcp:10.0.0.0/8:443", "default: deny"]
+    beyond = garden("egress", "add", "c", "--at", "4", "tcp:10.0.0.1:80")
+    assert (beyond.code, beyond.err) == (2, "garden: --at 4: the last rule is 2\n")
     assert garden("egress", "remove", "c", "tcp:10.0.0.0/8:443").code == 0
     assert len(fake.containers["c"].egress.rules) == 1
     assert fake.containers["c"].egress.default_action == pb.EgressPolicy.DENY
@@ -400,6 +402,17 @@ def test_inspect_is_everything_about_one_container(garden: Garden) -> None:
     assert set(told) == {"container", "limits", "egress", "processes", "metrics", "problems"}
     assert told["problems"] == {}
     assert garden("inspect", "nobody").code == 1
+
+
+@pytest.mark.parametrize("network", [("none",), ("host", "--privileged")])
+def test_inspect_of_a_container_without_a_link_has_no_problem(
+    garden: Garden, network: tuple[str, ...]
+) -> None:
+    """It has no egress policy, which is as it should be."""
+    garden("create", "--handle", "c", "--network", *network)
+    assert "none: the container has no link of its own" in garden("inspect", "c").out
+    told = json.loads(garden("inspect", "c", "-o", "json").out)
+    assert (told["egress"], told["problems"]) == (None, {})
 
 
 def test_diagnose_passes_the_tar_on_as_it_comes(garden: Garden) -> None:

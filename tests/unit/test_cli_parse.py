@@ -80,8 +80,11 @@ def test_ports_take_host_and_protocol() -> None:
     assert parse.parse_port("80") == PortMapping(0, 80, PortProtocol.TCP)
     assert parse.parse_port("8080:80") == PortMapping(8080, 80, PortProtocol.TCP)
     assert parse.parse_port("53/udp") == PortMapping(0, 53, PortProtocol.UDP)
-    for text in ("", "x", "70000", "1:2:3", "80/icmp", "99999:1"):
-        with pytest.raises(parse.BadInput):
+    for text in ("", "x", "1:2:3", "80/icmp"):
+        with pytest.raises(parse.BadInput, match="is not of the form"):
+            parse.parse_port(text)
+    for text in ("70000", "99999:1", "1:123456/udp"):
+        with pytest.raises(parse.BadInput, match=r"is not within 1\.\.65535"):
             parse.parse_port(text)
 
 
@@ -97,6 +100,8 @@ def test_rlimits_are_numbers_or_unlimited() -> None:
     assert parse.parse_rlimits(["nofile=1024", "core=unlimited"]) == {"nofile": 1024, "core": 2**64 - 1}
     with pytest.raises(parse.BadInput):
         parse.parse_rlimits(["nofile=many"])
+    with pytest.raises(parse.BadInput, match="nofile is given twice"):
+        parse.parse_rlimits(["nofile=100", "core=0", "nofile=200"])
     assert parse.format_rlimits({"nofile": 9, "core": 2**64 - 1}) == "core=unlimited nofile=9"
 
 

@@ -124,6 +124,9 @@ def test_fields_are_paths_from_the_request() -> None:
         ("icmp", "10.0.0.5", "icmp 10.0.0.5:8/0"),
         ("icmp", "10.0.0.5:3/1", "icmp 10.0.0.5:3/1"),
         ("all", "10.0.0.5", "all 10.0.0.5"),
+        ("icmp", "fd00:51::2", "icmp [fd00:51::2]:128/0"),
+        ("icmp", "[fd00:51::2]:1/4", "icmp [fd00:51::2]:1/4"),
+        ("all", "fd00:51::2", "all [fd00:51::2]"),
     ],
 )
 def test_destinations_are_read_as_written(protocol: str, text: str, shown: str) -> None:
@@ -149,6 +152,15 @@ def test_bad_destinations_name_the_part(protocol: str, text: str, field: str) ->
     with pytest.raises(InvalidField) as caught:
         Destination.parse(protocol, text)
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("protocol", "text"), [("tcp", "fd00:51::2"), ("udp", "fd00:51::2:53"), ("icmp", "fd00:51::2:1/4")]
+)
+def test_ipv6_with_more_behind_it_is_written_in_brackets(protocol: str, text: str) -> None:
+    """Where the address ends could not be told."""
+    with pytest.raises(InvalidField, match="write IPv6 in brackets"):
+        Destination.parse(protocol, text)
 
 
 @pytest.mark.parametrize(

@@ -302,6 +302,8 @@ async def test_unkillable_container_is_tried_again_ever_more_rarely(server: Serv
     container = core.registry.find("box")
     assert container is not None
     assert (container.state, container.state_reason) == (State.UNKILLABLE, str(stuck[0]))
+    listed = core.containers.list_containers({}, all_states=False, after="", limit=9)
+    assert listed == [container], "somebody has to see it"
     tries: list[int] = []
     for second in range(1, 100):
         await asyncio.sleep(1)

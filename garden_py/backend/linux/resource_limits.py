@@ -22,7 +22,7 @@ from garden_py.backend.host.rlimits import exchange_limit, obstacle_to, read_lim
 from garden_py.backend.linux.container import LinuxContainer
 from garden_py.backend.linux.process import LinuxProcess
 from garden_py.model.errors import ContainerBroken, LimitRefused, ProcessExited
-from garden_py.model.limits import Limits, Rlimits
+from garden_py.model.limits import Limits, Rlimits, format_rlimit
 
 FIELD: Final = "limits.rlimits"
 # How often the processes are looked through for new ones. Each time those found get their limits, so what the next look
@@ -195,7 +195,7 @@ def check(rlimits: Rlimits, open_files_max: int) -> None:
         _, hard = read_own_limit(name)
         hard = min(hard, open_files_max) if name == "nofile" else hard
         if problem := obstacle_to(name, value, hard):
-            raise LimitRefused(FIELD, f"{name}={value} {problem}")
+            raise LimitRefused(FIELD, f"{format_rlimit(name, value)} {problem}")
 
 
 async def change_container(container: LinuxContainer, rlimits: Rlimits) -> Callable[[], None]:
@@ -296,10 +296,10 @@ def _look(pid: int, limits: Rlimits) -> dict[str, _Pair]:
             problem = (
                 "a process of another user runs, and the server has no CAP_SYS_RESOURCE to change its limits"
             )
-            raise LimitRefused(FIELD, f"{name}={value}: {problem}") from error
+            raise LimitRefused(FIELD, f"{format_rlimit(name, value)}: {problem}") from error
         if now != (value, value):
             if problem := obstacle_to(name, value, now[1]):
-                raise LimitRefused(FIELD, f"{name}={value} {problem}")
+                raise LimitRefused(FIELD, f"{format_rlimit(name, value)} {problem}")
             found[name] = now
     return found
 
