@@ -137,7 +137,7 @@ class PoolExhausted(GardenError):
     Attributes:
         pool: "addresses", "ports", "containers" or "uid ranges".
         size: how many the pool holds in all.
-        flag: the server flag that sets its size.
+        flag: the server flag that sets its size; empty: none does.
     """
 
     code = "pool_exhausted"
@@ -166,6 +166,19 @@ class TaskLimitReached(GardenError):
         self.handle = handle
         self.tasks = tasks
         self.limit = limit
+
+
+class SubnetFull(PoolExhausted):
+    """All addresses of a subnet that a caller has chosen are in use. Its size is in its prefix, not a flag's."""
+
+    code = "subnet_full"
+
+    def __init__(self, subnet: str, size: int) -> None:
+        super().__init__(f"addresses of {subnet}", size, "")
+
+    def __str__(self) -> str:
+        # The first words are the reference's (statement N4).
+        return f"insufficient IPs remaining in the pool: all {self.size} {self.pool} are in use"
 
 
 class NoLink(GardenError):

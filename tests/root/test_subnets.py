@@ -151,7 +151,7 @@ def test_no_network_is_loopback_only(garden: GardenClient) -> None:
         assert (info.container_ip, info.host_ip, info.spec.network_mode) == ("", "", NetworkMode.NONE)
         assert text_of(box, "ls /sys/class/net") == "lo\n"
         assert code_of(box, "ping -c 1 -W 2 127.0.0.1") == 0
-        assert text_of(box, "cat /etc/hosts") == "127.0.0.1 localhost\n"
+        assert text_of(box, "cat /etc/hosts") == f"127.0.0.1 localhost\n127.0.0.1 {info.spec.hostname}\n"
         for act in (box.map_port, box.egress, lambda: box.set_egress(EgressPolicy())):
             with pytest.raises(FailedPrecondition) as refused:
                 act()
@@ -170,7 +170,8 @@ def test_host_network_is_the_hosts(garden: GardenClient) -> None:
         box.start(["nc", "127.0.0.1", str(listener.getsockname()[1])])
         listener.settimeout(5)
         listener.accept()[0].close()
-        assert text_of(box, "cat /etc/hosts") == Path("/etc/hosts").read_text()
+        own_name = f"127.0.0.1 {box.info().spec.hostname}\n"
+        assert text_of(box, "cat /etc/hosts") == Path("/etc/hosts").read_text() + own_name
         assert box.info().container_ip == ""
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from garden_py.backend.net.pools import AddressPool, PortPool, Subnets
-from garden_py.model.errors import InvalidField, PoolExhausted, PortInUse
+from garden_py.model.errors import InvalidField, PoolExhausted, PortInUse, SubnetFull
 from garden_py.model.network import SubnetChoice
 
 
@@ -189,7 +189,9 @@ def test_subnets_come_and_go_with_their_containers() -> None:
         return caught.value.problem
 
     assert [lease("10.80.0.0/29") for _ in range(5)] == [f"10.80.0.{n}" for n in range(2, 7)]
-    assert refused("10.80.0.0/29") == "insufficient IPs remaining in the pool"
+    full = "insufficient IPs remaining in the pool: all 5 addresses of 10.80.0.0/29 are in use"
+    with pytest.raises(SubnetFull, match=re.escape(full)):
+        lease("10.80.0.0/29")
     assert refused("10.80.0.3/29") == "the requested IP is already allocated"
     overlap = "the requested subnet (10.80.0.0/24) overlaps an existing subnet (10.80.0.0/29)"
     assert refused("10.80.0.9/24") == overlap

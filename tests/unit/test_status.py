@@ -79,6 +79,17 @@ def test_exhausted_pool_is_named_with_size_and_flag() -> None:
     assert code_of(error) is StatusCode.RESOURCE_EXHAUSTED
 
 
+def test_full_subnet_is_an_exhausted_pool_without_a_flag() -> None:
+    """The caller has chosen its size."""
+    error = errors.SubnetFull("10.80.0.0/30", 1)
+    quota = error_details_pb2.QuotaFailure()
+    details_of(error)["QuotaFailure"].Unpack(quota)
+    assert (quota.violations[0].subject, quota.violations[0].description) == (
+        "addresses of 10.80.0.0/30", "size 1",
+    )  # fmt: skip
+    assert code_of(error) is StatusCode.RESOURCE_EXHAUSTED
+
+
 def test_offsets_are_in_the_details() -> None:
     """A reader resumes from what it is told."""
     error = errors.OffsetOutOfRange(1, 2, 3)

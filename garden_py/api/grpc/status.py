@@ -124,7 +124,10 @@ def _details(
             found.append(bad)
         case errors.PoolExhausted():
             quota = error_details_pb2.QuotaFailure()
-            quota.violations.add(subject=error.pool, description=f"size {error.size}, set by {error.flag}")
+            quota.violations.add(
+                subject=error.pool,
+                description=f"size {error.size}" + (error.flag and f", set by {error.flag}"),
+            )
             found.append(quota)
         case errors.TaskLimitReached():
             quota = error_details_pb2.QuotaFailure()

@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Callable, Iterable, Iterator
 from ipaddress import IPv4Address, IPv4Network, collapse_addresses
 
-from garden_py.model.errors import InvalidField, PoolExhausted, PortInUse
+from garden_py.model.errors import InvalidField, PoolExhausted, PortInUse, SubnetFull
 from garden_py.model.network import SubnetChoice
 
 SMALLEST_PREFIX_LENGTH = 29
@@ -129,7 +129,8 @@ class Subnets:
         """Take the wanted address, or the lowest free one of the wanted subnet.
 
         Raises:
-            InvalidField: it overlaps something, is taken, or there is none left (field `subnet`).
+            InvalidField: it overlaps something, or is taken (field `subnet`).
+            SubnetFull: there is none left.
         """
         if wanted.network.overlaps(self._pool):
             raise InvalidField(
@@ -147,7 +148,7 @@ class Subnets:
         if address is None:
             address = next((each for each in _assignable(wanted.network) if each not in taken), None)
             if address is None:
-                raise InvalidField("subnet", "insufficient IPs remaining in the pool")
+                raise SubnetFull(str(wanted.network), len(taken))
         if address in taken:
             raise InvalidField("subnet", "the requested IP is already allocated")
         self._members.setdefault(wanted.network, set()).add(address)
