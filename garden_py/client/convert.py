@@ -11,6 +11,10 @@ from garden_py.client.times import duration_to_pb, moment
 
 
 def _env_to_pb(env: Mapping[str, str]) -> list[str]:
+    for name in env:
+        # The server would see another name, for it takes what is before the first equals sign.
+        if not name or "=" in name or "\0" in name:
+            raise ValueError(f"{name!r} cannot be the name of an environment variable")
     return [f"{name}={value}" for name, value in env.items()]
 
 
