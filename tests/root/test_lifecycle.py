@@ -394,7 +394,8 @@ def test_broken_container_says_so_and_can_be_destroyed(garden: GardenClient) -> 
     assert process.wait(PATIENCE).signal == 9
     info = container.info()
     assert info.state is ContainerState.BROKEN
-    assert info.state_reason
+    # How it ended is known as long as it is a zombie, and on Linux 6.15 for good.
+    assert info.state_reason in ("its PID 1 was ended by signal 9 (SIGKILL)", "its PID 1 has ended")
     assert container.wait("victim", PATIENCE) is not None
     with pytest.raises(FailedPrecondition, match="broken"):
         container.run(["true"])

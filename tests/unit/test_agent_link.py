@@ -149,8 +149,8 @@ async def test_no_answer_is_the_end_of_the_link(
     agent.answers = dict.fromkeys(("ping", "signal", "attach", "resize", "release"), silence)
     results = await asyncio.gather(*(call(agent.link) for _ in range(3)), return_exceptions=True)
     assert [type(result) for result in results] == [ContainerBroken] * 3
-    assert len(agent.lost) == 1
-    assert "does not answer" in agent.lost[0]
+    assert agent.lost == ["its agent does not answer (for 0.2 s)"]
+    assert {result.reason for result in results if isinstance(result, ContainerBroken)} == set(agent.lost)
 
 
 async def test_agent_that_reads_nothing_costs_its_askers_only_their_patience(agent: FakeAgent) -> None:

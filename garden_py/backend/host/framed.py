@@ -22,6 +22,10 @@ _AT_ONCE_BYTES = 4096
 _CMSG_SPACE = socket.CMSG_SPACE(wire.MAX_FDS * array.array("i").itemsize)
 
 
+OTHER_SIDE_CLOSED = "the other side closed the connection"
+"""Why a link has ended that the other side has closed, most likely by ending."""
+
+
 class LinkClosed(Exception):
     """The other side is gone or broke the protocol; the message says which."""
 
@@ -238,7 +242,7 @@ class FramedLink:
         try:
             frames = receive_frames(self._sock, self._decoder, self._fds)
             if frames is None:
-                self._end("the other side closed the connection")
+                self._end(OTHER_SIDE_CLOSED)
                 return
             for frame in frames:
                 self._dispatch(frame, take_fds(frame, self._fds))

@@ -19,7 +19,8 @@ from garden_py.backend.cgroup.events import OomWatch
 from garden_py.backend.cgroup.layout import WORK, ContainerCgroup
 from garden_py.backend.cgroup.limits import read_limits
 from garden_py.backend.cgroup.stats import met_own_limit, read_oom_kills, read_task_room
-from garden_py.backend.host.pids import ProcessIdentity
+from garden_py.backend.host.framed import OTHER_SIDE_CLOSED
+from garden_py.backend.host.pids import ProcessIdentity, describe_exit, has_ended, read_exit_status
 from garden_py.backend.linux.agent_owner import AgentOwner
 from garden_py.backend.linux.isolation import Isolation
 from garden_py.backend.linux.lease import NetworkLease
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 # Removed before open(2), and between it and read(2) as cgroups and as links' statistics say it.
+_PID_1_ENDED = "its PID 1 has ended"
+_END_TOLD_S = 0.1
+"""After the first sign that PID 1 ends: until then it is found out how, if it can be."""
 _GONE = (errno.ENOENT, errno.ENODEV, errno.EINVAL)
 COPY_PREFIX = ".copy-"  # names of the agent's own helpers; no caller's process id begins with a dot
 
@@ -145,6 +149,7 @@ class LinuxContainer(AgentOwner):
         self._early_exits: dict[str, AgentExit] = {}
         self._watches: dict[str, OomWatch] = {}
         self._pidfd = -1
+        self._losing: asyncio.TimerHandle | None = None
         self.throttled = False
         self._default_groups: dict[bool, list[int]] = {}
         self._shared_oom = self._oom_account(cgroup.leaf(None))
@@ -196,7 +201,7 @@ class LinuxContainer(AgentOwner):
         """
         loop = asyncio.get_running_loop()
         self._pidfd = pidfd
-        apart(loop.add_reader, self._pidfd, self._lost, "its PID 1 has ended")
+        apart(loop.add_reader, self._pidfd, self._lost, _PID_1_ENDED)
         self.watch_oom("", self.cgroup.leaf(None))
 
     def watch_oom(self, process_id: str, leaf: tuple[str, ...]) -> None:
@@ -240,8 +245,25 @@ class LinuxContainer(AgentOwner):
 
     def _lost(self, reason: str) -> None:
         """The agent is gone, or of no use any more; every process goes with it."""
+        if self.broken_because or self._losing is not None:
+            return
+        if reason in (OTHER_SIDE_CLOSED, _PID_1_ENDED) and self._pidfd >= 0:
+            # A process's files are closed before it has ended, and it has ended before somebody may know how.
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(self._pidfd)
+            self._losing = apart(loop.call_later, _END_TOLD_S, self._lost_for_good, reason)
+        else:
+            self._lost_for_good(reason)
+
+    def _lost_for_good(self, reason: str) -> None:
         if self.broken_because:
             return
+        if reason in (OTHER_SIDE_CLOSED, _PID_1_ENDED) and self._pidfd >= 0:
+            status = read_exit_status(self._pidfd, self.facts.pid)
+            if status is not None:
+                reason = f"its PID 1 {describe_exit(status)}"
+            elif has_ended(self._pidfd):
+                reason = _PID_1_ENDED
         self.broken_because = reason
         self.give_up()
         self.end_all(f"container broken: {reason}")
@@ -274,6 +296,8 @@ class LinuxContainer(AgentOwner):
 
     def unwatch(self) -> None:
         """Take our descriptors out of the event loop; twice is fine."""
+        if self._losing is not None:
+            self._losing.cancel()
         for process_id in list(self._watches):
             self.unwatch_oom(process_id)
         if self._pidfd >= 0:

@@ -78,6 +78,7 @@ class AgentLink:
         self._handle = handle
         self._talk = talk or AgentTalk()
         self._on_lost = on_lost
+        self._given_up_because = ""
         self._patience_s = patience_s
         self._on_exit = on_exit
         self._link = FramedLink(sock, on_event=self._event, on_close=self._lost, unasked_max=_UNASKED_MAX)
@@ -145,6 +146,7 @@ class AgentLink:
 
     def _broken(self, reason: str) -> errors.ContainerBroken:
         """End the link: there is no use in an agent like this."""
+        self._given_up_because = self._given_up_because or reason
         self._link.fail(reason)
         return errors.ContainerBroken(self._handle, reason)
 
@@ -176,7 +178,8 @@ class AgentLink:
             raise
         except LinkClosed as error:
             outcome = str(error)
-            raise errors.ContainerBroken(self._handle, f"its agent is gone ({error})") from error
+            reason = self._given_up_because or f"its agent is gone ({error})"
+            raise errors.ContainerBroken(self._handle, reason) from error
         finally:
             self._talk.answered(value, outcome)
 
