@@ -226,9 +226,11 @@ def test_limit_below_use_is_refused(garden: GardenClient) -> None:
     """The kernel cannot take the memory back; nothing is killed, nothing is changed, the field is named."""
     with limited(garden, memory_bytes=64 * MIB) as box:
         text_of(box, "dd if=/dev/zero of=/dev/shm/a bs=1M count=40 2>/dev/null")
-        with pytest.raises(FailedPrecondition) as refused:
+        with pytest.raises(FailedPrecondition, match=r"is below the \d+ bytes in use") as refused:
             box.update_limits(Limits(memory_bytes=8 * MIB))
         assert refused.value.code == "LIMIT_REFUSED"
+        in_use = next(int(word) for word in str(refused.value).split() if word.isdecimal())
+        assert 40 * MIB <= in_use <= 64 * MIB
         assert refused.value.metadata["field"] == "limits.memory_bytes"
         assert box.limits().memory_bytes == 64 * MIB
         assert box.metrics().oom_kills == 0

@@ -196,7 +196,7 @@ def test_limit_below_use_is_refused(garden: GardenClient) -> None:
         script = "dd if=/dev/zero of=/dev/shm/a bs=1M count=40 2>/dev/null; echo full; sleep 1000"
         process = box.run(sh(script), id="full", limits=Limits(memory_bytes=64 * MIB, pids=9))
         next(iter(process))
-        with pytest.raises(FailedPrecondition) as refused:
+        with pytest.raises(FailedPrecondition, match=r"is below the 4\d{7} bytes in use") as refused:
             box.update_limits(Limits(memory_bytes=8 * MIB, pids=5), "full")
         assert refused.value.code == "LIMIT_REFUSED"
         assert (box.limits("full").memory_bytes, box.limits("full").pids) == (64 * MIB, 9)

@@ -40,6 +40,7 @@ from garden_py.backend.linux.plugin_settings import check_plugins, image_command
 from garden_py.backend.linux.pools import UNLIMITED, pool_levels
 from garden_py.backend.linux.process import LinuxProcess
 from garden_py.backend.linux.processes import LinuxProcesses, usage_of, without_sidecars
+from garden_py.backend.linux.refusals import telling_memory_in_use
 from garden_py.backend.linux.sidecars import Sidecars, owner_of, sidecar_directories, sidecar_layer
 from garden_py.backend.linux.site import Site, check_apparmor, disk_of, make_mount_dir, open_site, open_store
 from garden_py.backend.linux.throttling import Throttling
@@ -620,7 +621,8 @@ class LinuxBackend:
             undo.callback(block_io.change, cgroup, block_io.read(cgroup))
         block_io.change(cgroup, limits)
         before = read_limits(cgroup)
-        now = change_limits(cgroup, limits)
+        with telling_memory_in_use(cgroup):
+            now = change_limits(cgroup, limits)
         undo.callback(change_limits, cgroup, limits.those_of(before))
         return now.over(block_io.read(cgroup))
 

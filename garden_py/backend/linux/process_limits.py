@@ -11,6 +11,7 @@ from garden_py.backend.linux import resource_limits
 from garden_py.backend.linux.container import LinuxContainer, may_be_gone
 from garden_py.backend.linux.disk import ContainerDisk
 from garden_py.backend.linux.process import LinuxProcess
+from garden_py.backend.linux.refusals import telling_memory_in_use
 from garden_py.backend.linux.sidecars import sidecar_layer
 from garden_py.backend.linux.undo import all_or_nothing
 from garden_py.model.errors import ContainerBroken, ProcessExited, ProcessNotFound, ProcessNotLimited
@@ -92,7 +93,7 @@ def _change_group(
 ) -> Limits:
     before, leaf = _read_group(container, process), container.leaf_of(process.spec)
     try:
-        with may_be_gone(container.handle):
+        with may_be_gone(container.handle), telling_memory_in_use(container.cgroup, leaf):
             now = change_limits(container.cgroup, limits, leaf=leaf)
     except ContainerBroken as error:
         raise ProcessExited(process.id) from error
