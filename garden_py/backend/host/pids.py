@@ -52,7 +52,7 @@ def read_exit_status(pidfd: int, pid: int) -> int | None:
 
     Source: PIDFD_GET_INFO, linux/pidfd.h; proc_pid_stat(5), field 52.
     """
-    if (fields := _read_stat(pid)) and fields[0] == "Z" and has_ended(pidfd):
+    if (fields := _read_stat(str(pid))) and fields[0] == "Z" and has_ended(pidfd):
         return int(fields[-1])
     info = bytearray(_PIDFD_INFO.pack(_PIDFD_INFO_EXIT, 0))
     try:
