@@ -16,7 +16,7 @@ from garden_py.api.http.exchange import Answer, Hijack, Reply, Request, Stream, 
 from garden_py.api.http.fields import BadJson, as_fields, parse_object, parse_value, read_list
 from garden_py.api.http.routes import Match
 from garden_py.config import Config
-from garden_py.model.errors import CopyFailed, GardenError, PropertyNotFound
+from garden_py.model.errors import CopyFailed, GardenError, ProcessExited, ProcessNotFound, PropertyNotFound
 from garden_py.model.process import OutputStream
 from garden_py.service.core import Core
 from garden_py.service.ports import NetworkFacts
@@ -127,7 +127,10 @@ class GardenHandlers:
         container = self._core.registry.find(handle)
         if container is None and (found := self._core.processes.find_sidecar(handle)) is not None:
             owner, process = found
-            usage = await self._core.containers.usage_of_process(owner, process.id)
+            try:
+                usage = await self._core.containers.usage_of_process(owner, process.id)
+            except ProcessExited as error:  # in this protocol there are no metrics of what is not there
+                raise ProcessNotFound(owner, process.id) from error
             return encode.sidecar_metrics_json(process, usage)
         usage = await self._core.containers.usage_of_container(handle)
         container = self._core.registry.get(handle)
