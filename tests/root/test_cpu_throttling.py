@@ -41,6 +41,12 @@ def pid_on_host(box: Container, script: str) -> int:
     raise AssertionError(f"nothing runs {script}")
 
 
+def spin_on_each_cpu(box: Container) -> None:
+    """So that two containers compete everywhere: left to the scheduler, each may have a CPU of its own beside others."""
+    for cpu in os.sched_getaffinity(0):
+        box.start(["taskset", hex(1 << cpu), *sh(SPIN)])
+
+
 def cpu_path(pid: int) -> str:
     """Where a process is in the hierarchy of the cpu controller."""
     lines = (line.split(":", 2) for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines())
@@ -80,15 +86,13 @@ def test_spinning_one_is_throttled_and_an_idle_one_can_spike(no_trace: None) -> 
         garden.create(ContainerSpec(limits=Limits(cpu_weight=2000))) as idle,
     ):
         before = spinner.limits()
-        for _ in range(os.cpu_count() or 1):
-            spinner.start(sh(SPIN))
+        spin_on_each_cpu(spinner)
         memory = memory_path(pid_on_host(spinner, SPIN))
         wait_until(lambda: is_bad(spinner), "throttling", 60)
         assert memory_path(pid_on_host(spinner, SPIN)) == memory
         assert spinner.limits() == before
         assert spinner.metrics().pids_limit == 20
-        for _ in range(os.cpu_count() or 1):
-            idle.start(sh(SPIN))
+        spin_on_each_cpu(idle)
         first, started = used_ns(spinner, idle), time.monotonic()
         wait_until(lambda: time.monotonic() - started > 1.5, "contention")
         second = used_ns(spinner, idle)
