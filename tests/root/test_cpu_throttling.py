@@ -42,7 +42,7 @@ def pid_on_host(box: Container, script: str) -> int:
 
 
 def spin_on_each_cpu(box: Container) -> None:
-    """So that two containers compete everywhere: left to the scheduler, each may have a CPU of its own beside others."""
+    """So that two of them compete everywhere: left to the scheduler, each may have a CPU of its own."""
     for cpu in os.sched_getaffinity(0):
         box.start(["taskset", hex(1 << cpu), *sh(SPIN)])
 
