@@ -61,6 +61,15 @@ class Terminal:
             raise AssertionError(f"the terminal closed after {self.seen!r}") from error
 
     def end(self) -> int:
-        code = self.process.wait(DEADLINE_S)
+        """Wait for its end, and look meanwhile: a program that nobody reads does not come to its keys."""
+        deadline_s = time.monotonic() + DEADLINE_S
+        while self.process.poll() is None:
+            assert time.monotonic() < deadline_s, f"it does not end after {self.seen!r}"
+            ready, _, _ = select.select([self.ours], [], [], 0.05)
+            if ready:
+                try:
+                    self.seen += os.read(self.ours, 65536).decode(errors="replace")
+                except OSError:  # EIO: the other side is closed, pty(7)
+                    self.process.wait(DEADLINE_S)
         os.close(self.ours)
-        return code
+        return self.process.returncode

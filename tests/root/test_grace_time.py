@@ -59,9 +59,11 @@ def test_the_servers_default_is_told(no_trace: None) -> None:
 
 def test_attached_client_holds_a_container_and_a_detached_process_does_not(garden: GardenClient) -> None:
     """Its output could be asked for by somebody who comes back; but nobody has said that he would."""
-    held, left = (garden.create(ContainerSpec(grace_time=GRACE)) for _ in range(2))
+    held, left = garden.create(), garden.create()
     with held.run(["sleep", "1000"]):
         left.start(["sleep", "1000"])
+        for box in (held, left):  # from here on: what comes before may take longer
+            box.set_grace_time(GRACE)
         wait_until_gone(garden, left)
         outlive_an_idle_one(garden)
         assert held.handle in handles(garden)
@@ -70,9 +72,10 @@ def test_attached_client_holds_a_container_and_a_detached_process_does_not(garde
 
 def test_client_that_waits_or_reads_holds_a_container(garden: GardenClient) -> None:
     """Every stream and every waiting call that names it counts, until the last of them has ended."""
-    container = garden.create(ContainerSpec(grace_time=GRACE))
+    container = garden.create()
     process = container.start(["sh", "-c", "echo hello; sleep 1000"])
     with container.attach(process.id), container.attach(process.id):
+        container.set_grace_time(GRACE)
         outlive_an_idle_one(garden)
         assert container.handle in handles(garden)
     reading = container.read_output(process.id, follow=True)

@@ -194,7 +194,7 @@ class HostNetwork:
             table=listed is not None,
             elements=read_elements(listed or []),
             chains=read_chains(listed or []),
-            in_force=listed is not None and is_in_force(listed),
+            in_force=listed is None or is_in_force(listed),
         )
 
     def remove_link(self, name: str) -> None:

@@ -26,7 +26,7 @@ class Survey:
         table: whether the table is there.
         elements: of its sets and maps, as in the module's docstring; sorted.
         chains: of the table; sorted.
-        in_force: whether what packets come to by themselves has rules.
+        in_force: whether the chains of a table that is there, to which packets come by themselves, have rules.
     """
 
     links: dict[str, str]
