@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import time
@@ -86,6 +87,22 @@ def test_process_waits_for_no_side_connection_that_never_comes(garden: GardenHtt
     """Not longer than one may take that does (attachments.SIDE_WAIT_S)."""
     process = garden.run(box, "dd", "if=/dev/zero", "bs=1M", f"count={FAST_MIB}", sides=())
     assert process.wait() == 0
+
+
+def test_what_a_side_connection_has_missed_is_logged(
+    garden: GardenHttp, server: ServerProcess, box: str
+) -> None:
+    """One that comes later than the process waits begins at what is kept, and nobody takes that for all of it."""
+    process = garden.run(box, "dd", "if=/dev/zero", "bs=1M", f"count={FAST_MIB}", sides=())
+    assert process.wait() == 0
+    sock, first = process.open_side_socket("stdout")
+    with sock:
+        count = len(first)
+        while piece := sock.recv(1 << 20):
+            count += len(piece)
+    (told,) = [json.loads(line) for line in server.log().splitlines() if "garden.output_skipped" in line]
+    assert (told["process_id"], told["stream"]) == (process.id, "stdout")
+    assert 0 < told["bytes"] == (FAST_MIB << 20) - count
 
 
 def test_creates_and_destroys_beside_many_others(garden: GardenHttp, server: ServerProcess, box: str) -> None:

@@ -172,7 +172,7 @@ class Attachments:
         wake, output = held.wake, held.reader
         if (skipped := output.offset - attachment.offsets[stream]) > 0:
             log.warning(
-                "garden.output_skipped", process_id=attachment.process.id, stream=stream, bytes=skipped
+                "garden.output_skipped", process_id=attachment.process.id, stream=stream.value, bytes=skipped
             )
         side, outlet = _Side(writer, output), _Outlet(writer)
         key = (attachment.handle, attachment.process.id, stream)
