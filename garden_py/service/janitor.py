@@ -140,7 +140,7 @@ class Janitor:
                 else await self._deal_with(leak, remove=remove)
                 for leak in leaks
             ]
-            self._tell(reports)
+            self._tell(reports, put_back)
             return reports
 
     async def _confirmed(self) -> list[Leak]:
@@ -186,7 +186,7 @@ class Janitor:
     async def _remove(self, leak: Leak) -> bool:
         return await self._finder.remove_leak(leak, self._claims.claims())
 
-    def _tell(self, reports: list[LeakReport]) -> None:
+    def _tell(self, reports: list[LeakReport], put_back: set[_Key]) -> None:
         """Each leak is told and counted once, however long it stays."""
         for report in reports:
             leak = report.leak
@@ -203,11 +203,11 @@ class Janitor:
                     direction=leak.direction.value,
                     name=leak.name,
                     removed="yes" if report.removed else "no",
-                    put_back="yes" if report.kept_because == _PUT_BACK else "",
+                    put_back="yes" if leak.key in put_back else "",
                 )
             if report.removed:
                 self._metrics.leaks_removed.labels(leak.kind.value).inc()
                 log.info("leak.removed", handle=leak.handle, **facts)
         self._told = {
-            report.leak.key for report in reports if not report.removed and report.kept_because != _PUT_BACK
+            report.leak.key for report in reports if not report.removed and report.leak.key not in put_back
         }

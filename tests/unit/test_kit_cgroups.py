@@ -15,8 +15,8 @@ from kit.cgroups import groups_in, matching, pids_in
 def top(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A group with two below it; one, which is listed, goes before it is looked into."""
     for name in ("stays", "goes"):
-        (tmp_path / name / "work").mkdir(parents=True)
-    (tmp_path / "stays/work/cgroup.procs").write_text("12\n13\n")
+        (tmp_path / name / "inner").mkdir(parents=True)
+    (tmp_path / "stays/inner/cgroup.procs").write_text("12\n13\n")
     scandir: Callable[[Any], Any] = os.scandir
 
     def vanishing(path: Any) -> Any:
@@ -32,13 +32,13 @@ def test_groups_are_found_inner_ones_first(top: Path) -> None:
     """As rmdir wants them."""
     found = groups_in(top)
     assert found[-1] == top
-    assert found.index(top / "stays/work") < found.index(top / "stays")
+    assert found.index(top / "stays/inner") < found.index(top / "stays")
 
 
 def test_patterns_match_what_is_there(top: Path) -> None:
     """What has gone is not there; that is all."""
-    assert matching(top, "*/w*") == [top / "stays/work"]
-    assert matching(top, "**/cgroup.procs") == [top / "stays/work/cgroup.procs"]
+    assert matching(top, "*/i*") == [top / "stays/inner"]
+    assert matching(top, "**/cgroup.procs") == [top / "stays/inner/cgroup.procs"]
     assert matching(top / "never", "*") == []
 
 

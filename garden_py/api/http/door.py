@@ -19,7 +19,6 @@ from garden_py.api.http.exchange import (
     BodyTooLarge,
     BrokenBody,
     Connection,
-    Disconnected,
     Hijack,
     Reply,
     Request,
@@ -171,7 +170,7 @@ class GardenDoor:
             report = log.warning if isinstance(error, HostFault) else log.debug
             report("garden.refused", route=name, error=str(error), took_ms=_ms_since(started))
             return _refusal(error)
-        except (Disconnected, ConnectionError):
+        except ConnectionError:
             raise
         except asyncio.CancelledError:
             task = asyncio.current_task()

@@ -267,28 +267,23 @@ class Construction:
         """Write hosts and resolv.conf, which belong to the container's root."""
         launch.etc.mkdir()
         config, lease = self._site.config, facts.lease
-        contents = {
-            "hosts": read_if_there(Path("/etc/hosts")),
-            "resolv.conf": read_if_there(Path("/etc/resolv.conf")),
-        }
         if lease.mode is NetworkMode.HOST:
-            contents["hosts"] = add_own_name(contents["hosts"], launch.hostname)
+            hosts = add_own_name(read_if_there(Path("/etc/hosts")), launch.hostname)
+            resolv_conf = read_if_there(Path("/etc/resolv.conf"))
         else:
             address = LOOPBACK if lease.mode is NetworkMode.NONE else lease.shown
-            contents["hosts"] = build_hosts(
-                address, lease.shown_v6, launch.hostname, config.additional_host_entry
-            )
-            contents["resolv.conf"] = build_resolv_conf(
+            hosts = build_hosts(address, lease.shown_v6, launch.hostname, config.additional_host_entry)
+            resolv_conf = build_resolv_conf(
                 read_host_resolv_conf(),
                 config.dns_server,
                 "" if lease.plugin else str(self._network.host.gateway),
                 config.additional_dns_server,
             )
         if lease.address is not None and lease.plugin is None:
-            await self._network.serve_names(contents["resolv.conf"])
+            await self._network.serve_names(resolv_conf)
         id_map = launch.isolation.id_map(self._site.facts.highest_id)
         owner = id_map.host_id(0) if id_map else 0
-        for name, content in contents.items():
+        for name, content in (("hosts", hosts), ("resolv.conf", resolv_conf)):
             (launch.etc / name).write_text(content)
             (launch.etc / name).chmod(0o644)
             os.chown(launch.etc / name, owner, owner)
