@@ -53,9 +53,9 @@ def listen(address, port):
     listener = socket.create_server((address, port), family=family)
     threading.Thread(target=serve, args=(listener,), daemon=True).start()
 
-def connect(address, port, source=""):
+def connect(address, port, source, patience_s):
     bound = (source, 0) if source else None
-    peer = socket.create_connection((address, port), timeout=1.0, source_address=bound)
+    peer = socket.create_connection((address, port), timeout=patience_s, source_address=bound)
     connections.append(peer)
     return peer.makefile().readline().strip()
 
@@ -65,7 +65,7 @@ def exchange(index):
 
 def ping(address):
     with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as s:
-        s.settimeout(1.0)
+        s.settimeout(20.0)
         head = struct.pack(">BBHHH", 8, 0, 0, 7, 1)
         checksum = ~sum(struct.unpack(">4H", head)) & 0xFFFF
         s.sendto(head[:2] + struct.pack(">H", checksum) + head[4:], (address, 0))
@@ -159,10 +159,10 @@ class Probe:
             raise Refused(reply["error"])
         return reply["value"]
 
-    def try_connect(self, address: str, port: int, source: str = "") -> str:
+    def try_connect(self, address: str, port: int, source: str = "", *, patience_s: float = 20.0) -> str:
         """The client address that the server saw, or the error's name."""
         try:
-            return str(self.order("connect", address, port, source))
+            return str(self.order("connect", address, port, source, patience_s))
         except Refused as refused:
             return str(refused)
 

@@ -56,7 +56,7 @@ def serve(container: Container, port: int = PORT) -> str:
 
 
 def connects(container: Container, address: str, port: int = PORT) -> bool:
-    return text_of(container, f"echo hello | nc -w 3 {address} {port} || true").strip() == "hello"
+    return text_of(container, f"echo hello | nc -w 10 {address} {port} || true").strip() == "hello"
 
 
 def next_connection(events: Iterator[Event], kind: EventKind) -> dict[str, str]:
@@ -188,7 +188,7 @@ def test_explanation_is_what_then_happens(garden: GardenClient, server_ip: str, 
         assert explain(neighbour_of(box.info().host_ip), 22) == (deny, EgressCause.UNREACHABLE, 0)
         ping = box.explain_egress(Destination(ICMP, box.info().host_ip))
         assert (ping.action, ping.cause) == (allow, EgressCause.DEFAULT)
-        assert code_of(box, f"ping -c 1 -W 2 {box.info().host_ip}") == 0
+        assert code_of(box, f"ping -c 1 -W 20 {box.info().host_ip}") == 0
 
 
 def test_mapped_port_of_the_host_is_explained_as_open(garden: GardenClient) -> None:
@@ -332,9 +332,9 @@ def test_chosen_dns_server_on_the_host_may_be_asked(no_trace: None) -> None:
                 socket.create_server(("10.253.253.53", 53)) as names,
                 socket.create_server(("10.253.253.53", 54)) as other,
             ):
-                for listener in (names, other):
-                    listener.settimeout(2)
-                    box.start(["nc", "-w", "2", "10.253.253.53", str(listener.getsockname()[1])])
+                for listener, patience_s in ((names, 30), (other, 2)):
+                    listener.settimeout(patience_s)
+                    box.start(["nc", "-w", "10", "10.253.253.53", str(listener.getsockname()[1])])
                 names.accept()[0].close()
                 with pytest.raises(TimeoutError):
                     other.accept()

@@ -54,7 +54,7 @@ def test_H1_H2_hostname(garden: GardenClientBase) -> None:
     with garden.container(handle=handle):
         name = garden.text_of(handle, "hostname").strip()
         assert name == "ec774112a9cd-101f8293-230e-4fa8-4138-e8244e6dcfa1"
-        garden.text_of(handle, f"ping -c 1 -W 2 {garden.info(handle)['ContainerIP']}")
+        garden.text_of(handle, f"ping -c 1 -W 20 {garden.info(handle)['ContainerIP']}")
         assert f" {name}" in garden.text_of(handle, "cat /etc/hosts")
 
 

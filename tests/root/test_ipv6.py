@@ -78,11 +78,11 @@ def peer_ip(garden: GardenClient) -> str:
 
 
 def connects(container: Container, address: str, port: int = PORT) -> bool:
-    return text_of(container, f"echo hello | nc -w 3 {address} {port} || true").strip() == "hello"
+    return text_of(container, f"echo hello | nc -w 10 {address} {port} || true").strip() == "hello"
 
 
 def pings(container: Container, address: str) -> bool:
-    return code_of(container, f"ping -6 -c 1 -W 1 {address}") == 0
+    return code_of(container, f"ping -6 -c 1 -W 5 {address}") == 0
 
 
 def gateway_of(container: Container) -> str:
@@ -301,7 +301,7 @@ def test_only_unique_local_addresses_are_masqueraded(no_trace: None, private: bo
         box = garden.create(ContainerSpec(port_mappings=(PortMapping(0, PORT),)))
         own, port = serve(box), box.info().mapped_ports[0].host_port
         near = far.removesuffix("2") + "1"
-        assert text_of(box, f"nc -w 3 {far} 80 </dev/null").strip() == (near if private else own)
+        assert text_of(box, f"nc -w 10 {far} 80 </dev/null").strip() == (near if private else own)
         assert "hi" in visit_from(name, near, port).stdout
         assert visit_from(name, own, PORT).returncode != 0  # what is not mapped is not open to others
 
@@ -394,7 +394,7 @@ def test_a_changed_or_missing_pool_takes_ipv6_away_and_nothing_else(no_trace: No
         near, port = far.removesuffix("2") + "1", box.info().mapped_ports[0].host_port
 
         def is_told() -> str:
-            return text_of(box, f"nc -w 3 {far} 80 </dev/null || true").strip()
+            return text_of(box, f"nc -w 4 {far} 80 </dev/null || true").strip()
 
         def reaches_box() -> bool:
             return "hi" in visit_from(name, near, port).stdout

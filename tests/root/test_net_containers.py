@@ -107,7 +107,7 @@ def test_mapped_port_is_reached_from_everywhere(lab: Lab) -> None:
     server.order("listen", "0.0.0.0", 8000)
     lab.map_tcp(61001, server, 8000)
     for address in ("127.0.0.1", HOST_IP, str(lab.plan.gateway)):
-        with socket.create_connection((address, 61001), timeout=2) as peer:
+        with socket.create_connection((address, 61001), timeout=20) as peer:
             assert peer.makefile().readline(), address
     assert lab.outside.try_connect(HOST_IP, 61001) == OUTSIDE_IP
     assert client.try_connect(HOST_IP, 61001) == client.address
@@ -146,7 +146,7 @@ def test_forged_source_addresses_are_dropped(lab: Lab) -> None:
     """A container that gives itself another address, even a neighbour's, gets nothing through."""
     container, neighbour = lab.container(2, OPEN), lab.container(3, OPEN)
     container.order("run", "ip", "addr", "add", f"{neighbour.address}/32", "dev", "eth0")
-    assert container.try_connect(OUTSIDE_IP, 80, neighbour.address) == "timeout"
+    assert container.try_connect(OUTSIDE_IP, 80, neighbour.address, patience_s=1) == "timeout"
     assert lab.dropped("spoofed") > 0
     assert container.try_connect(OUTSIDE_IP, 80) == HOST_IP
 

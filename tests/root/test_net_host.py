@@ -28,7 +28,7 @@ from garden_py.agent.netrules import (
     load_tools,
     pack_batch,
 )
-from garden_py.agent.rtnetlink import Rtnetlink, RtnetlinkError
+from garden_py.agent.rtnetlink import Link, Rtnetlink, RtnetlinkError
 from garden_py.backend.net.apply import HostNetwork
 from garden_py.backend.net.host_firewall import BASE_CHAINS, HostPolicy
 from garden_py.backend.net.nftables import encode
@@ -70,7 +70,7 @@ def test_ensuring_the_host_again_repairs_it_and_keeps_the_containers(lab: Lab) -
     lab.map_tcp(61001, container, 8000)
     nft("flush", "chain", "inet", lab.plan.table, "source_nat")
     nft("flush", "chain", "inet", lab.plan.table, "map_ports")
-    assert container.try_connect(OUTSIDE_IP, 80) == "timeout"
+    assert container.try_connect(OUTSIDE_IP, 80, patience_s=1) == "timeout"
     lab.network.ensure_host(HostPolicy())
     assert container.try_connect(OUTSIDE_IP, 80) == HOST_IP
     assert lab.outside.try_connect(HOST_IP, 61001) == OUTSIDE_IP
@@ -145,6 +145,39 @@ def test_failed_attachment_is_undone(lab: Lab, step: str) -> None:
     assert lab.network.survey().links == {}
     lab.network.attach_container(lab.attachment(container, OPEN), container.netns_fd, container.userns_fd)
     assert container.try_connect(OUTSIDE_IP, 80) == HOST_IP
+
+
+@pytest.mark.parametrize("looks_until_operational", [3, None])
+def test_container_is_attached_when_its_link_takes_packets(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, looks_until_operational: int | None
+) -> None:
+    """Not before: a handshake that is begun before that takes a second.
+
+    The kernel starts the queue of the host's end in a worker of its own, late where it is busy with others' links.
+    """
+    container, looks = lab.container(2, OPEN), 0
+    lab.detach(container)
+    find_link = Rtnetlink.find_link
+
+    def look(netlink: Rtnetlink, name: str) -> Link | None:
+        nonlocal looks
+        found = find_link(netlink, name)
+        if found is None or not found.is_operational:
+            return found
+        looks += 1
+        is_operational = looks_until_operational is not None and looks >= looks_until_operational
+        return dataclasses.replace(found, is_operational=is_operational)
+
+    monkeypatch.setattr(Rtnetlink, "find_link", look)
+    monkeypatch.setattr("garden_py.backend.net.apply._LINK_S", 30.0 if looks_until_operational else 0.1)
+    attachment = lab.attachment(container, OPEN)
+    if looks_until_operational is None:
+        with pytest.raises(HostFault, match="to take packets"):
+            lab.network.attach_container(attachment, container.netns_fd, container.userns_fd)
+        assert lab.network.survey() == EMPTY
+    else:
+        lab.network.attach_container(attachment, container.netns_fd, container.userns_fd)
+        assert looks == looks_until_operational
 
 
 def test_a_kernel_that_refuses_the_table_is_told_as_that(lab: Lab) -> None:

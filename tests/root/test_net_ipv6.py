@@ -320,7 +320,10 @@ def test_another_pool_leaves_nothing_of_the_former_in_force(lab: Lab, privileged
         server.ensure_host(
             HostPolicy(), host_firewall.compile_attach(lab.plan, without, host_side_policy=host_side)
         )
-        assert container.try_connect(OUTSIDE_IP_V6, 80) not in (HOST_IP_V6, container.link.address_v6)
+        assert container.try_connect(OUTSIDE_IP_V6, 80, patience_s=1) not in (
+            HOST_IP_V6,
+            container.link.address_v6,
+        )
         assert lab.outside.try_connect(HOST_IP_V6, 61001) == "ECONNREFUSED"
         server.forget_pool(IPv6Network("fd99::/64"))
 

@@ -46,7 +46,7 @@ def serve(container: Container, word: str, port: int = PORT) -> None:
 
 def ask(container: Container, address: str, port: int = PORT) -> str:
     """What a container is answered there; "" when the connection fails."""
-    done = container.run(sh(f"nc -w 3 {address} {port} </dev/null")).output()
+    done = container.run(sh(f"nc -w 10 {address} {port} </dev/null")).output()
     return done.stdout.decode().strip()
 
 
@@ -174,7 +174,7 @@ def test_udp_follows_its_own_rules(garden: GardenClient, server: Container, serv
     with garden.create(ContainerSpec(egress=allow(server_ip, PORT))) as box:
         assert code_of(box, f"ping -c 1 -W 1 {server_ip}") != 0
         box.set_egress(EgressPolicy(EgressAction.DENY, (EgressRule(protocol=EgressProtocol.ICMP),)))
-        assert code_of(box, f"ping -c 1 -W 3 {server_ip}") == 0
+        assert code_of(box, f"ping -c 1 -W 20 {server_ip}") == 0
         assert ask(box, server_ip) == ""
 
 

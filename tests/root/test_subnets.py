@@ -49,7 +49,7 @@ def serve(container: Container, word: str) -> str:
 
 
 def ask(container: Container, address: str) -> str:
-    return text_of(container, f"nc -w 3 {address} {PORT} </dev/null || true").strip()
+    return text_of(container, f"nc -w 10 {address} {PORT} </dev/null || true").strip()
 
 
 def routes() -> str:
@@ -150,7 +150,7 @@ def test_no_network_is_loopback_only(garden: GardenClient) -> None:
         info = box.info()
         assert (info.container_ip, info.host_ip, info.spec.network_mode) == ("", "", NetworkMode.NONE)
         assert text_of(box, "ls /sys/class/net") == "lo\n"
-        assert code_of(box, "ping -c 1 -W 2 127.0.0.1") == 0
+        assert code_of(box, "ping -c 1 -W 20 127.0.0.1") == 0
         assert text_of(box, "cat /etc/hosts") == f"127.0.0.1 localhost\n127.0.0.1 {info.spec.hostname}\n"
         for act in (box.map_port, box.egress, lambda: box.set_egress(EgressPolicy())):
             with pytest.raises(FailedPrecondition) as refused:

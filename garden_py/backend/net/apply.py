@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import socket
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -34,6 +35,10 @@ T = TypeVar("T")
 
 # The step of the HostFault that says: not this change is at fault, somebody has removed the server's table.
 TABLE_MISSING = "network.table_missing"
+
+# What the kernel may take to start a new link's queue; under a heavy load of network namespaces, tens of milliseconds
+# were seen.
+_LINK_S = 10.0
 
 _SYSCTL = Path("/proc/sys/net")
 
@@ -234,11 +239,11 @@ class HostNetwork:
         self._delete_link(link.host_link)
         try:
             _step("network.veth", partial(self._add_veth, link, netns_fd))
-            # Our end first: the other one then finds a carrier when it comes up. In the opposite order the
-            # kernel starts its queue a little later, and a SYN sent at once is lost for a second.
+            # Our end first: the other one then finds a carrier when it comes up, and its queue starts at once.
             _step("network.link", partial(self._open_link, link))
             request: dict[str, Any] = {"interface": _interface(link)}
             self._inject("network.container", userns_fd, netns_fd, request, attachment.container_rules)
+            _step("network.link", partial(self._await_link, link.host_link))
             if userns_fd is None:
                 self._forget_connections(link, Side.ORIGINAL, Side.REPLY)
             self._run_nft("network.attach", attachment.host_rules)
@@ -507,6 +512,18 @@ class HostNetwork:
             address_v6 = IPv6Address(link.address_v6)
             self._netlink.set_neighbour(found.index, address_v6, parse_mac(link.container_mac))
             self._netlink.set_route(IPv6Network(address_v6), link_index=found.index)
+
+    def _await_link(self, name: str) -> None:
+        """Wait until the kernel has started our end's queue: what it gets before is lost, a TCP handshake for a second.
+
+        The kernel does so in a worker that waits for the lock of all links (net/core/link_watch.c). Since Linux 6.8
+        a look at the link does the work itself, so that the first one is the last.
+        """
+        deadline = time.monotonic() + _LINK_S
+        while not self._find(name).is_operational:
+            if time.monotonic() > deadline:
+                raise RtnetlinkError(errno.ETIMEDOUT, f"link {name} to take packets")
+            time.sleep(0.001)
 
     def _inject(
         self, step: str, userns_fd: int | None, netns_fd: int, request: dict[str, Any], rules: str = ""
