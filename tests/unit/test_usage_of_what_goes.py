@@ -16,9 +16,10 @@ from garden_py.backend.linux import backend as module
 from garden_py.backend.linux.backend import LinuxBackend
 from garden_py.backend.linux.block_io import BlockIo
 from garden_py.backend.linux.container import LinuxContainer
+from garden_py.backend.linux.container_limits import ContainerLimits
 from garden_py.backend.linux.disk import ContainerDisk, WritableLayer
 from garden_py.backend.linux.lease import NetworkLease
-from garden_py.backend.linux.network import _Namespaces
+from garden_py.backend.linux.namespaces import Namespaces
 from garden_py.backend.linux.processes import LinuxProcesses
 from garden_py.config import Config
 from garden_py.model.errors import ContainerBroken
@@ -52,6 +53,7 @@ def backend(tmp_path: Path) -> LinuxBackend:
         Any, SimpleNamespace(block_io=BlockIo(cgroup.hierarchies, "none", tmp_path, Config()))
     )
     backend._disk = NoDisk(Volumes(tmp_path, None, nobody), images, str(tmp_path), nobody)
+    backend._limits = ContainerLimits(backend._site, backend._disk, nobody, nobody)
     backend._processes = LinuxProcesses(nobody, nobody, images, nobody, nobody, nobody)
     return backend
 
@@ -116,7 +118,7 @@ async def measure(backend: LinuxBackend, number: int, monkeypatch: pytest.Monkey
 
 def test_namespaces_of_a_container_whose_pid_1_has_just_ended() -> None:
     """Once an internal error of the server's (found by chaos); of a create it is the host's fault still."""
-    with pytest.raises(ContainerBroken), _Namespaces("box", 2**22 + 1, privileged=False):
+    with pytest.raises(ContainerBroken), Namespaces("box", 2**22 + 1, privileged=False):
         raise AssertionError("there is no such process")
-    with pytest.raises(FileNotFoundError), _Namespaces("", 2**22 + 1, privileged=False):
+    with pytest.raises(FileNotFoundError), Namespaces("", 2**22 + 1, privileged=False):
         raise AssertionError("there is no such process")

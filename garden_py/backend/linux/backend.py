@@ -6,7 +6,7 @@ import asyncio
 import errno
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
-from contextlib import AsyncExitStack, nullcontext
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,18 @@ from typing import Any
 import structlog
 
 from garden_py.backend.cgroup import groups
-from garden_py.backend.cgroup.limits import change_limits, read_limits
 from garden_py.backend.cgroup.stats import read_usage
 from garden_py.backend.disk.store import LoopStore
 from garden_py.backend.host.pids import describe_stuck, read_stuck
 from garden_py.backend.images.images import Images, Rootfs
 from garden_py.backend.images.store import ImageStore
 from garden_py.backend.launcher.client import Launcher
-from garden_py.backend.linux import copying, process_limits, resource_limits
+from garden_py.backend.linux import copying, process_limits
 from garden_py.backend.linux.agent_owner import AgentOwner
 from garden_py.backend.linux.clues import LinuxClues
 from garden_py.backend.linux.construction import Construction
 from garden_py.backend.linux.container import ContainerFacts, LinuxContainer, may_be_gone
+from garden_py.backend.linux.container_limits import ContainerLimits
 from garden_py.backend.linux.demolition import Demolition
 from garden_py.backend.linux.disk import ContainerDisk, layer_of, with_disk
 from garden_py.backend.linux.hands import ServerHands
@@ -40,12 +40,10 @@ from garden_py.backend.linux.plugin_settings import check_plugins, image_command
 from garden_py.backend.linux.pools import UNLIMITED, pool_levels
 from garden_py.backend.linux.process import LinuxProcess
 from garden_py.backend.linux.processes import LinuxProcesses, usage_of, without_sidecars
-from garden_py.backend.linux.refusals import telling_memory_in_use
 from garden_py.backend.linux.sidecars import Sidecars, owner_of, sidecar_directories, sidecar_layer
 from garden_py.backend.linux.site import Site, check_apparmor, disk_of, make_mount_dir, open_site, open_store
 from garden_py.backend.linux.throttling import Throttling
 from garden_py.backend.linux.traffic import LinkTraffic, read_inside
-from garden_py.backend.linux.undo import all_or_nothing
 from garden_py.backend.linux.upgrades import Upgrades
 from garden_py.backend.plugin.caller import PluginCaller
 from garden_py.backend.plugin.image import ImagePlugins
@@ -72,7 +70,7 @@ from garden_py.model.image import (
 )
 from garden_py.model.leak import Leak
 from garden_py.model.lifecycle import USABLE, State
-from garden_py.model.limits import NETWORK_LIMITS, Limits, Rlimits, rlimits_over
+from garden_py.model.limits import Limits
 from garden_py.model.netrule import Decision, Destination, EgressPolicy, EgressRule
 from garden_py.model.process import ProcessSpec
 from garden_py.model.spec import ContainerSpec, PortMapping
@@ -127,6 +125,7 @@ class LinuxBackend:
             image_commands(config), self._plugin_caller, create_timeout_s=config.image_plugin_timeout_s
         )
         self._disk: ContainerDisk
+        self._limits: ContainerLimits
         self._construction: Construction
         self._images: Images
         self._demolition: Demolition
@@ -159,6 +158,7 @@ class LinuxBackend:
         default_image = await asyncio.to_thread(self._default_image)
         self._images = self._open_images(default_image)
         self._disk = ContainerDisk(self._site.volumes, self._images, default_image, self._image_plugins)
+        self._limits = ContainerLimits(self._site, self._disk, self._network, self._plugged)
         roots = PluginRoots(self._images, self._image_plugins)
         starter = AgentStarter(self._site, self._launcher)
         self._construction = Construction(
@@ -570,15 +570,7 @@ class LinuxBackend:
         container = self._get(handle)
         if process_id is not None:
             return await process_limits.read(container, process_id, self._disk)
-        with may_be_gone(handle):
-            found = read_limits(container.cgroup).over(self._site.block_io.read(container.cgroup))
-        return await self._with_the_rest(container, found)
-
-    async def _with_the_rest(self, container: LinuxContainer, found: Limits) -> Limits:
-        """Limits of cgroups, and those in force elsewhere."""
-        disk = await self._disk.limits(layer_of(container))
-        found = found.over(disk).over(await self._read_bandwidth(container))
-        return replace(found, rlimits=container.rlimits)
+        return await self._limits.read(container)
 
     async def update_limits(
         self,
@@ -592,81 +584,7 @@ class LinuxBackend:
         container = self._get(handle)
         if process_id is not None:
             return await process_limits.change(container, process_id, limits, self._disk, record)
-        if limits.states_disk:
-            self._disk.require_changeable(layer_of(container))
-        if limits.states_network:
-            self._require_link(container, limits)
-        held_off = container.starts.hold_off() if limits.rlimits else nullcontext()
-        async with held_off, all_or_nothing("limits", handle) as undo:
-            if limits.states_disk:
-                undo.push_async_callback(
-                    self._set_disk, container, await self._disk.limits(layer_of(container))
-                )
-                await self._set_disk(container, limits)
-            if limits.states_network:
-                undo.push_async_callback(self._set_bandwidth, container, container.bandwidth)
-                await self._set_bandwidth(container, limits.network_only().over(container.bandwidth))
-            with may_be_gone(handle):
-                now = self._change_cgroup(container, limits, undo)
-            if limits.rlimits:
-                await self._change_rlimits(container, limits.rlimits, undo)
-            now = await self._with_the_rest(container, now)
-            if record is not None:
-                record(now)
-        return now
-
-    def _change_cgroup(self, container: LinuxContainer, limits: Limits, undo: AsyncExitStack) -> Limits:
-        block_io, cgroup = self._site.block_io, container.cgroup
-        if limits.states_io:
-            undo.callback(block_io.change, cgroup, block_io.read(cgroup))
-        block_io.change(cgroup, limits)
-        before = read_limits(cgroup)
-        with telling_memory_in_use(cgroup):
-            now = change_limits(cgroup, limits)
-        undo.callback(change_limits, cgroup, limits.those_of(before))
-        return now.over(block_io.read(cgroup))
-
-    async def _change_rlimits(
-        self, container: LinuxContainer, rlimits: Rlimits, undo: AsyncExitStack
-    ) -> None:
-        """Last of all: not every limit that is lowered can be raised again."""
-        resource_limits.check(rlimits, self._site.facts.nofile_hard)
-        undo.callback(await resource_limits.change_container(container, rlimits))
-        undo.callback(setattr, container, "rlimits", container.rlimits)
-        container.rlimits = rlimits_over(rlimits, container.rlimits)
-
-    async def _set_disk(self, container: LinuxContainer, wanted: Limits) -> None:
-        container.disk = await self._disk.update(layer_of(container), wanted)
-
-    def _require_link(self, container: LinuxContainer, limits: Limits) -> None:
-        """Refuse limits on bandwidth of a container that has no link of ours, before anything is changed.
-
-        Raises:
-            NotSupported: its link is a network plugin's.
-            InvalidField: it has none.
-        """
-        lease = container.facts.lease
-        if lease.plugin is not None:
-            self._plugged.refuse_bandwidth(limits)
-        if lease.address is None:
-            (field, *_) = (name for name in NETWORK_LIMITS if getattr(limits, name) is not None)
-            raise InvalidField(f"limits.{field}", str(NoLink(container.handle, lease.mode.value)))
-
-    async def _set_bandwidth(self, container: LinuxContainer, wanted: Limits) -> None:
-        facts = self._get_linked(container.handle).facts
-        await self._network.set_bandwidth(
-            container.handle, facts.pid, facts.lease, wanted, privileged=facts.privileged
-        )
-        container.bandwidth = wanted
-
-    async def _read_bandwidth(self, container: LinuxContainer) -> Limits:
-        """What the kernel says, where anything was stated; nobody else limits a link of ours."""
-        if not container.bandwidth.states_network:
-            return Limits()
-        facts = container.facts
-        return await self._network.bandwidth(
-            container.handle, facts.pid, facts.lease, container.bandwidth, privileged=facts.privileged
-        )
+        return await self._limits.change(container, limits, record)
 
     async def map_port(
         self, handle: str, mapping: PortMapping, record: Callable[[dict[str, Any]], None]

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import math
-import os
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +21,8 @@ from garden_py.backend.launcher.client import Launcher
 from garden_py.backend.linux.connections import ConnectionLog
 from garden_py.backend.linux.explanation import Surroundings, explain
 from garden_py.backend.linux.lease import NetworkLease
+from garden_py.backend.linux.namespaces import Namespaces
+from garden_py.backend.linux.network_notes import NetworkNotes, are_noted, note_rules, spoil_rules
 from garden_py.backend.linux.traffic import LinkTraffic, read_host_end
 from garden_py.backend.net import firewall, host_firewall
 from garden_py.backend.net import host_firewall as hf
@@ -59,13 +58,10 @@ from garden_py.model.spec import PortMapping, Transport
 from garden_py.service.ports import EgressCounts, RuleCount
 
 log = structlog.get_logger()
-# How long the host's own address is believed: a list of all containers asks once for each.
 LOOK_S = 1.0
 """How often it is looked whether the host's table is in force."""
+# How long the host's own address is believed: a list of all containers asks once for each.
 _ADDRESS_KEPT_S = 2.0
-_PORTS_FILE = "ports.json"
-_POOL_V6_FILE = "pool-v6"
-_RULES_FILE = "egress-rules"
 _BURST_FLOOR_BYTES = 16 << 10
 
 
@@ -115,7 +111,8 @@ class LinuxNetwork:
         self._claiming = asyncio.Lock()
         self._leaving: set[IPv4Address] = set()
         self._ruled: frozenset[IPv4Network] = frozenset()
-        heads = _read_heads(config.state_dir / _PORTS_FILE)
+        self._notes = NetworkNotes(config.state_dir)
+        heads = self._notes.read_heads()
         self.ports = {
             kind: PortPool(config.port_pool_start, config.port_pool_size, heads.get(kind.value, 0))
             for kind in Transport
@@ -200,23 +197,13 @@ class LinuxNetwork:
         host_port = wanted.host_port
         if not host_port:
             host_port = pool.allocate(lambda port: is_listened_on(transport, port))
-            self._note_heads()
+            self._notes.note_heads({kind.value: each.next_offset for kind, each in self.ports.items()})
         else:
             pool.reserve(host_port)
             if is_listened_on(transport, host_port):
                 pool.release(host_port)
                 raise PortInUse(host_port, by_host=True)
         return PortMapping(host_port, wanted.container_port or host_port, transport)
-
-    def _note_heads(self) -> None:
-        """Remember where the pools go on, so that the next server does not give out again what was just freed (N17)."""
-        heads = {kind.value: pool.next_offset for kind, pool in self.ports.items()}
-        try:
-            (self._config.state_dir / _PORTS_FILE).write_text(json.dumps(heads))
-        except (
-            OSError
-        ) as error:  # a full disk: the next server begins elsewhere, and no port is given out twice
-            log.warning("network.port_heads_not_written", error=str(error))
 
     def adopt(self, lease: NetworkLease) -> None:
         """Mark a lease from the journal as taken.
@@ -308,7 +295,7 @@ class LinuxNetwork:
         try:
             answer = await self._job("ensure_host", {**self._shared(), "tolerated": tolerated})
         except InvalidField:
-            self._note_pool("")  # it is somebody else's, and must not be given up as ours one day
+            self._notes.note_pool_v6(None)  # it is somebody else's, and must not be given up as ours one day
             raise
         except HostFault as fault:
             if not self._attached:  # a server that does not start leaves nothing
@@ -367,22 +354,11 @@ class LinuxNetwork:
     async def _change_pool(self) -> IPv6Network | None:
         """Give up the IPv6 pool that a server before this one had, if this one has another or none; that pool."""
         pool = self.host.pool_v6
-        former = _read_pool(self._config.state_dir / _POOL_V6_FILE)
+        former = self._notes.read_pool_v6()
         if former is not None and former != pool:
             await self._job("forget_pool", {"pool_v6": str(former)})
-        self._note_pool("" if pool is None else str(pool))
+        self._notes.note_pool_v6(pool)
         return former
-
-    def _note_pool(self, pool: str) -> None:
-        note = self._config.state_dir / _POOL_V6_FILE
-        try:
-            if pool:
-                note.with_suffix(".new").write_text(pool)
-                note.with_suffix(".new").replace(note)
-            else:
-                note.unlink(missing_ok=True)
-        except OSError as error:  # a full disk: a later server with another pool leaves a route behind
-            log.warning("network.pool_not_noted", error=str(error))
 
     async def wait_for_loss(self) -> None:
         """Return when somebody has taken the table or its rules away; noticed within LOOK_S."""
@@ -428,7 +404,7 @@ class LinuxNetwork:
         if not self.is_needed:
             return
         await self.job("remove_host", {})
-        self._note_pool("")
+        self._notes.note_pool_v6(None)
 
     def _link(self, lease: NetworkLease, handle: str) -> LinkPlan:
         assert lease.address is not None  # those without are asked for nothing that needs a link
@@ -469,7 +445,7 @@ class LinuxNetwork:
         if lease.mode is NetworkMode.HOST:
             return
         if lease.address is None:
-            with _Namespaces("", pid, privileged=privileged) as fds:
+            with Namespaces("", pid, privileged=privileged) as fds:
                 await self.job("isolate", {}, fds)
             return
         if lease.subnet is not None:
@@ -484,10 +460,10 @@ class LinuxNetwork:
             "mappings": [mapping.to_json() for mapping in self._mappings(lease)],
             "bandwidth": _bandwidth(limits).to_json() if limits.states_network else None,
         }
-        with _Namespaces("", pid, privileged=privileged) as fds:
+        with Namespaces("", pid, privileged=privileged) as fds:
             await self.job("attach", params, fds)
         if not privileged:
-            _note_rules(directory, container_rules)
+            note_rules(directory, container_rules)
         self._attached[handle] = _Attached(lease, policy if privileged else None)
         if not privileged:
             await self.watch(handle, pid, policy)
@@ -556,28 +532,28 @@ class LinuxNetwork:
             if repaired:
                 await self.job("set_egress", {"host_side": True, "rules": rules})
             return
-        with _Namespaces(handle, pid, privileged=False) as fds:
+        with Namespaces(handle, pid, privileged=False) as fds:
             rules = self.container_rules(lease, policy)
             await self.watch(handle, pid, policy)
             link = {"link": self._link(lease, handle).to_json()} if renews else {}
             # A server that dies in between must not take the former ones for those in force.
-            _spoil_note(directory)
+            spoil_rules(directory)
             await self.job("set_egress", {"host_side": False, "rules": rules, **link}, fds)
-            _note_rules(directory, rules)
+            note_rules(directory, rules)
 
     async def set_bandwidth(
         self, handle: str, pid: int, lease: NetworkLease, limits: Limits, *, privileged: bool
     ) -> None:
         """Put the limits on bandwidth in force, all of them."""
         params = {"link": self._link(lease, handle).to_json(), "bandwidth": _bandwidth(limits).to_json()}
-        with _Namespaces(handle, pid, privileged=privileged) as fds:
+        with Namespaces(handle, pid, privileged=privileged) as fds:
             await self.job("set_bandwidth", params, fds)
 
     async def bandwidth(
         self, handle: str, pid: int, lease: NetworkLease, stated: Limits, *, privileged: bool
     ) -> Limits:
         """The limits on bandwidth as the kernel has them. The burst is as stated: the kernel keeps it as a time."""
-        with _Namespaces(handle, pid, privileged=privileged) as fds:
+        with Namespaces(handle, pid, privileged=privileged) as fds:
             answer = await self.job("bandwidth", {"link": self._link(lease, handle).to_json()}, fds)
         found = Bandwidth.from_json(answer)
         return Limits(
@@ -591,7 +567,7 @@ class LinuxNetwork:
     ) -> EgressCounts:
         """What each of a policy's rules has decided."""
         params = {"host_side": privileged, "link": self._link(lease, handle).to_json()}
-        with _Namespaces(handle, pid, privileged=privileged) as fds:
+        with Namespaces(handle, pid, privileged=privileged) as fds:
             answer = await self.job("egress_counters", params, fds)
         counts = {c["rule"]: RuleCount(c["packets"], c["bytes"]) for c in answer["counters"]}
         per_rule = tuple(counts.get(index, RuleCount()) for index in range(rules))
@@ -606,10 +582,7 @@ class LinuxNetwork:
 
     def has_rules(self, directory: Path, lease: NetworkLease, policy: EgressPolicy) -> bool:
         """Whether these are: not if another release of this program, or other settings of the server, made them."""
-        try:
-            return (directory / _RULES_FILE).read_text() == _digest(self.container_rules(lease, policy))
-        except OSError:  # missing, most likely
-            return False
+        return are_noted(directory, self.container_rules(lease, policy))
 
     # --- connections
 
@@ -669,34 +642,6 @@ class LinuxNetwork:
         return read_host_end(host_link_name(self.host, lease.address))
 
 
-class _Namespaces:
-    """Descriptors of a container's network and user namespace, for the length of a job.
-
-    Args:
-        handle: of a container that is up, whose PID 1 may just have ended; empty: of one that is being made.
-    """
-
-    def __init__(self, handle: str, pid: int, *, privileged: bool) -> None:
-        self._handle = handle
-        self._paths = [f"/proc/{pid}/ns/net"] + ([] if privileged else [f"/proc/{pid}/ns/user"])
-        self._fds: list[int] = []
-
-    def __enter__(self) -> list[int]:
-        try:
-            for path in self._paths:
-                self._fds.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-        except OSError as error:
-            self.__exit__()
-            if self._handle and isinstance(error, FileNotFoundError | ProcessLookupError):
-                raise ContainerBroken(self._handle, "its PID 1 has ended") from error
-            raise
-        return self._fds
-
-    def __exit__(self, *_: object) -> None:
-        while self._fds:
-            os.close(self._fds.pop())
-
-
 def _own_address() -> str:
     """The host's address towards the outside; no packet is sent. connect(2) on a datagram socket only routes."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -716,51 +661,6 @@ def _bandwidth(limits: Limits) -> Bandwidth:
 def _burst_of(bytes_per_s: int) -> int:
     """20 ms' worth: enough for the kernel's timers, too little to be noticed in a rate."""
     return max(bytes_per_s // 50, _BURST_FLOOR_BYTES)
-
-
-def _read_heads(path: Path) -> dict[str, int]:
-    """Where an earlier server's port pools had got to; nothing if that is not known."""
-    try:
-        return {str(kind): int(offset) for kind, offset in json.loads(path.read_text()).items()}
-    except (OSError, ValueError, AttributeError, TypeError):
-        return {}
-
-
-def _read_pool(note: Path) -> IPv6Network | None:
-    """The pool that an earlier server has noted; None if it is not known."""
-    try:
-        return IPv6Network(note.read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def _note_rules(directory: Path, rules: str) -> None:
-    """Remember in a container's directory which rules are in force in its namespace.
-
-    Not remembered, they are set anew by the next server, which loses no more than the counters.
-    """
-    try:
-        # Over what is there, which is as long: neither a new file nor a truncated one, which ext4 writes out at once.
-        fd = os.open(directory / _RULES_FILE, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        with open(fd, "wb", buffering=0) as note:
-            note.write(_digest(rules).encode())
-    except OSError as error:
-        log.warning("network.rules_not_noted", directory=str(directory), error=str(error))
-        (directory / _RULES_FILE).unlink(missing_ok=True)
-
-
-def _spoil_note(directory: Path) -> None:
-    """Make what _note_rules has remembered stand for no rules at all."""
-    note = directory / _RULES_FILE
-    try:
-        with note.open("r+b", buffering=0) as noted:
-            noted.write(b"?")
-    except OSError:  # missing, most likely
-        note.unlink(missing_ok=True)
-
-
-def _digest(rules: str) -> str:
-    return hashlib.sha256(rules.encode()).hexdigest()
 
 
 def _host_addresses() -> set[IPv4Address | IPv6Address]:
