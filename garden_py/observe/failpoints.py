@@ -118,4 +118,4 @@ def children_of(pid: int) -> list[int]:
 
 def parent_of(pid: int) -> int:
     """A process's parent. proc_pid_stat(5), field 4."""
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[1])

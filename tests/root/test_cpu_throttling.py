@@ -36,7 +36,9 @@ def pid_on_host(box: Container, script: str) -> int:
     """A process of the container by its command line, as the host numbers it."""
     for directory in cgroups_of(box.handle):
         for pid in pids_in(directory):
-            if script in Path(f"/proc/{pid}/cmdline").read_bytes().decode().replace("\0", " "):
+            if script in Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").replace(
+                "\0", " "
+            ):
                 return pid
     raise AssertionError(f"nothing runs {script}")
 

@@ -110,7 +110,9 @@ def children_named(server: ServerProcess, text: str) -> list[int]:
     found = []
     for entry_name in os.listdir("/proc"):
         try:
-            line = Path(f"/proc/{entry_name}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+            line = (
+                Path(f"/proc/{entry_name}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            )
             stat = Path(f"/proc/{entry_name}/stat").read_text().rpartition(")")[2].split()
         except OSError:
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
@@ -403,13 +404,13 @@ def test_process_cannot_fork_beyond_its_limit(box: Container) -> None:
 
 @pytest.mark.cgroup2
 def test_process_is_throttled_by_its_quota(box: Container) -> None:
-    """A tenth of a processor: a busy loop gets no more than that."""
-    before = box.metrics().cpu_usage_ns
+    """A tenth of a processor: a busy loop gets no more than that, beside what it takes to start it."""
+    before, began = box.metrics().cpu_usage_ns, time.monotonic_ns()
     spinning = box.run(sh("while :; do :; done"), limits=Limits(cpu_quota_us=10_000, cpu_period_us=100_000))
     assert box.wait(spinning.id, timedelta(seconds=1)) is None
-    used_ns = box.metrics().cpu_usage_ns - before
+    used_ns, passed_ns = box.metrics().cpu_usage_ns - before, time.monotonic_ns() - began
     spinning.signal("KILL")
-    assert used_ns < 300_000_000
+    assert used_ns < 200_000_000 + passed_ns // 8
 
 
 @pytest.mark.cgroup2

@@ -70,7 +70,7 @@ def files_of(box: Container, seconds: int | None = None) -> list[tuple[int, int]
     pids = {pid for group in groups for pid in pids_in(group)}
     for pid in pids:
         try:
-            argv = Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:-1]
+            argv = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")[:-1]
             lines = Path(f"/proc/{pid}/limits").read_text().splitlines()
         except (FileNotFoundError, ProcessLookupError):
             continue

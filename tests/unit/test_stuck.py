@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
-from garden_py.backend.host.pids import Stuck, describe_stuck, read_stuck, read_wait_channel
+from garden_py.backend.host.pids import (
+    Stuck,
+    describe_stuck,
+    read_session,
+    read_start_time,
+    read_stuck,
+    read_wait_channel,
+)
 
 INIT = Stuck(100, "S", "zap_pid_ns_processes")
 
@@ -46,3 +55,18 @@ def test_process_that_is_gone_is_not_read() -> None:
     assert own.state in "RS"
     assert read_stuck(0) is None
     assert read_wait_channel(0) == "gone"
+
+
+def test_tasks_are_read_whatever_they_are_called() -> None:
+    """prctl(2), PR_SET_NAME: any bytes, here those that make no UTF-8, with what looks like the name's end in them."""
+    script = "import ctypes; ctypes.CDLL(None).prctl(15, b') R \\xff\\x0b 1'); print(flush=True); input()"
+    argv = [sys.executable, "-c", script]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        found = read_stuck(child.pid)
+        assert found is not None
+        assert found.state in "SRD"
+        assert read_start_time(child.pid)
+        assert read_session(child.pid) == os.getsid(0)
+        child.communicate(b"\n", timeout=20)

@@ -32,6 +32,8 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from garden_py.backend.host.small_files import lines_of, read_mountinfo
+
 V1_CONTROLLERS = ("cpu", "cpuacct", "memory", "pids")
 V2_CONTROLLERS = ("cpu", "memory", "pids")
 WORK, INIT, MAIN = "work", "init", "main"
@@ -87,7 +89,7 @@ def parse_hierarchies(mountinfo: str, version: int) -> Hierarchies:
     found: dict[str, Path] = {}
     unified: Path | None = None
     blkio: Path | None = None
-    for line in mountinfo.splitlines():
+    for line in lines_of(mountinfo):
         left, _, right = line.partition(" - ")
         fstype, _, options = right.split(" ", 2)
         mount_point = Path(left.split(" ")[4])
@@ -162,7 +164,7 @@ class ContainerCgroup:
 
 def probe_hierarchies(version: int) -> Hierarchies:
     """The hierarchies of this host; see parse_hierarchies."""
-    found = parse_hierarchies(Path("/proc/self/mountinfo").read_text(), version)
+    found = parse_hierarchies(read_mountinfo(), version)
     if version == 2:
         top = found.mount_points["memory"]
         if "io" in (top / "cgroup.controllers").read_text().split():

@@ -6,6 +6,8 @@ import os
 import stat
 from pathlib import Path
 
+from garden_py.backend.host.small_files import lines_of, read_mountinfo
+
 _SYS_DEV = Path("/sys/dev/block")
 
 
@@ -17,7 +19,7 @@ def device_below(directory: Path) -> str | None:
     """
     number = directory.stat().st_dev
     if os.major(number) == 0:
-        source = _mount_source(Path("/proc/self/mountinfo").read_text(), directory)
+        source = _mount_source(read_mountinfo(), directory)
         if source is None:
             return None
         number = source
@@ -38,7 +40,7 @@ def _mount_source(mountinfo: str, directory: Path) -> int | None:
     """Device number of what is mounted at the nearest mount point above a directory; a later mount covers a former."""
     nearest, source = "", ""
     path = str(directory.resolve())
-    for line in mountinfo.splitlines():
+    for line in lines_of(mountinfo):
         left, _, right = line.partition(" - ")
         point = left.split(" ")[4]
         if len(point) >= len(nearest) and f"{path}/".startswith(f"{point.rstrip('/')}/"):

@@ -12,6 +12,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from garden_py.backend.host.small_files import read_small
+
 _NAMED_MOST = 4
 _PIDFD_INFO = struct.Struct("=Q52xi")  # mask, ids and credentials, exit_code
 _PIDFD_GET_INFO = 3 << 30 | _PIDFD_INFO.size << 16 | 0xFF << 8 | 11  # _IOWR(0xFF, 11, struct pidfd_info)
@@ -84,7 +86,7 @@ def _read_stat(whose: str) -> list[str]:
     The second field is the command name in parentheses, which may hold anything, parentheses too.
     """
     try:
-        return Path(f"/proc/{whose}/stat").read_text().rpartition(")")[2].split()
+        return read_small(f"/proc/{whose}/stat").rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return []
 

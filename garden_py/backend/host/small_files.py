@@ -1,4 +1,8 @@
-"""Reading the small files in which the kernel tells its numbers: /proc, /sys, cgroups."""
+"""Reading the files in which the kernel tells what there is: /proc, /sys, cgroups.
+
+Some name what strangers have named: tasks, links, mount points. Such names are bytes of their choice, which need not be
+UTF-8, and may hold all that Python takes for the end of a line but the newline itself.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,16 @@ def read_small(path: str | Path) -> str:
     """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return os.read(fd, _MOST_BYTES).decode()
+        return os.read(fd, _MOST_BYTES).decode(errors="replace")
     finally:
         os.close(fd)
+
+
+def read_mountinfo() -> str:
+    """The mounts that this process sees, proc_pid_mountinfo(5); however many they are."""
+    return Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
+
+
+def lines_of(text: str) -> list[str]:
+    """What stands in each line; str.splitlines knows ten more ends of lines than the kernel."""
+    return text.removesuffix("\n").split("\n") if text else []

@@ -22,6 +22,7 @@ from garden_py.backend.cgroup.layout import (
 )
 from garden_py.backend.cgroup.scope import HOLDER
 from garden_py.backend.host.pids import read_wait_channel
+from garden_py.backend.host.small_files import lines_of, read_small
 from garden_py.backend.ledger.book import Book, Shared
 from garden_py.model.errors import HostFault
 from garden_py.model.handle import name_problem
@@ -164,7 +165,7 @@ def _judge_parent(book: Book, seen: Sight) -> list[Leak]:
 def holds_process(places: Places, name: str, pid: int) -> bool:
     """Whether a process is in the group of that name, in any hierarchy. proc_pid_cgroup(5)."""
     try:
-        lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+        lines = lines_of(read_small(f"/proc/{pid}/cgroup"))
     except (FileNotFoundError, ProcessLookupError):
         return False
     paths = tuple(f"/{place}/{name}/" for place in places.groups)

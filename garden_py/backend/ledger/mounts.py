@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from garden_py.backend.host.small_files import lines_of, read_mountinfo
 from garden_py.backend.ledger.book import Book, Shared
 from garden_py.backend.ledger.files import book_id
 from garden_py.model.leak import Direction, Leak, LeakKind
@@ -36,14 +37,14 @@ def parse_mount_points(mountinfo: str, below: Iterable[Path]) -> frozenset[str]:
     Source: proc_pid_mountinfo(5): the fifth field, with space, tab, newline and backslash as octal escapes.
     """
     parents = tuple(f"{directory}/" for directory in below)
-    points = (line.split(" ")[4] for line in mountinfo.splitlines())
+    points = (line.split(" ")[4] for line in lines_of(mountinfo))
     plain = (_ESCAPE.sub(lambda match: chr(int(match[1], 8)), point) for point in points)
     return frozenset(point for point in plain if point.startswith(parents))
 
 
 def look(staged: Iterable[str], below: Iterable[Path], store: Path | None) -> Sight:
     """Read the host's mount table; `staged` is what the launcher said, `store` where one would be mounted."""
-    host = parse_mount_points(Path("/proc/self/mountinfo").read_text(), below)
+    host = parse_mount_points(read_mountinfo(), below)
     return Sight(frozenset(staged), host, str(store) if store is not None and store.is_mount() else "")
 
 

@@ -13,12 +13,12 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Final
 
 from garden_py.backend.cgroup import groups
 from garden_py.backend.cgroup.layout import WORK
 from garden_py.backend.host.rlimits import exchange_limit, obstacle_to, read_limits, read_own_limit
+from garden_py.backend.host.small_files import lines_of, read_small
 from garden_py.backend.linux.container import LinuxContainer
 from garden_py.backend.linux.process import LinuxProcess
 from garden_py.model.errors import ContainerBroken, LimitRefused, ProcessExited
@@ -66,7 +66,7 @@ def parse_task(status: str, depth: int) -> Task | None:
 
     Source: proc_pid_status(5); NSpid and NSsid list the numbers from our namespace inwards.
     """
-    fields = {name: text.split() for name, _, text in (line.partition(":") for line in status.splitlines())}
+    fields = {name: text.split() for name, _, text in (line.partition(":") for line in lines_of(status))}
     try:
         task = Task(
             int(fields["NSpid"][0]),
@@ -110,7 +110,7 @@ def owner_of(
 
 def _read_task(pid: int, depth: int) -> Task | None:
     try:
-        return parse_task(Path(f"/proc/{pid}/status").read_text(), depth)
+        return parse_task(read_small(f"/proc/{pid}/status"), depth)
     except _GONE:
         return None
 
@@ -118,10 +118,10 @@ def _read_task(pid: int, depth: int) -> Task | None:
 def _depth_of(container: LinuxContainer) -> int:
     """How many pid namespaces below ours the container's is; ContainerBroken."""
     try:
-        status = Path(f"/proc/{container.facts.pid}/status").read_text()
+        status = read_small(f"/proc/{container.facts.pid}/status")
     except _GONE as error:
         raise ContainerBroken(container.handle, "its PID 1 has ended") from error
-    return next(len(line.split()) - 2 for line in status.splitlines() if line.startswith("NSpid:"))
+    return next(len(line.split()) - 2 for line in lines_of(status) if line.startswith("NSpid:"))
 
 
 def find_owners(container: LinuxContainer) -> dict[int, str]:
@@ -275,7 +275,7 @@ def _may_be_forking(pid: int) -> bool:
 def _state_of(stat: str) -> str:
     """R, S, D and so on, proc_pid_stat(5); X of one that has gone."""
     try:
-        return Path(stat).read_text().rpartition(")")[2].split()[0]
+        return read_small(stat).rpartition(")")[2].split()[0]
     except _GONE:
         return "X"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from garden_py.backend.host.small_files import read_small
+from garden_py.backend.host.small_files import lines_of, read_small
 
 # Columns of /proc/net/dev after the name (dev_seq_printf_stats in net/core/net-procfs.c).
 _RX_BYTES, _RX_PACKETS, _TX_BYTES, _TX_PACKETS = 0, 1, 8, 9
@@ -50,7 +50,7 @@ def read_inside(pid: int, interface: str) -> LinkTraffic:
 def parse_net_dev(text: str, interface: str) -> LinkTraffic:
     """Counters of one interface in the text of /proc/net/dev, or of all but loopback; see `read_inside`."""
     sums = LinkTraffic()
-    for line in text.splitlines()[2:]:
+    for line in lines_of(text)[2:]:
         name, _, rest = line.partition(":")
         name, columns = name.strip(), [int(word) for word in rest.split()]
         if name == interface or (not interface and name != "lo"):

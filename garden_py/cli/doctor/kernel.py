@@ -8,6 +8,7 @@ from typing import Final
 
 from garden_py.backend.cgroup import scope
 from garden_py.backend.host import apparmor, syscalls
+from garden_py.backend.host.small_files import lines_of, read_mountinfo
 from garden_py.cli.doctor.finding import Doubt, Finding, Level, judge
 from garden_py.cli.doctor.trial import TRIAL_UID, attempt, scratch_directory, user_namespace
 
@@ -182,7 +183,7 @@ def check_cgroups() -> Finding:
         version, present = "version 2", set(unified.read_text().split())
         wanted: tuple[str, ...] = ("io", "cpuset")
     else:
-        version, present = "version 1", read_v1_controllers(Path("/proc/self/mountinfo").read_text())
+        version, present = "version 1", read_v1_controllers(read_mountinfo())
         wanted = _WANTED_CONTROLLERS
     missing = [name for name in _NEEDED_CONTROLLERS if name not in present]
     if missing:
@@ -205,7 +206,7 @@ def check_cgroups() -> Finding:
 def read_v1_controllers(mountinfo: str) -> set[str]:
     """Controllers with a mounted version 1 hierarchy, from the text of /proc/self/mountinfo. Pure."""
     found: set[str] = set()
-    for line in mountinfo.splitlines():
+    for line in lines_of(mountinfo):
         # … - FSTYPE SOURCE SUPER_OPTIONS, the last of which name the controllers. proc_pid_mountinfo(5).
         _, _, tail = line.partition(" - ")
         fields = tail.split()

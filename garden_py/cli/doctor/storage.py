@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from garden_py.backend.host.small_files import lines_of, read_mountinfo
 from garden_py.cli.doctor.finding import Finding, Level
 
+_ESCAPE: Final = re.compile(r"\\([0-7]{3})")
 _LOW_FREE_BYTES: Final = 5 << 30
 _LOW_FREE_INODES: Final = 100_000
 # Written through and lost at a reboot, or unable to carry an overlayfs upper layer.
@@ -31,11 +34,11 @@ class Mount:
 def parse_mountinfo(text: str) -> list[Mount]:
     """All mounts; of those at one point, the last is the one to be seen. proc_pid_mountinfo(5). Pure."""
     mounts = []
-    for line in text.splitlines():
+    for line in lines_of(text):
         head, _, tail = line.partition(" - ")
-        fields, tail_fields = head.split(), tail.split()
+        fields, tail_fields = head.split(" "), tail.split(" ")
         options = frozenset(fields[5].split(",")) | frozenset(tail_fields[-1].split(","))
-        point = fields[4].encode().decode("unicode_escape")  # blanks are written \040
+        point = _ESCAPE.sub(lambda match: chr(int(match[1], 8)), fields[4])  # blanks are written \040
         mounts.append(Mount(Path(point), tail_fields[0], options))
     return mounts
 
@@ -48,7 +51,7 @@ def mount_of(path: Path, mounts: list[Mount]) -> Mount:
 
 def check_state_directory(state_dir: Path) -> Finding:
     """Kind of file system and room on it."""
-    mount = mount_of(state_dir, parse_mountinfo(Path("/proc/self/mountinfo").read_text()))
+    mount = mount_of(state_dir, parse_mountinfo(read_mountinfo()))
     existing = state_dir
     while not existing.is_dir():
         existing = existing.parent
@@ -67,7 +70,7 @@ def check_state_directory(state_dir: Path) -> Finding:
 
 def check_disk_quota(state_dir: Path) -> Finding:
     """Whether the file system could limit what one container writes."""
-    mount = mount_of(state_dir, parse_mountinfo(Path("/proc/self/mountinfo").read_text()))
+    mount = mount_of(state_dir, parse_mountinfo(read_mountinfo()))
     if mount.kind == "btrfs":
         return Finding("disk quota", Level.OK, "btrfs: one subvolume with a qgroup limit per container")
     if mount.options & {"prjquota", "pquota"}:
