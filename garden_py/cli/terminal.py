@@ -19,7 +19,7 @@ import termios
 import threading
 import tty
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Final
 
@@ -94,7 +94,8 @@ def _raw_terminal() -> Iterator[None]:
     try:
         yield
     finally:
-        termios.tcsetattr(fd, termios.TCSADRAIN, before)
+        with suppress(termios.error):  # it has hung up
+            termios.tcsetattr(fd, termios.TCSADRAIN, before)
 
 
 class Session:
@@ -200,7 +201,10 @@ class Session:
                 ready, _, _ = select.select([source, wake], [], [])
                 if wake in ready:
                     return
-                data = os.read(source, _READ_BYTES)
+                try:
+                    data = os.read(source, _READ_BYTES)
+                except OSError:  # a terminal that has hung up
+                    data = b""
                 if not data:
                     self._process.stdin.close()
                     return
@@ -256,6 +260,10 @@ class Session:
 
 
 def _write_all(fd: int, data: bytes) -> None:
+    """Write all of it, also to what a parent of ours has made non-blocking."""
     view = memoryview(data)
     while view:
-        view = view[os.write(fd, view) :]
+        try:
+            view = view[os.write(fd, view) :]
+        except BlockingIOError:
+            select.select([], [fd], [])

@@ -233,3 +233,20 @@ def test_doctor_finds_this_host_able(tmp_path: Path) -> None:
     assert [finding for finding in findings if finding["level"] == "FAIL"] == []
     assert done.returncode == 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_terminal_that_hangs_up_is_no_trace_of_python(garden: Shell, handle: str, tmp_path: Path) -> None:
+    """Neither by the thread that reads it nor when its mode shall be as before; the process has got HUP."""
+    ours, theirs = pty.openpty()
+    with (tmp_path / "err").open("wb") as err:
+        argv = [*GARDEN, "run", "-it", handle, "sh", "-c", "echo ready; while :; do sleep 0.1; echo x; done"]
+        process = subprocess.Popen(
+            argv, stdin=theirs, stdout=theirs, stderr=err, env=garden.environ, start_new_session=True
+        )
+    os.close(theirs)
+    seen = b""
+    while b"ready" not in seen:
+        seen += os.read(ours, 1000)
+    os.close(ours)
+    assert process.wait(DEADLINE_S) == 1
+    assert "Traceback" not in (tmp_path / "err").read_text()

@@ -429,3 +429,49 @@ def test_numbers_that_no_message_holds_are_bad_input(garden: Garden, arguments: 
     number = "9" * 20
     result = garden(*arguments, number)
     assert (result.code, result.err) == (2, f"garden: {number} is too large a number\n")
+
+
+def garden_without_streams(closing: str, *arguments: str) -> int:
+    """Runs a command line with streams closed, e.g. `<&- >&-`; its exit code."""
+    argv = ["sh", "-c", f'exec "$@" {closing}', "sh", sys.executable, "-m", "garden_py", *arguments]
+    return subprocess.run(argv, timeout=60, check=False, stderr=subprocess.DEVNULL).returncode
+
+
+def test_closed_streams_are_empty_and_take_anything(garden: Garden, fake: FakeGarden) -> None:
+    """Supervisors and cron jobs start programs so; without stdin, a process that reads it would never end."""
+    garden("create", "--handle", "c")
+    assert garden_without_streams("<&-", "run", "-i", "c", "cat") == 0
+    assert garden_without_streams(">&-", "run", "c", "emit", "out", "err", "3") == 3
+    assert garden_without_streams("<&- >&- 2>&-", "run", "c", "emit", "out", "err", "3") == 3
+    assert garden_without_streams(">&-", "list") == 0
+
+
+def test_a_stdout_that_does_not_block_gets_everything(garden: Garden, fake: FakeGarden) -> None:
+    """Pipes of event-driven parents are so, and terminals that one of these has had."""
+    garden("create", "--handle", "c")
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    argv = [sys.executable, "-m", "garden_py", "run", "c", "flood", "400000"]
+    with subprocess.Popen(argv, stdout=writing, stdin=subprocess.DEVNULL) as process:
+        os.close(writing)
+        time.sleep(1)
+        with os.fdopen(reading, "rb") as pipe:
+            assert pipe.read() == flood_bytes(400_000)
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("arguments", [("run", "c", "emit", "\udcff"), ("create", "--handle", "\udcff")])
+def test_arguments_that_are_no_text_are_bad_input(garden: Garden, arguments: tuple[str, ...]) -> None:
+    """A message holds UTF-8 only."""
+    assert garden(*arguments) == Result(2, "", "garden: b'\\xff' is not UTF-8\n")
+
+
+def test_what_the_terminal_has_no_letters_for_is_written_in_numbers(
+    garden: Garden, fake: FakeGarden, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not with a trace of Python."""
+    garden("create", "--handle", "c", "--property", "k=\u043a")
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    done = garden_with_stdin(b"", "info", "c")
+    assert done.returncode == 0
+    assert b"k=\\u043a" in done.stdout
