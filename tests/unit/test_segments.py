@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -146,6 +147,26 @@ def test_stream_is_recovered_from_its_files(tmp_path: Path, pipe: tuple[int, int
     while data := reader.read_nowait(1 << 20):
         found += data
     assert found == pattern(again.first_offset, again.end_offset - again.first_offset)
+
+
+def test_less_retention_on_a_full_disk_does_not_begin_the_stream_anew(
+    tmp_path: Path, pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server's default was lowered: one old segment alone is beyond it, but says where the stream is."""
+    earlier = SegmentLog(tmp_path, "stdout", retention_bytes=1 << 20)
+    fill(earlier, pipe, 512 << 10)
+    log = SegmentLog(tmp_path, "stdout", retention_bytes=RETENTION)
+    assert os.write(pipe[1], b"more") == 4
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", _disk_full)
+        assert log.take(pipe[0]) is Intake.DISK_FULL
+    assert SegmentLog(tmp_path, "stdout", retention_bytes=RETENTION).end_offset == 512 << 10
+    assert log.take(pipe[0]) is Intake.TOOK
+    assert log.end_offset == (512 << 10) + 4
+
+
+def _disk_full(*_: object) -> int:
+    raise OSError(errno.ENOSPC, "no space left")
 
 
 def test_deleted_stream_leaves_no_file(tmp_path: Path, pipe: tuple[int, int]) -> None:

@@ -184,11 +184,12 @@ class SegmentLog:
 
     def _make_room(self) -> bool:
         """Drop oldest segments until another one fits; False if a reader still needs the oldest."""
+        # The last stays until there is another: from its name and size the next server learns where the stream goes on.
         while (
-            self._starts and self.end_offset - self._starts[0] + self._segment_bytes > self._retention_bytes
+            len(self._starts) > 1
+            and self.end_offset - self._starts[0] + self._segment_bytes > self._retention_bytes
         ):
-            start = self._starts[0]
-            end = self._starts[1] if len(self._starts) > 1 else self.end_offset
+            start, end = self._starts[0], self._starts[1]
             if any(reader.offset < end for reader in self._readers):
                 self._wanted_to = end
                 return False
