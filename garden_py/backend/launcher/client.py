@@ -130,6 +130,8 @@ class Launcher:
         except asyncio.CancelledError:
             # The worker cannot be called back; whoever undoes the job must find its work done, not under way.
             await asyncio.wait([task])
+            if not task.cancelled():
+                task.exception()  # seen: who cancels undoes the job, however it ended
             raise
 
     async def _run(
