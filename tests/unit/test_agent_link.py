@@ -250,3 +250,16 @@ async def test_start_that_takes_long_in_an_agent_that_is_well_goes_on(
     with pytest.raises(ProcessStartFailed, match="late"):
         await agent.link.spawn(TRUE, (), [], bounding=None)
     assert agent.link.is_open
+
+
+async def test_a_request_that_a_destroy_cuts_off_is_told_of_it(agent: FakeAgent) -> None:
+    """Not that its agent is gone, as if something had gone wrong."""
+    asked = asyncio.Event()
+    agent.answers["spawn"] = lambda _: asked.set()
+    starting = asyncio.ensure_future(agent.link.spawn(TRUE, (), [], bounding=None))
+    await asked.wait()
+    agent.link.expect_end("it is being destroyed")
+    agent.socket.shutdown(socket.SHUT_RDWR)
+    with pytest.raises(ContainerBroken) as caught:
+        await starting
+    assert caught.value.reason == "it is being destroyed"

@@ -445,8 +445,7 @@ class LinuxBackend:
         """Remove whatever exists of a container; its processes are told to have ended when none is left."""
         container = self._containers.pop(handle, None) or self._undead.pop(handle, None)
         if container is not None:
-            container.broken_because = "it is being destroyed"
-            container.unwatch()
+            container.condemn()
         try:
             if container is not None:
                 await self._sidecars.abandon(container)

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 # Removed before open(2), and between it and read(2) as cgroups and as links' statistics say it.
 _PID_1_ENDED = "its PID 1 has ended"
+BEING_DESTROYED = "it is being destroyed"
 _END_TOLD_S = 0.1
 """After the first sign that PID 1 ends: until then it is found out how, if it can be."""
 _GONE = (errno.ENOENT, errno.ENODEV, errno.EINVAL)
@@ -191,7 +192,7 @@ class LinuxContainer(AgentOwner):
             current = asyncio.current_task()
             if current is not None and current.cancelling():
                 raise
-            raise ContainerBroken(self.handle, "it is being destroyed") from None
+            raise ContainerBroken(self.handle, BEING_DESTROYED) from None
 
     def watch(self, pidfd: int) -> None:
         """Be told when PID 1 ends, and when the workload runs out of memory.
@@ -293,6 +294,13 @@ class LinuxContainer(AgentOwner):
             if process.exit is None:
                 process.lost(reason, now_ns)
                 self._events.process_exited(self.handle, process)
+
+    def condemn(self) -> None:
+        """Its destroy begins: who asks its agent for something, or is doing so, learns that, not how it ended."""
+        self.broken_because = BEING_DESTROYED
+        if self._link is not None:
+            self._link.expect_end(BEING_DESTROYED)
+        self.unwatch()
 
     def unwatch(self) -> None:
         """Take our descriptors out of the event loop; twice is fine."""

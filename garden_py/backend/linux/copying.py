@@ -90,8 +90,13 @@ class _Helper:
             raise CopyFailed(reason, rest)
         if os.WIFSIGNALED(told.status):
             # To the kernel it is one of the container's processes.
-            killed = f"signal {os.WTERMSIG(told.status)} ended it in the container"
-            raise CopyFailed("io_error", f"{killed}, which may be at its memory limit")
+            number = os.WTERMSIG(told.status)
+            cause = (
+                "which may be at its memory limit"
+                if number == signal.SIGKILL
+                else "by a stop of it or by hand"
+            )
+            raise CopyFailed("io_error", f"signal {number} ended it in the container, {cause}")
         raise CopyFailed("io_error", text or f"the archiver's exit status is {os.WEXITSTATUS(told.status)}")
 
     def close(self) -> None:

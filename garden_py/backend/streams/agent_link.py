@@ -130,6 +130,10 @@ class AgentLink:
             question.cancel()
         self._link.close()
 
+    def expect_end(self, reason: str) -> None:
+        """What requests that the agent's end cuts off are told, in place of how the connection ended."""
+        self._given_up_because = self._given_up_because or reason
+
     # --- what every request needs
 
     def _lost(self, reason: str) -> None:
