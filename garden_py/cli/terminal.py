@@ -2,6 +2,7 @@
 
     main thread      output chunks ──► stdout, stderr (a slow reader slows the process, nothing is buffered)
     stdin thread     stdin ──► process.stdin, watches for the detach keys on a terminal
+    typing thread    on a terminal, stdin's ──► process.stdin, so that the keys are seen whatever holds up a write
     signal thread    INT, TERM, HUP, … ──► process.signal;  WINCH ──► process.resize
 
 Signal handlers only put a number into a queue: gRPC's locks must not be taken inside a handler that may have
@@ -114,6 +115,7 @@ class Session:
         self._terminal = terminal
         self._owner = owner
         self._signals: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._typed: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._detached = threading.Event()
         self._quiet_timer: threading.Timer | None = None
         self._interrupts = 0
@@ -183,12 +185,16 @@ class Session:
     def _stdin_thread(self) -> Iterator[None]:
         wake_read, wake_write = os.pipe()
         thread = threading.Thread(target=self._pump_stdin, args=[wake_read], name="stdin")
+        typing = threading.Thread(target=self._write_typed, name="typing")
         thread.start()
+        typing.start()
         try:
             yield
         finally:
             os.close(wake_write)  # the thread sees end of file on its end
             thread.join()
+            self._typed.put(b"")
+            typing.join()
             os.close(wake_read)
 
     def _pump_stdin(self, wake: int) -> None:
@@ -208,16 +214,28 @@ class Session:
                 if not data:
                     self._process.stdin.close()
                     return
-                if scanner is not None:
-                    data, detach = scanner.feed(data)
-                    if detach:
-                        self._detached.set()
-                        self._process.close()
-                        return
-                self._process.stdin.write(data)
+                if scanner is None:
+                    self._process.stdin.write(data)
+                    continue
+                data, detach = scanner.feed(data)
+                if detach:
+                    self._detached.set()
+                    self._process.close()
+                    return
+                if data:
+                    self._typed.put(data)
         except GardenError:
             # The process has ended, or the connection is gone: the main thread reads the same stream and says
             # so.
+            return
+
+    def _write_typed(self) -> None:
+        from garden_py.client.errors import GardenError
+
+        try:
+            while data := self._typed.get():
+                self._process.stdin.write(data)
+        except GardenError:  # as above
             return
 
     # -- signals

@@ -9,10 +9,12 @@ import os
 import pty
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from kit.patience import FACTOR
 from kit.server import ServerProcess, running_server
 from kit.terminal import DEADLINE_S, GARDEN, Terminal
 
@@ -219,6 +221,26 @@ def test_a_foreground_run_survives_the_death_of_the_server(tmp_path: Path) -> No
         rest, err = running.communicate(timeout=60)
         assert first + rest == b"".join(b"line %d\n" % number for number in range(200_000))
         assert running.returncode == 6, err
+
+
+def test_the_detach_keys_are_heard_while_there_is_no_server() -> None:
+    """With the terminal raw nothing else gets one out, and what was typed before waits for a server."""
+    with running_server() as server:
+        shell = Shell(server.address)
+        handle = shell("create").strip()
+        terminal = Terminal(shell.environ, "run", "-it", handle, "sh")
+        terminal.wait_for("[#$] ")
+        server.kill()
+        terminal.type("echo into the void\r")
+        time.sleep(0.5)
+        terminal.type("\x10\x11")
+        started_s = time.monotonic()
+        assert terminal.end() == 0
+        assert (
+            time.monotonic() - started_s < 10 * FACTOR
+        )  # it goes on looking for the server for half a minute
+        assert "detached" in terminal.seen
+        server.start()
 
 
 def test_doctor_finds_this_host_able(tmp_path: Path) -> None:
