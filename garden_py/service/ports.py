@@ -316,8 +316,15 @@ class RunningProcess(Protocol):
             OffsetUnknown: how much was fed is not known any more.
         """
 
-    async def close_stdin(self) -> None:
-        """End stdin; twice is fine."""
+    async def close_stdin(self, offset: int | None = None) -> None:
+        """End stdin; twice is fine.
+
+        Args:
+            offset: where it is to end; None: wherever it is.
+
+        Raises:
+            OffsetOutOfRange: offset leaves a gap, in the input of a process that may still read.
+        """
 
     async def resize(self, size: WindowSize) -> None:
         """Set the terminal's size; NoTty without one."""

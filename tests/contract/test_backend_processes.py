@@ -116,7 +116,10 @@ async def test_repeated_stdin_is_fed_once(stage: Stage) -> None:
     with pytest.raises(errors.OffsetOutOfRange) as gap:
         await process.write_stdin(b"later", 100)
     assert gap.value.end_offset == 6
-    await process.close_stdin()
+    with pytest.raises(errors.OffsetOutOfRange):
+        await process.close_stdin(100)  # the process would take half of its input for all of it
+    await process.close_stdin(6)
+    await process.close_stdin(6)
     assert (await output_of(process))[0] == b"abcdef"
 
 

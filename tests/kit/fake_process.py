@@ -245,7 +245,9 @@ class FakeProcess:
         if data:
             self._io.stdin.put_nowait(data)
 
-    async def close_stdin(self) -> None:
+    async def close_stdin(self, offset: int | None = None) -> None:
+        if offset is not None and offset > self._accepted and not self._stdin_closed:
+            raise OffsetOutOfRange(offset, 0, self._accepted)
         self._stdin_closed = True
         self._io.stdin.put_nowait(None)
 

@@ -194,13 +194,16 @@ def test_repeated_input_is_fed_once(box: Container, stub: garden_pb2_grpc.Garden
     assert b"".join(event.output.data for event in second) == b"abcdef"
 
 
-def test_gap_in_the_input_is_refused(box: Container, stub: garden_pb2_grpc.GardenStub) -> None:
-    """The process would read what nobody has written."""
+@pytest.mark.parametrize("stdin", [pb.Stdin(data=b"x", offset=5), pb.Stdin(close=True, offset=5)])
+def test_gap_in_the_input_is_refused(
+    box: Container, stub: garden_pb2_grpc.GardenStub, stdin: pb.Stdin
+) -> None:
+    """The process would read what nobody has written, or take for whole what is not."""
     box.start(["cat"], id="p")
 
     def feed() -> Iterator[pb.AttachProcessRequest]:
         yield attach(box.handle, "p")
-        yield pb.AttachProcessRequest(input=pb.ProcessInput(stdin=pb.Stdin(data=b"x", offset=5)))
+        yield pb.AttachProcessRequest(input=pb.ProcessInput(stdin=stdin))
 
     with pytest.raises(grpc.RpcError) as refused:
         list(stub.AttachProcess(feed(), timeout=20))

@@ -77,8 +77,10 @@ async def test_offsets_make_a_retry_harmless() -> None:
     await feed.write(b"bc", 1)
     with pytest.raises(OffsetOutOfRange, match=r"stdin goes on at offset 6.* 7 leaves a gap"):
         await feed.write(b"x", 7)
+    with pytest.raises(OffsetOutOfRange, match=r"stdin goes on at offset 6.* 7 leaves a gap"):
+        await feed.close(7)
     assert os.read(read_fd, 100) == b"abcdef"
-    await feed.close()
+    await feed.close(6)
     await feed.close()
     await feed.write(b"abc", 0)  # a late repetition, no new byte
     with pytest.raises(StdinClosed):

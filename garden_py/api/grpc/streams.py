@@ -264,10 +264,11 @@ async def _apply(process: RunningProcess, message: pb.ProcessInput) -> None:
 
 
 async def _feed_stdin(process: RunningProcess, message: pb.Stdin) -> None:
+    offset = message.offset if message.HasField("offset") else None
     if message.data:
-        await process.write_stdin(message.data, message.offset if message.HasField("offset") else None)
+        await process.write_stdin(message.data, offset)
     if message.close:
-        await process.close_stdin()
+        await process.close_stdin(None if offset is None else offset + len(message.data))
 
 
 async def _signal(process: RunningProcess, message: pb.Signal) -> None:

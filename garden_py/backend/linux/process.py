@@ -256,9 +256,9 @@ class LinuxProcess:
         """Bytes of stdin taken so far; None after a restart of the server."""
         return self._stdin.accepted
 
-    async def close_stdin(self) -> None:
+    async def close_stdin(self, offset: int | None = None) -> None:
         """End stdin."""
-        await self._stdin.close()
+        await self._stdin.close(offset)
 
     async def resize(self, size: WindowSize) -> None:
         """Set the terminal's size."""

@@ -94,10 +94,13 @@ class StdinFeed:
         accepted = self.accepted
         if accepted is None:
             raise OffsetUnknown(self._process_id)
+        self._refuse_gap(offset, accepted)
+        return data[accepted - offset :]
+
+    def _refuse_gap(self, offset: int, accepted: int) -> None:
         if offset > accepted:
             problem = f"stdin goes on at offset {accepted}, the number of bytes so far; {offset} leaves a gap"
             raise OffsetOutOfRange(offset, 0, accepted, problem)
-        return data[accepted - offset :]
 
     async def _accept(self, view: memoryview) -> None:
         if self._spool is None and self._fd >= 0:
@@ -169,11 +172,17 @@ class StdinFeed:
             self._loop.remove_writer(self._fd)
         self._watching = wanted
 
-    async def close(self) -> None:
-        """End of input, after what has been accepted; twice is fine."""
+    async def close(self, offset: int | None = None) -> None:
+        """End of input, after what has been accepted; twice is fine.
+
+        Raises:
+            OffsetOutOfRange: it is to end beyond that; whoever reads it would take it for whole.
+        """
         async with self._turn:
             if self._closed:
                 return
+            if offset is not None and self.accepted is not None and self._fd >= 0:
+                self._refuse_gap(offset, self.accepted)
             if self._is_tty:
                 await self._accept(memoryview(_END_OF_TRANSMISSION))
                 self._typed_end = True
