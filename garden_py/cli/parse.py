@@ -43,11 +43,15 @@ def parse_duration(text: str) -> timedelta:
     """`90s`, `1h30m`, `500ms`, `2d`; a bare number is seconds."""
     bare = text.strip()
     if re.fullmatch(r"\d+(\.\d+)?", bare):
-        return timedelta(seconds=float(bare))
-    if not _DURATION.fullmatch(bare):
+        seconds = float(bare)
+    elif _DURATION.fullmatch(bare):
+        seconds = sum(float(count) * _DURATION_UNITS_S[unit] for count, unit in _DURATION_PART.findall(bare))
+    else:
         raise BadInput(f"{text!r} is not a duration; write e.g. 90s, 1h30m, 500ms")
-    seconds = sum(float(count) * _DURATION_UNITS_S[unit] for count, unit in _DURATION_PART.findall(bare))
-    return timedelta(seconds=seconds)
+    try:
+        return timedelta(seconds=seconds)
+    except OverflowError as error:
+        raise BadInput(f"{text!r} is too long") from error
 
 
 def parse_grace_time(text: str) -> timedelta:

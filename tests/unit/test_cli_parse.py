@@ -46,6 +46,13 @@ def test_other_durations_are_refused(text: str) -> None:
         parse.parse_duration(text)
 
 
+@pytest.mark.parametrize("text", ["99999999999999999999d", "9" * 400])
+def test_a_duration_that_no_number_holds_is_too_long(text: str) -> None:
+    """It ended in a traceback."""
+    with pytest.raises(parse.BadInput, match="is too long"):
+        parse.parse_duration(text)
+
+
 def test_never_is_a_grace_time() -> None:
     """Zero on the wire."""
     assert parse.parse_grace_time("never") == timedelta(0)
