@@ -86,3 +86,10 @@ def test_no_body_makes_it_fail_otherwise(body: bytes) -> None:
         parse_value(body)
     except BadJson:
         return
+
+
+def test_half_a_surrogate_pair_is_a_replacement_character() -> None:
+    """As Go decodes it: such a text has no UTF-8, and no answer over gRPC could hold it. Whole pairs stay."""
+    fields = parse_object(rb'{"a": "x\ud800", "b": ["\udfff", "\ud83d\ude00"], "c": {"\udc00k": "\ud800"}}')
+    assert (fields.text("a"), fields.texts("b")) == ("x\N{REPLACEMENT CHARACTER}", ("\ufffd", "\U0001f600"))
+    assert fields.text_map("c") == {"\ufffdk": "\ufffd"}

@@ -6,12 +6,14 @@ What is wrong is told with the path of the field. Source: Garden HTTP protocol Â
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
 Value = TypeVar("Value")
 _DECODER = json.JSONDecoder(parse_constant=lambda name: _refuse_constant(name))
 UINT64_MAX = (1 << 64) - 1
+_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 class BadJson(ValueError):
@@ -43,6 +45,15 @@ def parse_value(body: bytes) -> Any:
 def parse_object(body: bytes) -> Fields:
     """The first JSON value of a body, which must be an object or null."""
     return as_fields(parse_value(body), "")
+
+
+def whole_text(text: str) -> str:
+    """The text with U+FFFD for each half of a surrogate pair, as Go decodes it: UTF-8 has none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return _SURROGATES.sub("\N{REPLACEMENT CHARACTER}", text)
+    return text
 
 
 def as_fields(value: Any, path: str) -> Fields:
@@ -78,7 +89,7 @@ class Fields:
 
     def text(self, key: str) -> str:
         """A string."""
-        return str(self._get(key, str, "a string", ""))
+        return whole_text(self._get(key, str, "a string", ""))
 
     def flag(self, key: str) -> bool:
         """A boolean."""
@@ -110,7 +121,9 @@ class Fields:
     def text_map(self, key: str) -> dict[str, str]:
         """An object from strings to strings."""
         values = self._get(key, dict, "an object", {})
-        return {name: _as_text(value, f"{self._at(key)}.{name}") for name, value in values.items()}
+        return {
+            whole_text(name): _as_text(value, f"{self._at(key)}.{name}") for name, value in values.items()
+        }
 
 
 def read_list(values: Any, path: str, read: Callable[[Any, str], Value]) -> tuple[Value, ...]:
@@ -127,7 +140,7 @@ def _as_text(value: Any, path: str) -> str:
         return ""
     if not isinstance(value, str):
         raise BadJson(f"{path}: cannot take {_name(value)} for a string")
-    return value
+    return whole_text(value)
 
 
 def _name(value: Any) -> str:
