@@ -216,8 +216,8 @@ def run_command(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, ValueError) and str(error).startswith(_TOO_LARGE):
             failures.report(f"{str(error).removeprefix(_TOO_LARGE)} is too large a number")
             return failures.EXIT_BAD_INPUT
-        if isinstance(error, UnicodeEncodeError):
-            failures.report(f"{os.fsencode(error.object)!r} is not UTF-8")
+        if isinstance(error, UnicodeEncodeError):  # PEP 383: bytes of an argument that are no UTF-8
+            failures.report(f"{os.fsencode(error.object)!r} is no UTF-8, and cannot be sent to the server")
             return failures.EXIT_BAD_INPUT
         raise
     return code if isinstance(code, int) else 0

@@ -12,8 +12,11 @@ from garden_py.model import size
 if TYPE_CHECKING:
     from garden_py.client import BindMount, PortMapping, Stream
 
-_DURATION: Final = re.compile(r"(?:(\d+(?:\.\d+)?)(ms|s|m|h|d))+")
-_DURATION_PART: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
+_NUMBER: Final = r"[0-9]{1,40}(?:\.[0-9]{1,40})?"
+_DURATION: Final = re.compile(rf"(?:{_NUMBER}(?:ms|s|m|h|d))+")
+_DURATION_PART: Final = re.compile(rf"({_NUMBER})(ms|s|m|h|d)")
+_DURATION_MAX_S: Final = 315_576_000_000
+"""What google.protobuf.Duration holds: ten thousand years."""
 _DURATION_UNITS_S: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 RLIM_INFINITY: Final = (1 << 64) - 1
@@ -42,16 +45,14 @@ def parse_swap(text: str) -> int:
 def parse_duration(text: str) -> timedelta:
     """`90s`, `1h30m`, `500ms`, `2d`; a bare number is seconds."""
     bare = text.strip()
-    if re.fullmatch(r"\d+(\.\d+)?", bare):
-        seconds = float(bare)
-    elif _DURATION.fullmatch(bare):
-        seconds = sum(float(count) * _DURATION_UNITS_S[unit] for count, unit in _DURATION_PART.findall(bare))
-    else:
+    if re.fullmatch(_NUMBER, bare):
+        bare += "s"
+    if not _DURATION.fullmatch(bare):
         raise BadInput(f"{text!r} is not a duration; write e.g. 90s, 1h30m, 500ms")
-    try:
-        return timedelta(seconds=seconds)
-    except OverflowError as error:
-        raise BadInput(f"{text!r} is too long") from error
+    seconds = sum(float(count) * _DURATION_UNITS_S[unit] for count, unit in _DURATION_PART.findall(bare))
+    if seconds > _DURATION_MAX_S:
+        raise BadInput(f"{text!r} is more than ten thousand years")
+    return timedelta(seconds=seconds)
 
 
 def parse_grace_time(text: str) -> timedelta:
@@ -61,7 +62,7 @@ def parse_grace_time(text: str) -> timedelta:
 
 def parse_cpu_quota(text: str) -> int:
     """Microseconds of CPU time per period: `50000`, or `150%` of one processor; 0 is unlimited."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", text.strip())
+    match = re.fullmatch(rf"({_NUMBER})(%?)", text.strip())
     if match is None or (not match[2] and "." in match[1]):
         raise BadInput(f"{text!r} is not a CPU quota; write µs per period, e.g. 50000, or 150% of one CPU")
     quota_us = int(float(match[1]) * CPU_PERIOD_US / 100) if match[2] else int(match[1])
@@ -95,7 +96,7 @@ def parse_rlimits(texts: Sequence[str]) -> dict[str, int]:
             raise BadInput(f"rlimit {name} is given twice")
         if value == "unlimited":
             limits[name] = RLIM_INFINITY
-        elif value.isdecimal():
+        elif re.fullmatch(r"[0-9]{1,40}", value):
             limits[name] = int(value)
         else:
             raise BadInput(f"rlimit {name}={value!r} is neither a number nor unlimited")
@@ -128,7 +129,7 @@ def parse_port(text: str) -> PortMapping:
     """`[HOST:]CONTAINER[/tcp|udp]`; without HOST the server picks a free port."""
     from garden_py.client.values import PortMapping, PortProtocol
 
-    match = re.fullmatch(r"(?:(\d+):)?(\d+)(?:/(tcp|udp))?", text)
+    match = re.fullmatch(r"(?:([0-9]{1,40}):)?([0-9]{1,40})(?:/(tcp|udp))?", text)
     if match is None:
         raise BadInput(f"port {text!r} is not of the form [HOST:]CONTAINER[/tcp|udp]")
     for port in (match[1] or "0", match[2]):
@@ -139,7 +140,7 @@ def parse_port(text: str) -> PortMapping:
 
 def parse_signal(text: str) -> int | str:
     """`9`, `KILL` or `SIGKILL`."""
-    if text.isdecimal():
+    if re.fullmatch(r"[0-9]{1,40}", text):
         return int(text)
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9+-]*", text):
         raise BadInput(f"{text!r} is not a signal; write a number or a name, e.g. TERM")

@@ -357,6 +357,9 @@ def test_events_are_json_lines(garden: Garden, fake: FakeGarden) -> None:
         (["destroy", "--all", "web"], "not both"),
         (["run", "--image-user", "u", "c", "true"], "--image-password-file"),
         (["ping", "--address", "nonsense"], "nonsense"),
+        (["run", "c", "echo", "a\udcff"], r"b'a\xff' is no UTF-8"),
+        (["create", "--property", "a=\udcff"], r"b'\xff' is no UTF-8"),
+        (["grace-time", "c", "9" * 20 + "d"], "is more than ten thousand years"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(garden: Garden, arguments: list[str], message: str) -> None:
@@ -463,7 +466,7 @@ def test_a_stdout_that_does_not_block_gets_everything(garden: Garden, fake: Fake
 @pytest.mark.parametrize("arguments", [("run", "c", "emit", "\udcff"), ("create", "--handle", "\udcff")])
 def test_arguments_that_are_no_text_are_bad_input(garden: Garden, arguments: tuple[str, ...]) -> None:
     """A message holds UTF-8 only."""
-    assert garden(*arguments) == Result(2, "", "garden: b'\\xff' is not UTF-8\n")
+    assert garden(*arguments) == Result(2, "", "garden: b'\\xff' is no UTF-8, and cannot be sent to the server\n")
 
 
 def test_what_the_terminal_has_no_letters_for_is_written_in_numbers(

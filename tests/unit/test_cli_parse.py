@@ -24,7 +24,12 @@ def test_sizes_are_powers_of_1024(text: str, size: int) -> None:
     assert parse.parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "M", "12Q", "-1", "1e6", "64MM", "0x10"])
+def test_sizes_are_exact() -> None:
+    """A float would round it up."""
+    assert parse.parse_size("9223372036854775807") == 2**63 - 1
+
+
+@pytest.mark.parametrize("text", ["", "M", "12Q", "-1", "1e6", "64MM", "0x10", "٣", "9" * 5000])
 def test_other_sizes_are_refused(text: str) -> None:
     """A mistyped limit must not become another limit."""
     with pytest.raises(parse.BadInput, match="is not a size"):
@@ -39,23 +44,11 @@ def test_durations_are_read(text: str, seconds: float) -> None:
     assert parse.parse_duration(text) == timedelta(seconds=seconds)
 
 
-@pytest.mark.parametrize("text", ["", "1x", "h", "-5s", "1h 30m"])
+@pytest.mark.parametrize("text", ["", "1x", "h", "-5s", "1h 30m", "٣s", "9" * 20 + "d", "9" * 400])
 def test_other_durations_are_refused(text: str) -> None:
     """Seconds taken for minutes would destroy containers too early."""
     with pytest.raises(parse.BadInput):
         parse.parse_duration(text)
-
-
-@pytest.mark.parametrize("text", ["99999999999999999999d", "9" * 400])
-def test_a_duration_that_no_number_holds_is_too_long(text: str) -> None:
-    """It ended in a traceback."""
-    with pytest.raises(parse.BadInput, match="is too long"):
-        parse.parse_duration(text)
-
-
-def test_never_is_a_grace_time() -> None:
-    """Zero on the wire."""
-    assert parse.parse_grace_time("never") == timedelta(0)
 
 
 @pytest.mark.parametrize(("text", "quota"), [("50000", 50000), ("150%", 150_000), ("0.5%", 500), ("0", 0)])
@@ -64,7 +57,7 @@ def test_cpu_quota_is_microseconds_or_percent(text: str, quota: int) -> None:
     assert parse.parse_cpu_quota(text) == quota
 
 
-@pytest.mark.parametrize("text", ["1.5", "x", "-1", "%"])
+@pytest.mark.parametrize("text", ["1.5", "x", "-1", "%", "٣%", "9" * 400 + "%", "9" * 5000])
 def test_other_cpu_quotas_are_refused(text: str) -> None:
     """1.5 could mean processors; better to ask."""
     with pytest.raises(parse.BadInput):
@@ -87,7 +80,7 @@ def test_ports_take_host_and_protocol() -> None:
     assert parse.parse_port("80") == PortMapping(0, 80, PortProtocol.TCP)
     assert parse.parse_port("8080:80") == PortMapping(8080, 80, PortProtocol.TCP)
     assert parse.parse_port("53/udp") == PortMapping(0, 53, PortProtocol.UDP)
-    for text in ("", "x", "1:2:3", "80/icmp"):
+    for text in ("", "x", "1:2:3", "80/icmp", "٨٠", "9" * 5000):
         with pytest.raises(parse.BadInput, match="is not of the form"):
             parse.parse_port(text)
     for text in ("70000", "99999:1", "1:123456/udp"):
@@ -107,6 +100,9 @@ def test_rlimits_are_numbers_or_unlimited() -> None:
     assert parse.parse_rlimits(["nofile=1024", "core=unlimited"]) == {"nofile": 1024, "core": 2**64 - 1}
     with pytest.raises(parse.BadInput):
         parse.parse_rlimits(["nofile=many"])
+    for text in ("nofile=٣", "nofile=" + "9" * 5000):
+        with pytest.raises(parse.BadInput):
+            parse.parse_rlimits([text])
     with pytest.raises(parse.BadInput, match="nofile is given twice"):
         parse.parse_rlimits(["nofile=100", "core=0", "nofile=200"])
     assert parse.format_rlimits({"nofile": 9, "core": 2**64 - 1}) == "core=unlimited nofile=9"
