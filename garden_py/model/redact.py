@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 REMOVED = "<removed>"
@@ -26,12 +27,20 @@ def _shown(key: Any, value: Any) -> Any:
 
 
 def secrets_of(env: Iterable[str]) -> list[bytes]:
-    """Values of environment variables that must appear nowhere, the longest first: one may contain another."""
+    """Values of environment variables that must appear nowhere, the longest first: one may contain another.
+
+    Each also as JSON writes it.
+    """
     pairs = (entry.partition("=") for entry in env)
     values = {
         value for name, _, value in pairs if name not in _PUBLIC and len(value) >= _SECRET_MIN_CHARACTERS
     }
-    return sorted((value.encode(errors="surrogateescape") for value in values), key=len, reverse=True)
+    return sorted({form for value in values for form in _forms(value)}, key=len, reverse=True)
+
+
+def _forms(value: str) -> Iterator[bytes]:
+    for text in (value, json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1]):
+        yield text.encode(errors="surrogateescape")
 
 
 def scrub(data: bytes, secrets: Iterable[bytes]) -> bytes:

@@ -146,6 +146,15 @@ def test_a_secret_inside_another_does_not_leave_the_rest_of_it() -> None:
     assert scrub(b"password-and-more password short", secrets) == b"<removed> <removed> short"
 
 
+def test_a_secret_is_found_as_json_writes_it() -> None:
+    """In arguments of a process, for one."""
+    secrets = secrets_of(['A=qu"ote\\d', "B=p\u00e4sswort"])
+    for value in ('qu"ote\\d', "p\u00e4sswort"):
+        for ascii_only in (True, False):
+            written = json.dumps(["echo", value], ensure_ascii=ascii_only).encode()
+            assert scrub(written, secrets) == b'["echo", "<removed>"]'
+
+
 def test_rules_of_others_are_left_out() -> None:
     listing = """table inet garden_3fa1 {
 	set members {
