@@ -245,11 +245,20 @@ def incomplete_limits(limits: Limits, prefix: str) -> list[FieldViolation]:
 def process_limit_violations(limits: Limits, prefix: str) -> list[FieldViolation]:
     """As limit_violations, for a running process: memory, CPU, tasks, rlimits, and a sidecar's disk space."""
     found = limit_violations(limits, prefix)
-    if limits.states_io:
-        found.append(FieldViolation(f"{prefix}.io_weight", NO_PROCESS_IO))
-    if limits.states_network:
-        found.append(FieldViolation(f"{prefix}.network_tx_bytes_per_s", NO_PROCESS_NETWORK))
-    return found
+    return found + container_only_violations(limits, prefix)
+
+
+def container_only_violations(limits: Limits, prefix: str) -> list[FieldViolation]:
+    """What is stated of a process and only containers have, each by its name."""
+    problems = {
+        **dict.fromkeys(("io_weight", *IO_RATES), NO_PROCESS_IO),
+        **dict.fromkeys(NETWORK_LIMITS, NO_PROCESS_NETWORK),
+    }
+    return [
+        FieldViolation(f"{prefix}.{name}", problem)
+        for name, problem in problems.items()
+        if getattr(limits, name) is not None
+    ]
 
 
 def shares_from_weight(weight: int) -> int:

@@ -12,10 +12,9 @@ from .handle import name_problem
 from .image import RegistryAuth, image_problem
 from .limits import (
     NO_PROCESS_DISK,
-    NO_PROCESS_IO,
-    NO_PROCESS_NETWORK,
     Limits,
     Rlimits,
+    container_only_violations,
     incomplete_limits,
     limit_violations,
     rlimit_violations,
@@ -175,12 +174,9 @@ def check_process(spec: ProcessSpec, prefix: str = "spec") -> None:
         bad("limits.rlimits", f"a process states them in {prefix}.rlimits")
     found += limit_violations(spec.limits, f"{prefix}.limits")
     found += incomplete_limits(spec.limits, f"{prefix}.limits")
-    if spec.limits.states_network:
-        found.append(FieldViolation("spec.limits.network_tx_bytes_per_s", NO_PROCESS_NETWORK))
+    found += container_only_violations(spec.limits, f"{prefix}.limits")
     if spec.limits.states_disk and spec.sidecar is None:
         bad("limits.disk_bytes", NO_PROCESS_DISK)
-    if spec.limits.states_io:
-        bad("limits.io_weight", NO_PROCESS_IO)
     if (sidecar := spec.sidecar) is not None:
         if problem := image_problem(sidecar.image):
             bad("sidecar.image", problem)

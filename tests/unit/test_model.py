@@ -225,6 +225,10 @@ def test_container_specs(changes: dict[str, Any], fields: set[str]) -> None:
         ({"user": "a\0"}, {"spec.user"}),
         ({"tty": WindowSize(70_000, 1)}, {"spec.tty"}),
         ({"limits": Limits(rlimits=(("nofile", 1),))}, {"spec.limits.rlimits"}),
+        (
+            {"limits": Limits(network_rx_bytes_per_s=1 << 20, io_read_ops_per_s=9)},
+            {"spec.limits.network_rx_bytes_per_s", "spec.limits.io_read_ops_per_s"},
+        ),
         ({"rlimits": (("files", 1),)}, {"spec.rlimits[files]"}),
         ({"rlimits": (("nofile", -1),)}, {"spec.rlimits[nofile]"}),
         ({"rlimits": (("nofile", 1 << 64),)}, {"spec.rlimits[nofile]"}),
