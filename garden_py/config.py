@@ -27,6 +27,7 @@ from pydantic_core import ErrorDetails
 
 from garden_py.model.device import parse_device_rule
 from garden_py.model.errors import FieldViolation, InvalidRequest
+from garden_py.model.network import has_unicast_only
 from garden_py.model.size import parse_size
 from garden_py.observe.failpoints import parse_fail_point
 
@@ -539,6 +540,8 @@ class Config(BaseModel):
     def _room_for_containers(cls, pool: ipaddress.IPv4Network) -> ipaddress.IPv4Network:
         if not 8 <= pool.prefixlen <= 29:
             raise ValueError("must be a network of /8 to /29")
+        if not has_unicast_only(pool):
+            raise ValueError("must be a network of unicast addresses, e.g. of 10.0.0.0/8")
         return pool
 
     @field_validator("network_pool_v6")

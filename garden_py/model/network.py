@@ -11,6 +11,8 @@ from garden_py.model.errors import FieldViolation, InvalidField
 DEFAULT_PREFIX_LENGTH = 30
 LARGEST_PREFIX_LENGTH = 30
 SMALLEST_PREFIX_LENGTH = 8
+# RFC 1122 §3.2.1.3, RFC 5771
+_NO_HOSTS = (IPv4Network("0.0.0.0/8"), IPv4Network("224.0.0.0/4"))
 
 
 class NetworkMode(Enum):
@@ -19,6 +21,11 @@ class NetworkMode(Enum):
     OWN = "own"
     NONE = "none"
     HOST = "host"
+
+
+def has_unicast_only(network: IPv4Network) -> bool:
+    """Whether its addresses can be those of containers, but for loopback, which overlaps a network of every host."""
+    return not any(network.overlaps(other) for other in _NO_HOSTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +53,8 @@ class SubnetChoice:
         if not SMALLEST_PREFIX_LENGTH <= network.prefixlen <= LARGEST_PREFIX_LENGTH:
             sizes = f"/{SMALLEST_PREFIX_LENGTH} to /{LARGEST_PREFIX_LENGTH}"
             raise InvalidField("subnet", f"{network} is not of a size from {sizes}")
+        if not has_unicast_only(network):
+            raise InvalidField("subnet", f"{network} is not a network of unicast addresses")
         if address == network[0]:
             return cls(network)
         if address == network[1]:

@@ -68,6 +68,7 @@ def test_tag_depends_on_the_state_directory_only() -> None:
         ({"run_dir": "/" + "x" * 70}, "run_dir"),
         ({"network_pool": "10.0.0.0/31"}, "network_pool"),
         ({"network_pool": "10.0.0.1/24"}, "network_pool"),
+        ({"network_pool": "239.0.0.0/24"}, "network_pool"),
         ({"network_pool": "fd00::/64"}, "network_pool"),
         ({"socket_mode": "0999"}, "socket_mode"),
         ({"socket_mode": "1777"}, "socket_mode"),

@@ -167,6 +167,8 @@ def test_subnets_are_read_as_garden_writes_them(text: str, network: str, address
         ("10.80.0.255/24", "a container IP must not equal the broadcast IP"),
         ("10.80.0.2/31", "is not of a size"),
         ("0.0.0.0/0", "is not of a size"),
+        ("0.0.0.0/8", "0.0.0.0/8 is not a network of unicast addresses"),
+        ("224.1.2.3/24", "224.1.2.0/24 is not a network of unicast addresses"),
         ("2001:db8::/64", "invalid CIDR address: 2001:db8::/64"),
     ],
 )
