@@ -313,7 +313,16 @@ async def test_1_23_errors_have_five_keys(garden: Garden) -> None:
         (b"{", "invalid JSON"),
         (b'{"grace_time": "5s"}', "grace_time"),
         (b'{"netin": [{"host_port": 70000}]}', r"netin\[0\].host_port"),
-        (b'{"netout_rules": [{"protocol": 4}]}', "invalid protocol: 4"),
+        (b'{"netout_rules": [{"protocol": 4}]}', r"netout_rules\[0\].protocol: invalid protocol: 4"),
+        (
+            b'{"netout_rules": [{}, {"protocol": 1, "ports": [{"start": 9, "end": 8}]}]}',
+            r"netout_rules\[1\].ports\[0\].end: range is reversed",
+        ),
+        (
+            b'{"netout_rules": [{"networks": [{"start": "10.0.0.9", "end": "10.0.0.8"}]}]}',
+            r"netout_rules\[0\].networks\[0\].end: range is reversed",
+        ),
+        (b'{"netout_rules": [{"networks": [{}]}]}', r"netout_rules\[0\].networks\[0\]: a range needs"),
         (b'{"netout_rules": [{"networks": [{"start": "10.0.0.300"}]}]}', "invalid IP address: 10.0.0.300"),
         (b'{"netout_rules": [{"ports": [{"start": 1}]}]}', "Ports cannot be specified for Protocol ALL"),
         (

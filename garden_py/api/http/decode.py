@@ -26,6 +26,7 @@ from garden_py.model.netrule import (
     IcmpMatch,
     PortRange,
     Protocol,
+    at_field,
     parse_address,
 )
 from garden_py.model.process import ProcessSpec, Sidecar, WindowSize
@@ -144,14 +145,16 @@ def egress_rule(fields: Fields) -> EgressRule:
     """
     number = fields.number("protocol", most=255)
     if number not in _PROTOCOLS:
-        raise InvalidField("protocol", f"invalid protocol: {number}")
+        raise InvalidField(fields.at("protocol"), f"invalid protocol: {number}")
     protocol = _PROTOCOLS[number]
     ports = fields.each("ports", lambda value, path: _port_range(as_fields(value, path)))
     if ports and protocol in (Protocol.ALL, Protocol.ICMP):
-        raise InvalidField("ports", f"Ports cannot be specified for Protocol {protocol.value.upper()}")
+        problem = f"Ports cannot be specified for Protocol {protocol.value.upper()}"
+        raise InvalidField(fields.at("ports"), problem)
     if fields.has("icmps") and protocol is not Protocol.ICMP:
         # Left out silently, it would open more than was asked for.
-        raise InvalidField("icmps", f"ICMP cannot be specified for Protocol {protocol.value.upper()}")
+        problem = f"ICMP cannot be specified for Protocol {protocol.value.upper()}"
+        raise InvalidField(fields.at("icmps"), problem)
     return EgressRule(
         protocol=protocol,
         networks=fields.each("networks", lambda value, path: _address_range(as_fields(value, path))),
@@ -168,9 +171,10 @@ def _icmp(fields: Fields) -> IcmpMatch:
 def _address_range(fields: Fields) -> AddressRange:
     start, end = fields.text("start"), fields.text("end")
     if not start and not end:
-        raise BadJson("networks: a range needs a start or an end")
+        raise BadJson(f"{fields.path}: a range needs a start or an end")
     try:
-        return AddressRange(parse_address(start or end), parse_address(end or start))
+        with at_field(fields.path):
+            return AddressRange(parse_address(start or end), parse_address(end or start))
     except GardenError:
         raise
     except ValueError:
@@ -188,7 +192,8 @@ def _is_address(text: str) -> bool:
 
 def _port_range(fields: Fields) -> PortRange:
     start, end = fields.number("start", most=MAX_PORT), fields.number("end", most=MAX_PORT)
-    return PortRange(start or end, end or start)
+    with at_field(fields.path):
+        return PortRange(start or end, end or start)
 
 
 # --- processes

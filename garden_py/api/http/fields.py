@@ -72,7 +72,13 @@ class Fields:
         self._values = values
         self._path = path
 
-    def _at(self, key: str) -> str:
+    @property
+    def path(self) -> str:
+        """Where the object stands in the body; empty: it is the body."""
+        return self._path
+
+    def at(self, key: str) -> str:
+        """Where a key stands in the body."""
         return f"{self._path}.{key}" if self._path else key
 
     def has(self, key: str) -> bool:
@@ -84,7 +90,7 @@ class Fields:
         if value is None:
             return zero
         if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
-            raise BadJson(f"{self._at(key)}: cannot take {_name(value)} for {wanted}")
+            raise BadJson(f"{self.at(key)}: cannot take {_name(value)} for {wanted}")
         return value
 
     def text(self, key: str) -> str:
@@ -103,16 +109,16 @@ class Fields:
         """The same, None if it is missing: where that is not zero."""
         value = self._get(key, int, "an integer", None)
         if value is not None and not least <= value <= most:
-            raise BadJson(f"{self._at(key)}: {value} is not within {least} to {most}")
+            raise BadJson(f"{self.at(key)}: {value} is not within {least} to {most}")
         return None if value is None else int(value)
 
     def child(self, key: str) -> Fields:
         """An object; a missing one has no fields."""
-        return as_fields(self._values.get(key), self._at(key))
+        return as_fields(self._values.get(key), self.at(key))
 
     def each(self, key: str, read: Callable[[Any, str], Value]) -> tuple[Value, ...]:
         """The items of an array, each read with its path."""
-        return read_list(self._get(key, list, "an array", []), self._at(key), read)
+        return read_list(self._get(key, list, "an array", []), self.at(key), read)
 
     def texts(self, key: str) -> tuple[str, ...]:
         """An array of strings."""
@@ -121,9 +127,7 @@ class Fields:
     def text_map(self, key: str) -> dict[str, str]:
         """An object from strings to strings."""
         values = self._get(key, dict, "an object", {})
-        return {
-            whole_text(name): _as_text(value, f"{self._at(key)}.{name}") for name, value in values.items()
-        }
+        return {whole_text(name): _as_text(value, f"{self.at(key)}.{name}") for name, value in values.items()}
 
 
 def read_list(values: Any, path: str, read: Callable[[Any, str], Value]) -> tuple[Value, ...]:
