@@ -2612,8 +2612,9 @@ class Stdin(_message.Message):
     data: _builtins.bytes
     offset: _builtins.int
     """Offset of data's first byte in stdin. If given, bytes below what was already accepted are skipped, so a retried
-    chunk is never fed twice; a gap is OUT_OF_RANGE, also before a `close` without data. The count survives a restart of the server. (Only with an agent of the
-    release before it does not: then an offset is FAILED_PRECONDITION, OFFSET_UNKNOWN.)
+    chunk is never fed twice; a gap is OUT_OF_RANGE, also before a `close` without data. The count survives a restart
+    of the server. (Only with an agent of the release before it does not: then an offset is FAILED_PRECONDITION,
+    OFFSET_UNKNOWN.)
     """
     close: _builtins.bool
     """after data"""
