@@ -29,6 +29,7 @@ from garden_py.model.device import parse_device_rule
 from garden_py.model.errors import FieldViolation, InvalidRequest
 from garden_py.model.network import has_unicast_only
 from garden_py.model.size import parse_size
+from garden_py.model.spec import GRACE_TIME_MAX_S
 from garden_py.observe.failpoints import parse_fail_point
 
 ENV_PREFIX = "GARDEN_"
@@ -85,7 +86,7 @@ class RegistrySettings(BaseModel):
 class Config(BaseModel):
     """Everything the server can be told. Frozen; read by the modules named in each group."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     # -- doors: api/grpc/server.py
     listen: Annotated[str, Field(description="Address of the gRPC door: unix:PATH or HOST:PORT.")] = ""
@@ -286,6 +287,7 @@ class Config(BaseModel):
         float,
         Field(
             ge=0,
+            le=1e6,
             description="Percent of one core that a CPU share entitles to; 0: all cores, divided by the host's memory "
             "in MiB.",
         ),
@@ -481,7 +483,12 @@ class Config(BaseModel):
         bool, Field(description="Refuse to create privileged containers; those there are stay.")
     ] = False
     default_grace_time_s: Annotated[
-        float, Field(ge=0, description="Seconds an unused container lives if it states nothing; 0: for ever.")
+        float,
+        Field(
+            ge=0,
+            le=GRACE_TIME_MAX_S,
+            description="Seconds an unused container lives if it states nothing; 0: for ever.",
+        ),
     ] = 0.0
     output_retention_bytes: Annotated[
         ByteCount, Field(ge=64 << 10, description="Output kept per stream of a process, in bytes or as 64M.")

@@ -16,6 +16,7 @@ from .process import check_env
 
 REQUEST_ID_MAX = 128
 PROPERTY_BYTES_MAX = 1 << 20
+GRACE_TIME_MAX_S = 10 * 365 * 86_400
 
 
 class Transport(Enum):
@@ -86,7 +87,7 @@ def check_container(spec: ContainerSpec) -> None:
     found += property_violations(dict(spec.properties), "spec.properties")
     found += limit_violations(spec.limits, "spec.limits")
     found += incomplete_limits(spec.limits, "spec.limits")
-    if spec.grace_time_s is not None and not 0 <= spec.grace_time_s <= 10 * 365 * 86_400:
+    if spec.grace_time_s is not None and not 0 <= spec.grace_time_s <= GRACE_TIME_MAX_S:
         found.append(FieldViolation("spec.grace_time", "must be 0 (never) to ten years"))
     found += mount_violations(spec.bind_mounts, "spec.bind_mounts")
     found += port_violations(spec.port_mappings, "spec.port_mappings")

@@ -30,6 +30,7 @@ from garden_py.model.netrule import (
 )
 from garden_py.model.network import NetworkMode
 from garden_py.model.spec import (
+    GRACE_TIME_MAX_S,
     REQUEST_ID_MAX,
     ContainerSpec,
     PortMapping,
@@ -367,7 +368,7 @@ class Containers:
 
     def set_grace_time(self, handle: str, grace_time_s: float) -> None:
         """Set how long the container may be unused; 0: for ever."""
-        if not 0 <= grace_time_s <= 10 * 365 * 86_400:
+        if not 0 <= grace_time_s <= GRACE_TIME_MAX_S:
             raise errors.InvalidField("grace_time", "must be 0 (never) to ten years")
         container = self._registry.get(handle)
         with self.expiry.use(container):

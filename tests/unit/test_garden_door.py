@@ -37,6 +37,7 @@ from garden_py.config import Config
 from garden_py.model.errors import HostFault, InvalidField
 from garden_py.model.lifecycle import State
 from garden_py.model.process import OutputStream, ProcessSpec
+from garden_py.model.spec import GRACE_TIME_MAX_S
 from garden_py.observe.metrics import Metrics
 
 T = TypeVar("T")
@@ -535,6 +536,8 @@ async def test_7_grace_time(garden: Garden) -> None:
     assert await garden.json("PUT", "/containers/a/grace_time", -5) == {}
     assert garden.server.core.registry.get("a").spec.grace_time_s == 0
     assert await garden.json("PUT", "/containers/a/grace_time", 10**15) == {}
+    assert await garden.json("PUT", "/containers/a/grace_time", 2**63 - 1) == {}
+    assert garden.server.core.registry.get("a").spec.grace_time_s == GRACE_TIME_MAX_S
     reply = await garden.do(lambda c: c.call("PUT", "/containers/a/grace_time", b"null"))
     assert reply.status == 200
     assert garden.server.core.registry.get("a").spec.grace_time_s == 0

@@ -30,7 +30,7 @@ from garden_py.model.netrule import (
     parse_address,
 )
 from garden_py.model.process import ProcessSpec, Sidecar, WindowSize
-from garden_py.model.spec import ContainerSpec, PortMapping
+from garden_py.model.spec import GRACE_TIME_MAX_S, ContainerSpec, PortMapping
 
 _PROTOCOLS = {0: Protocol.ALL, 1: Protocol.TCP, 2: Protocol.UDP, 3: Protocol.ICMP}
 _RLIMITS = (
@@ -57,7 +57,7 @@ def container_spec(fields: Fields, default_egress: DefaultAction) -> ContainerSp
         properties=tuple(sorted(fields.text_map("properties").items())),
         bind_mounts=fields.each("bind_mounts", lambda value, path: bind_mount(as_fields(value, path))),
         limits=container_limits(fields.child("limits")),
-        grace_time_s=max(grace_ns, 0) / 1e9 or None,
+        grace_time_s=_grace_s(grace_ns) or None,
         port_mappings=fields.each("netin", lambda value, path: port_mapping(as_fields(value, path))),
         egress=EgressPolicy(default_egress, rules) if rules else None,
         subnet=fields.text("network"),
@@ -241,4 +241,9 @@ def grace_time_s(value: Any) -> float:
         return 0.0
     if not isinstance(value, int) or isinstance(value, bool) or abs(value) > UINT63_MAX:
         raise BadJson(f"grace time: must be a number of nanoseconds from -{UINT63_MAX} to {UINT63_MAX}")
-    return max(value, 0) / 1e9
+    return _grace_s(value)
+
+
+def _grace_s(grace_ns: int) -> float:
+    """In seconds; as long as can be for what is meant to be for ever, as Go's largest duration of 292 years."""
+    return min(max(grace_ns, 0) / 1e9, GRACE_TIME_MAX_S)
