@@ -173,7 +173,8 @@ def format_size(count: int) -> str:
 
 
 def format_duration(span: timedelta) -> str:
-    """The two largest units: `3d4h`, `2m10s`, `5s`; below a second in milliseconds."""
+    """The two largest units: `3d4h`, `2m10s`, `5s`; below a second in milliseconds. None is negative: clocks differ."""
+    span = max(span, timedelta())
     seconds = int(span.total_seconds())
     if seconds == 0:
         return f"{span.microseconds // 1000}ms" if span else "0s"

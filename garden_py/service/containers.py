@@ -15,6 +15,7 @@ from typing import Any
 import structlog
 
 from garden_py.model import errors
+from garden_py.model.age import age_ns
 from garden_py.model.cpu import Entitlement, Standing, stated_shares, with_quota
 from garden_py.model.handle import hostname_for, make_name
 from garden_py.model.image import PullProgress, RegistryAuth, UsedImage
@@ -348,8 +349,8 @@ class Containers:
             ContainerNotFound.
         """
         container = self._registry.get(handle)
-        shares, age_ns = stated_shares(container.spec.limits), time.time_ns() - container.created_ns
-        return Standing(shares, used_ns, self.entitlement.entitled_ns(shares, age_ns))
+        shares = stated_shares(container.spec.limits)
+        return Standing(shares, used_ns, self.entitlement.entitled_ns(shares, age_ns(container.created_ns)))
 
     async def usage_of_process(self, handle: str, process_id: str) -> Usage:
         """Usage of one process and its children.

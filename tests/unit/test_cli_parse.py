@@ -162,7 +162,7 @@ def test_sizes_are_shown_short(size: int, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0s"), (0.25, "250ms"), (61, "1m1s"), (90061, "1d1h"), (3600, "1h")]
+    ("seconds", "text"), [(0, "0s"), (0.25, "250ms"), (61, "1m1s"), (90061, "1d1h"), (3600, "1h"), (-5, "0s")]
 )
 def test_durations_are_shown_in_two_units(seconds: float, text: str) -> None:
     """More would be noise."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from kit.virtual_clock import in_virtual_time, settle
 from garden_py.api._pb import garden_pb2 as pb
 from garden_py.api.grpc.servicer import GardenServicer
 from garden_py.model import errors
+from garden_py.model.limits import Limits
 from garden_py.model.process import ProcessSpec
 from garden_py.model.spec import ContainerSpec
 from garden_py.service.events import EventHub
@@ -84,3 +86,16 @@ async def test_metrics_of_many_are_had_at_the_same_time_and_survive_one_that_goe
     swift, slow = (await asking).metrics
     assert (slow.handle, slow.error, slow.pids) == ("slow", "", 1)
     assert (swift.handle, swift.error) == ("swift", "unknown handle: swift")
+
+
+@in_virtual_time
+async def test_metrics_outlive_a_clock_that_is_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Containers were created in what is now the future; an unsigned field takes no negative entitlement."""
+    server = Server()
+    core = await server.start()
+    await core.containers.create(ContainerSpec(handle="box", limits=Limits(cpu_weight=100)))
+    an_hour_ago = time.time_ns() - 3600 * 10**9
+    monkeypatch.setattr("garden_py.model.age.time.time_ns", lambda: an_hour_ago)
+    context: Any = None
+    (box,) = (await GardenServicer(core).GetMetrics(pb.GetMetricsRequest(handles=["box"]), context)).metrics
+    assert (box.error, box.cpu_entitlement_ns, box.age.ToNanoseconds()) == ("", 0, 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
@@ -11,6 +10,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from garden_py.api._pb import garden_pb2 as pb
 from garden_py.model import netrule
+from garden_py.model.age import age_ns
 from garden_py.model.errors import InvalidField
 from garden_py.model.files import BindMount, MountMode, MountOrigin
 from garden_py.model.image import ImageConfig, ImageInfo, PullProgress, RegistryAuth, UsedImage
@@ -476,7 +476,7 @@ def _container_spec_to(spec: ContainerSpec) -> pb.ContainerSpec:
 def metrics_to(handle: str, usage: Usage, since_ns: int, process_id: str = "") -> pb.ContainerMetrics:
     """The usage of a container, or of a process in it, as a message."""
     values = {name: getattr(usage, name) for name in Usage.__dataclass_fields__}
-    age = duration((time.time_ns() - since_ns) / 1e9)
+    age = duration(age_ns(since_ns) / 1e9)
     return pb.ContainerMetrics(handle=handle, process_id=process_id, age=age, **values)
 
 

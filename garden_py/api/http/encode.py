@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import time
 from typing import Any, Final
 
+from garden_py.model.age import age_ns
 from garden_py.model.cpu import Entitlement, stated_shares
 from garden_py.model.lifecycle import State
 from garden_py.model.limits import Limits
@@ -84,7 +84,7 @@ def _ports(network: NetworkFacts) -> list[dict[str, int]]:
 
 def metrics_json(container: Container, usage: Usage, entitlement: Entitlement) -> dict[str, Any]:
     """Metrics of a running container; times in nanoseconds."""
-    age_ns = max(1, time.time_ns() - container.created_ns)
+    age = max(1, age_ns(container.created_ns))
     network: dict[str, int] | None = {"RxBytes": usage.network_rx_bytes, "TxBytes": usage.network_tx_bytes}
     if dict(container.spec.properties).get("network.healthcheck") == "true":
         network = None
@@ -92,8 +92,8 @@ def metrics_json(container: Container, usage: Usage, entitlement: Entitlement) -
         **_usage_json(usage),
         "DiskStat": _disk_json(usage),
         "NetworkStat": network,
-        "Age": age_ns,
-        "CPUEntitlement": entitlement.entitled_ns(stated_shares(container.spec.limits), age_ns),
+        "Age": age,
+        "CPUEntitlement": entitlement.entitled_ns(stated_shares(container.spec.limits), age),
     }
 
 
@@ -123,7 +123,7 @@ def sidecar_metrics_json(process: RunningProcess, usage: Usage) -> dict[str, Any
         **EMPTY_METRICS,
         **_usage_json(usage),
         "DiskStat": _disk_json(usage),
-        "Age": max(1, time.time_ns() - process.started_ns),
+        "Age": max(1, age_ns(process.started_ns)),
     }
 
 
