@@ -138,7 +138,10 @@ def registry_auth(user: str, password_file: Path | None) -> RegistryAuth | None:
         return None
     if not user or password_file is None:
         raise parse.BadInput("--image-user and --image-password-file go together: give both or neither")
-    text = sys.stdin.read() if str(password_file) == "-" else password_file.read_text()
+    try:
+        text = sys.stdin.read() if str(password_file) == "-" else password_file.read_text()
+    except UnicodeDecodeError as error:
+        raise parse.BadInput(f"{password_file} is not in UTF-8") from error
     password = text.partition("\n")[0]
     if not password:
         raise parse.BadInput(f"the first line of {password_file} is empty, and is to be the password")

@@ -480,3 +480,10 @@ def test_what_the_terminal_has_no_letters_for_is_written_in_numbers(
     done = garden_with_stdin(b"", "info", "c")
     assert done.returncode == 0
     assert b"k=\\u043a" in done.stdout
+
+
+def test_a_password_that_is_no_text_is_bad_input(garden: Garden, tmp_path: Path) -> None:
+    """A file of another kind, most likely."""
+    (tmp_path / "key").write_bytes(b"\xff\xfe")
+    words = ("create", "--image", "docker:///x", "--image-user", "u", "--image-password-file")
+    assert garden(*words, str(tmp_path / "key")) == Result(2, "", f"garden: {tmp_path}/key is not in UTF-8\n")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from garden_py.backend.rootfs.host_names import read_if_there
 from garden_py.backend.rootfs.names import (
     add_own_name,
     build_hosts,
@@ -119,3 +122,11 @@ def test_who_gets_no_answer_is_told_before(
     assert problem in found
     assert bool(problem) == bool(found)
     assert ("--dns-server" in remedy) == bool(problem)
+
+
+def test_hosts_files_in_any_encoding_are_read(tmp_path: Path) -> None:
+    """Comments of old ones are in Latin-1, and no container could be made."""
+    hosts = tmp_path / "hosts"
+    hosts.write_bytes(b"127.0.0.1 localhost # f\xfcr uns\n")
+    assert read_if_there(hosts).startswith("127.0.0.1 localhost # f")
+    assert read_if_there(tmp_path / "none") == ""

@@ -17,5 +17,5 @@ def read_host_resolv_conf() -> str:
 
 
 def read_if_there(path: Path) -> str:
-    """A file of the host's; empty if it has none."""
-    return path.read_text() if path.exists() else ""
+    """A file of the host's; empty if it has none. Its comments may be in any encoding."""
+    return path.read_text(errors="replace") if path.exists() else ""
