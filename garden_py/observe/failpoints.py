@@ -31,6 +31,7 @@ class Point(StrEnum):
     CREATE_GREET = "create.greet"  # the agent has answered
     CREATE_CONNECT = "create.connect"  # network and policy are in force
     CREATE_DONE = "create.done"  # all is made, the row still says `creating`
+    LIMITS_CHANGE = "limits.change"  # limits are in force, the journal has the former ones
     DESTROY_JOURNAL = "destroy.journal"  # the row says `destroying`
     DESTROY_KILL = "destroy.kill"  # no process is left
     DESTROY_DETACH = "destroy.detach"  # link and host rules are gone

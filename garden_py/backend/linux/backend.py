@@ -30,6 +30,12 @@ from garden_py.backend.linux.demolition import Demolition
 from garden_py.backend.linux.disk import ContainerDisk, layer_of, with_disk
 from garden_py.backend.linux.hands import ServerHands
 from garden_py.backend.linux.heartbeat import Heartbeat
+from garden_py.backend.linux.interrupted import (
+    LimitChange,
+    find_interrupted,
+    forget_interrupted,
+    written_down,
+)
 from garden_py.backend.linux.launching import AgentStarter
 from garden_py.backend.linux.leaks import Ledger, places_of
 from garden_py.backend.linux.lease import PluginLease
@@ -60,6 +66,9 @@ from garden_py.model.errors import (
     InvalidField,
     NoLink,
     NotSupported,
+    ProcessExited,
+    ProcessNotFound,
+    ProcessNotLimited,
     Unkillable,
 )
 from garden_py.model.image import (
@@ -275,6 +284,7 @@ class LinuxBackend:
         container.image, container.disk = spec.image, spec.limits.disk_only()
         container.policy, container.rlimits = spec.egress, spec.limits.rlimits
         container.bandwidth = spec.limits.network_only()
+        container.stated = spec.limits
         container.watch(pidfd)
         try:
             await self._throttling.adopt(container)
@@ -305,6 +315,7 @@ class LinuxBackend:
             await container.link.cancel(process_id)
         container.held.clear()
         container.tell_oom()
+        await self._take_back(container)
         await self._renew_rules(container)
         self._sidecars.tidy(container)
         self._upgrades.consider(container)
@@ -581,9 +592,46 @@ class LinuxBackend:
     ) -> Limits:
         """Change limits; those in force afterwards. See service.ports."""
         container = self._get(handle)
+        try:
+            in_force = await self.limits(handle, process_id)
+        except ProcessNotLimited:  # its first ones
+            in_force = Limits()
+        change = LimitChange.of(limits, in_force, process_id)
+        with written_down(container.directory, change):
+            return await self._change_limits(container, limits, process_id, record)
+
+    async def _change_limits(
+        self,
+        container: LinuxContainer,
+        limits: Limits,
+        process_id: str | None,
+        record: Callable[[Limits], None] | None = None,
+    ) -> Limits:
         if process_id is not None:
             return await process_limits.change(container, process_id, limits, self._disk, record)
         return await self._limits.change(container, limits, record)
+
+    async def _take_back(self, container: LinuxContainer) -> None:
+        """Put the limits in force again that a change left changed which a former server was killed in."""
+        change = find_interrupted(container.directory)
+        if change is None:
+            return
+        process_id = change.process_id
+        try:
+            if process_id is None:
+                stated = container.stated
+            else:
+                spec = process_limits.find(container, process_id).spec
+                stated = replace(spec.limits, rlimits=spec.rlimits)
+            if not change.is_recorded(stated):
+                await self._change_limits(container, change.former, process_id)
+                container.bandwidth = container.stated.network_only()
+                log.info("limits.change_taken_back", handle=container.handle, process_id=process_id)
+        except (ProcessExited, ProcessNotFound):
+            pass  # and its limits with it
+        except (GardenError, OSError) as error:
+            log.error("limits.change_not_taken_back", handle=container.handle, error=str(error))
+        forget_interrupted(container.directory)
 
     async def map_port(
         self, handle: str, mapping: PortMapping, record: Callable[[dict[str, Any]], None]

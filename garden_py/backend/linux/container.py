@@ -111,6 +111,7 @@ class LinuxContainer(AgentOwner):
         disk: its limits on that, as stated.
         bandwidth: its limits on that, as stated.
         rlimits: of its processes, as stated.
+        stated: all its limits when it was taken over, as the journal has them.
         helper_pids: of the agent's processes that copy files, as the container numbers them.
         policy: its egress policy when it was taken over; None: made by this server.
         sidecars: agents besides PID 1, by the process that each of them was started for (linux/sidecars.py).
@@ -140,6 +141,7 @@ class LinuxContainer(AgentOwner):
         self.disk = Limits()
         self.bandwidth = Limits()
         self.rlimits: Rlimits = ()
+        self.stated = Limits()
         self.starts = Starts()
         self.task_room = TaskRoom(handle, self._read_task_room)
         self.helper_pids: set[int] = set()

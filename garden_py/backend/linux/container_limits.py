@@ -17,6 +17,8 @@ from garden_py.backend.linux.site import Site
 from garden_py.backend.linux.undo import all_or_nothing
 from garden_py.model.errors import InvalidField, NoLink
 from garden_py.model.limits import NETWORK_LIMITS, Limits, Rlimits, rlimits_over
+from garden_py.observe import failpoints
+from garden_py.observe.failpoints import Point
 
 
 class ContainerLimits:
@@ -79,6 +81,7 @@ class ContainerLimits:
             if limits.rlimits:
                 await self._change_rlimits(container, limits.rlimits, undo)
             now = await self._with_the_rest(container, now)
+            failpoints.reach(Point.LIMITS_CHANGE)
             if record is not None:
                 record(now)
         return now

@@ -16,6 +16,8 @@ from garden_py.backend.linux.sidecars import sidecar_layer
 from garden_py.backend.linux.undo import all_or_nothing
 from garden_py.model.errors import ContainerBroken, ProcessExited, ProcessNotFound, ProcessNotLimited
 from garden_py.model.limits import Limits, rlimits_over
+from garden_py.observe import failpoints
+from garden_py.observe.failpoints import Point
 
 
 async def read(container: LinuxContainer, process_id: str, disk: ContainerDisk) -> Limits:
@@ -28,7 +30,7 @@ async def read(container: LinuxContainer, process_id: str, disk: ContainerDisk) 
         ProcessNotFound, ProcessExited, ContainerBroken.
         ProcessNotLimited: there are none of these.
     """
-    process = _find(container, process_id)
+    process = find(container, process_id)
     if not process.own_group and not container.rlimits_for(process.spec):
         raise ProcessNotLimited(container.handle, process_id)
     found = _read_group(container, process) if process.own_group else Limits()
@@ -56,7 +58,7 @@ async def change(
             has changed.
         ProcessNotLimited: they are not of rlimits alone, and the process is not counted by itself; likewise.
     """
-    process = _find(container, process_id)
+    process = find(container, process_id)
     if not process.own_group and (not limits.rlimits or not limits.without_rlimits().empty()):
         raise ProcessNotLimited(container.handle, process_id)
     layer, former = sidecar_layer(container, process_id), process.spec
@@ -75,6 +77,7 @@ async def change(
         undo.callback(setattr, process, "spec", former)
         process.spec = spec
         now = await _with_the_rest(container, process, now, disk)
+        failpoints.reach(Point.LIMITS_CHANGE)
         if record is not None:
             record(now)
     return now
@@ -111,7 +114,12 @@ async def _with_the_rest(
     return resource_limits.read(container, process).over(found)
 
 
-def _find(container: LinuxContainer, process_id: str) -> LinuxProcess:
+def find(container: LinuxContainer, process_id: str) -> LinuxProcess:
+    """A running process.
+
+    Raises:
+        ProcessNotFound, ProcessExited.
+    """
     process = container.processes.get(process_id)
     if process is None:
         raise ProcessNotFound(container.handle, process_id)
