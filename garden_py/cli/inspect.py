@@ -180,7 +180,7 @@ def events(
             if output is render.OutputFormat.JSON:
                 render.print_json_line(event)
             else:
-                typer.echo(_event_text(event))
+                typer.echo(render.plain(_event_text(event)))
             printed += 1
             if printed == count:
                 return

@@ -57,9 +57,16 @@ def print_json_line(value: Any) -> None:
     sys.stdout.flush()
 
 
+def plain(text: str) -> str:
+    """Text from callers and containers may hold what a terminal obeys: that is written as in Python."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def table_lines(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Columns padded to their widest cell, two spaces apart, no trailing spaces."""
-    cells = [list(headings), *[[cell or "-" for cell in row] for row in rows]]
+    cells = [list(headings), *[[plain(cell) or "-" for cell in row] for row in rows]]
     widths = [max(len(row[column]) for row in cells) for column in range(len(headings))]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -79,7 +86,7 @@ def print_fields(fields: Mapping[str, str]) -> None:
     """One `name  value` per line; empty values are left out."""
     shown = {name: text for name, text in fields.items() if text}
     width = max(map(len, shown), default=0)
-    sys.stdout.write("".join(f"{name.ljust(width)}  {text}\n" for name, text in shown.items()))
+    sys.stdout.write("".join(f"{name.ljust(width)}  {plain(text)}\n" for name, text in shown.items()))
 
 
 def limits_text(limits: Limits) -> str:

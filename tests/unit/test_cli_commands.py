@@ -20,6 +20,7 @@ from kit.fake_server import FakeGarden, flood_bytes, serve_fake
 
 from garden_py.api._pb import garden_pb2 as pb
 from garden_py.cli.main import run_command
+from garden_py.cli.render import table_lines
 
 
 @dataclass(frozen=True)
@@ -342,6 +343,15 @@ def test_events_are_json_lines(garden: Garden, fake: FakeGarden) -> None:
     fake.events = [pb.Event(cursor=number, kind=pb.Event.PROCESS_EXITED, handle="c") for number in (1, 2, 3)]
     lines = garden("events", "-f", "--count", "2", "-o", "json").out.splitlines()
     assert [json.loads(line)["cursor"] for line in lines] == [1, 2]
+
+
+def test_what_a_terminal_would_obey_is_written_out(garden: Garden) -> None:
+    """Properties are callers' words, commands those of whoever runs them; JSON has them as they are."""
+    obeyed = "a\x1b]0;b\x07\nc"
+    garden("create", "--handle", "c", "--property", f"k={obeyed}")
+    assert "k=a\\x1b]0;b\\x07\\nc\n" in garden("info", "c").out
+    assert json.loads(garden("info", "c", "-o", "json").out)["spec"]["properties"]["k"] == obeyed
+    assert table_lines(["A"], [["\x1b[31m"]]) == ["A", "\\x1b[31m"]
 
 
 @pytest.mark.parametrize(
