@@ -104,6 +104,21 @@ def test_container_cannot_lift_its_limit(garden: GardenClient) -> None:
         assert box.limits().network_tx_bytes_per_s == RATE
 
 
+def test_the_largest_and_the_smallest_bandwidth_are_taken(garden: GardenClient) -> None:
+    """With the server's burst and with a stated one, at create and live."""
+    most, least = 1 << 40, 1 << 10
+    with garden.create(
+        ContainerSpec(limits=Limits(network_rx_bytes_per_s=most, network_tx_bytes_per_s=most))
+    ) as box:
+        for rate, burst in ((least, 0), (least, 1 << 30), (most, 0), (most, 1 << 30), (most, 4096)):
+            asked = Limits(
+                network_rx_bytes_per_s=rate, network_tx_bytes_per_s=rate, network_burst_bytes=burst
+            )
+            found = box.update_limits(asked)
+            assert (found.network_rx_bytes_per_s, found.network_tx_bytes_per_s) == (rate, rate)
+            assert found == box.limits()
+
+
 def test_bad_bandwidth_is_refused(garden_server: ServerProcess, garden: GardenClient) -> None:
     """Out of range, of a process, of a container without a link; nothing has changed."""
     with pytest.raises(InvalidArgument) as refused:

@@ -45,7 +45,7 @@ from garden_py.backend.rootfs.names import build_resolv_conf, find_resolver_prob
 from garden_py.config import Config
 from garden_py.model.connection import Connection
 from garden_py.model.errors import ContainerBroken, HostFault, InvalidField, PortInUse
-from garden_py.model.limits import Limits
+from garden_py.model.limits import NETWORK_BURST_RANGE, Limits
 from garden_py.model.netrule import (
     AddressRange,
     Decision,
@@ -660,7 +660,7 @@ def _bandwidth(limits: Limits) -> Bandwidth:
 
 def _burst_of(bytes_per_s: int) -> int:
     """20 ms' worth: enough for the kernel's timers, too little to be noticed in a rate."""
-    return max(bytes_per_s // 50, _BURST_FLOOR_BYTES)
+    return min(max(bytes_per_s // 50, _BURST_FLOOR_BYTES), NETWORK_BURST_RANGE[1])
 
 
 def _host_addresses() -> set[IPv4Address | IPv6Address]:
