@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import re
@@ -27,6 +28,7 @@ from kit.garden_http import (
     read_reply,
 )
 from pydantic import ValidationError
+from structlog.testing import capture_logs
 
 from garden_py.api.grpc.server import GrpcDoor
 from garden_py.api.http.attachments import Attachments
@@ -34,7 +36,7 @@ from garden_py.api.http.door import GardenDoor
 from garden_py.api.http.exchange import HEAD_MAX_BYTES
 from garden_py.api.http.routes import NAMES, Match, NoMatch, match_route
 from garden_py.config import Config
-from garden_py.model.errors import HostFault, InvalidField
+from garden_py.model.errors import CopyFailed, HostFault, InvalidField
 from garden_py.model.lifecycle import State
 from garden_py.model.process import OutputStream, ProcessSpec
 from garden_py.model.spec import GRACE_TIME_MAX_S
@@ -528,6 +530,29 @@ async def test_3_9_limits(garden: Garden) -> None:
     for kind in ("memory", "cpu", "disk", "bandwidth"):
         assert await garden.json("GET", f"/containers/b/limits/{kind}") == {}
     assert (await garden.json("GET", "/containers/a/metrics"))["PidStat"]["Max"] == 128
+
+
+async def test_5_3_a_stream_that_fails_in_the_middle_is_one_line_of_the_log(
+    garden: Garden, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And ends without the last chunk."""
+    stray: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: stray.append(context))
+
+    async def breaks(handle: str, path: str, user: str) -> AsyncIterator[bytes]:
+        yield bytes(512)
+        raise CopyFailed("failed", "x: Permission denied")
+
+    monkeypatch.setattr(garden.server.backend, "stream_out", breaks)
+    await garden.do(lambda c: c.create(handle="a"))
+    with capture_logs() as logs:
+        with pytest.raises(ConnectionError):
+            await garden.do(lambda c: c.call("GET", "/containers/a/files?source=%2Fx&user="))
+        await until(lambda: not garden.door._connections)
+        gc.collect()
+    found = [(each["event"], each["error"]) for each in logs if each["log_level"] == "warning"]
+    assert found == [("garden.broken_off", "x: Permission denied")]
+    assert not stray
 
 
 async def test_7_grace_time(garden: Garden) -> None:

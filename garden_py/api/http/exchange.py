@@ -36,6 +36,10 @@ class BrokenBody(Exception):
     """A body breaks off or is no HTTP; the message says which."""
 
 
+class BrokenOff(Exception):
+    """The pieces of an answer cannot go on; the log has the reason."""
+
+
 @dataclass(frozen=True, slots=True)
 class Reply:
     """An ordinary answer."""
@@ -152,7 +156,7 @@ class Connection:
         try:
             while await self._serve_one() and not self.is_last:
                 self._http.start_next_cycle()
-        except (Disconnected, ConnectionError, TimeoutError):
+        except (Disconnected, BrokenOff, ConnectionError, TimeoutError):
             return
         finally:
             self._writer.close()

@@ -8,11 +8,13 @@ from contextlib import aclosing
 from functools import partial
 from typing import Any, TypeAlias
 
+import structlog
+
 from garden_py.api.http import decode, encode
 from garden_py.api.http.attachments import Attachment, Attachments
 from garden_py.api.http.control import Controls, linger
 from garden_py.api.http.errors import describe
-from garden_py.api.http.exchange import Answer, Hijack, Reply, Request, Stream, json_reply
+from garden_py.api.http.exchange import Answer, BrokenOff, Hijack, Reply, Request, Stream, json_reply
 from garden_py.api.http.fields import BadJson, as_fields, parse_object, parse_value, read_list
 from garden_py.api.http.routes import Match
 from garden_py.config import Config
@@ -22,6 +24,7 @@ from garden_py.service.core import Core
 from garden_py.service.ports import NetworkFacts
 from garden_py.service.registry import Container
 
+log = structlog.get_logger()
 Route: TypeAlias = Callable[[Match, Request], Awaitable[Answer]]
 _NOTHING: Any = {}
 _OFFSETS = {OutputStream.STDOUT: "stdout_offset", OutputStream.STDERR: "stderr_offset"}
@@ -306,8 +309,12 @@ def _offset(query: dict[str, str], name: str) -> int | None:
 async def _resumed(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
     async with aclosing(rest):
         yield first
-        async for piece in rest:
-            yield piece
+        try:
+            async for piece in rest:
+                yield piece
+        except GardenError as error:
+            log.warning("garden.broken_off", error=str(error))
+            raise BrokenOff from error
 
 
 def _entry(name: str, empty: dict[str, Any], result: dict[str, Any] | BaseException) -> dict[str, Any]:
