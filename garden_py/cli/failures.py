@@ -12,6 +12,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Final
 
+from garden_py.cli.printable import plain
+
 if TYPE_CHECKING:
     from garden_py.client import GardenError
 
@@ -37,7 +39,7 @@ def remember_address(address: str) -> None:
 
 def report(message: str) -> None:
     """One error on stderr, in garden's voice."""
-    sys.stderr.write(f"garden: {message}\n")
+    sys.stderr.write("".join(f"{plain(line)}\n" for line in f"garden: {message}".split("\n")))
     sys.stderr.flush()
 
 

@@ -9,6 +9,7 @@ import typer
 
 from garden_py.cli import options as opt
 from garden_py.cli import parse, render
+from garden_py.cli.printable import plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -180,7 +181,7 @@ def events(
             if output is render.OutputFormat.JSON:
                 render.print_json_line(event)
             else:
-                typer.echo(render.plain(_event_text(event)))
+                typer.echo(plain(_event_text(event)))
             printed += 1
             if printed == count:
                 return

@@ -11,6 +11,7 @@ from enum import Enum, StrEnum
 from typing import TYPE_CHECKING, Any
 
 from garden_py.cli.parse import CPU_PERIOD_US, SWAP_UNLIMITED, format_rlimits, format_size
+from garden_py.cli.printable import plain
 
 if TYPE_CHECKING:
     from garden_py.client import Limits
@@ -55,13 +56,6 @@ def print_json_line(value: Any) -> None:
     """One JSON document on one line, at once: the reader may be a program that waits for it."""
     sys.stdout.write(json.dumps(jsonable(value), ensure_ascii=False) + "\n")
     sys.stdout.flush()
-
-
-def plain(text: str) -> str:
-    """Text from callers and containers may hold what a terminal obeys: that is written as in Python."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def table_lines(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -9,7 +9,7 @@ import grpc
 import pytest
 from kit.fake_server import RunningFake, serve_fake
 
-from garden_py.cli.failures import failure_text
+from garden_py.cli.failures import failure_text, report
 from garden_py.client import (
     Aborted,
     AlreadyExists,
@@ -179,3 +179,9 @@ def test_patience_comes_back_with_progress_and_with_time() -> None:
     assert patience.next_delay_s(lost) == 1.0
     now_s = 3600.0
     assert patience.next_delay_s(lost) == 1.0
+
+
+def test_what_a_terminal_would_obey_is_written_out_in_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    """They repeat names of files and handles; lines of a message stay lines."""
+    report("no file 'a\x1b[2J'\nfield: problem")
+    assert capsys.readouterr().err == "garden: no file 'a\\x1b[2J'\nfield: problem\n"

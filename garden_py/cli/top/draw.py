@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from garden_py.cli import parse
+from garden_py.cli.printable import plain
 from garden_py.cli.top.samples import Row, sparkline
 from garden_py.cli.top.view import Mode, Sort, View, place_of
 
@@ -112,12 +113,7 @@ def draw(view: View, picture: Picture, width: int, height: int) -> list[Line]:
 
 
 def _cut(lines: list[Line], width: int) -> list[Line]:
-    return [(_plain(text)[:width].ljust(width), style) for text, style in lines]
-
-
-def _plain(text: str) -> str:
-    """Text from containers may hold what a terminal obeys."""
-    return "".join(c if c.isprintable() else "?" for c in text)
+    return [(plain(text)[:width].ljust(width), style) for text, style in lines]
 
 
 def _table(view: View, picture: Picture, width: int, height: int) -> list[Line]:
