@@ -26,6 +26,7 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 import structlog
 
 from garden_py.api.activation import take_inherited_socket
+from garden_py.api.address import check_garden_http, check_listen, check_page
 from garden_py.api.pages import debug_door, metrics_door
 from garden_py.backend.boot import remember_boot, was_rebooted
 from garden_py.backend.host.threads import in_spare_thread
@@ -221,6 +222,7 @@ async def running_server(config: Config, inherited: socket.socket | None = None)
     Raises:
         GardenError: it cannot start; the message says what to change.
     """
+    check_addresses(config, inherited)
     with claim_directories(config):
         rebooted = was_rebooted(config.state_dir)
         journal = open_journal(config.state_dir / "journal.db", rebooted=rebooted)
@@ -284,6 +286,19 @@ def make_doors(core: Core, config: Config, inherited: socket.socket | None) -> l
 
         doors.append(GardenDoor(core, config))
     return [*doors, GrpcDoor(core, config, inherited)]
+
+
+def check_addresses(config: Config, inherited: socket.socket | None) -> None:
+    """Refuse addresses that no door can have, before anything is touched.
+
+    Raises:
+        InvalidField: the message says what to change.
+    """
+    if inherited is None:
+        check_listen(config)
+    check_garden_http(config)
+    check_page(config, "metrics")
+    check_page(config, "debug")
 
 
 @contextmanager

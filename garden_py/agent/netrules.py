@@ -288,6 +288,13 @@ def _run_child(tools: Tools, userns_fd: int | None, netns_fd: int, channel: sock
                     "message": error.message,
                     "refused": error.refused,
                 }
+            except Exception as error:  # noqa: BLE001 - a bug of ours, of which nobody would hear otherwise
+                report = {
+                    "step": "child",
+                    "errno": 0,
+                    "message": f"{type(error).__name__}: {error}",
+                    "refused": 0,
+                }
             _send(channel, report, time.monotonic() + REST_S)
     except (TimeoutError, EOFError, ConnectionError):
         os._exit(0)  # dismissed

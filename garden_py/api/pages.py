@@ -19,9 +19,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
-from garden_py.api.address import is_loopback
+from garden_py.api.address import check_page
 from garden_py.config import Config
-from garden_py.model.errors import HostFault, InvalidField
+from garden_py.model.errors import HostFault
 from garden_py.observe.metrics import CONTENT_TYPE, Metrics
 from garden_py.observe.tasks import describe_tasks
 
@@ -36,10 +36,7 @@ Page: TypeAlias = tuple[str, Callable[[], bytes]]
 def metrics_door(metrics: Metrics, config: Config) -> PagesDoor:
     """Serves /metrics on `config.metrics`."""
     pages = {b"/metrics": (CONTENT_TYPE, metrics.render)}
-    remedy = ", or say --metrics-insecure"
-    return PagesDoor(
-        config.metrics, pages, setting="metrics", insecure=config.metrics_insecure, remedy=remedy
-    )
+    return PagesDoor(config, "metrics", pages)
 
 
 def debug_door(config: Config) -> PagesDoor:
@@ -49,7 +46,7 @@ def debug_door(config: Config) -> PagesDoor:
         b"/debug/vars": ("application/json", lambda: _describe_process(started)),
         b"/debug/tasks": ("text/plain; charset=utf-8", _describe_work),
     }
-    return PagesDoor(config.debug, pages, setting="debug", insecure=False)
+    return PagesDoor(config, "debug", pages)
 
 
 def _describe_process(started: float) -> bytes:
@@ -99,21 +96,15 @@ class PagesDoor:
     """Serves pages, if it has an address.
 
     Args:
-        address: HOST:PORT; empty: nowhere.
+        config: of the server.
+        setting: of it, HOST:PORT; empty: nowhere.
         pages: by path.
-        setting: where the address comes from, for errors.
-        insecure: others than this host may reach it.
-        remedy: what else can be done, for the error when they may not.
     """
 
-    def __init__(
-        self, address: str, pages: Mapping[bytes, Page], *, setting: str, insecure: bool, remedy: str = ""
-    ) -> None:
-        self._address = address
-        self._pages = pages
+    def __init__(self, config: Config, setting: str, pages: Mapping[bytes, Page]) -> None:
+        self._config = config
         self._setting = setting
-        self._remedy = remedy
-        self._insecure = insecure
+        self._pages = pages
         self._server: asyncio.Server | None = None
 
     async def start(self) -> None:
@@ -123,14 +114,10 @@ class PagesDoor:
             InvalidField: it is not HOST:PORT, or others can reach it and nobody said they may.
             HostFault: it cannot be bound.
         """
-        address = self._address
+        address = getattr(self._config, self._setting)
         if not address:
             return
-        if not is_loopback(address, field=self._setting, shape="HOST:PORT") and not self._insecure:
-            raise InvalidField(
-                self._setting,
-                f"{address}: whoever reaches it can read it; use a loopback address{self._remedy}",
-            )
+        check_page(self._config, self._setting)
         host, _, port = address.rpartition(":")
         try:
             self._server = await asyncio.start_server(

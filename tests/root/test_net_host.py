@@ -267,6 +267,13 @@ def test_a_child_that_died_while_resting_is_replaced(tools: Tools, probe: Probe)
     assert inject(tools, probe.userns_fd, probe.netns_fd, {"counters": True}) == {"counters": []}
 
 
+def test_a_child_tells_of_a_bug_of_ours(tools: Tools, probe: Probe) -> None:
+    """That it has ended without a word would say nothing to anybody."""
+    with pytest.raises(NetrulesError, match="KeyError"):
+        inject(tools, probe.userns_fd, probe.netns_fd, {"rate": {}})
+    assert inject(tools, probe.userns_fd, probe.netns_fd, {}) == {}
+
+
 def test_a_resting_child_ends_by_itself(tools: Tools, probe: Probe) -> None:
     """It keeps the container's namespace alive, so it must not rest for long."""
     inject(tools, probe.userns_fd, probe.netns_fd, {})

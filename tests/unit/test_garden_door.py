@@ -248,6 +248,8 @@ async def test_1_11_unknown_paths_and_methods(garden: Garden) -> None:
         (b"GET /ping HTTP/1.1\r\n\r\n", 400),  # without Host
         (b"POST /containers HTTP/1.1\r\nHost: a\r\nContent-Length: x\r\n\r\n", 400),
         (b"GET /ping HTTP/1.1\r\nHost: a\r\nX: " + b"x" * (1 << 20) + b"\r\n\r\n", 431),
+        (b"GET /ping HTTP/1.1\r\nHost: a\r\nX: " + b"x" * HEAD_MAX_BYTES + b"\r\n\r\n", 431),
+        (b"GET /ping HTTP/2.0\r\nHost: a\r\n\r\n", 505),
     ],
 )
 async def test_what_is_no_http_is_answered_and_the_connection_closed(
@@ -375,7 +377,7 @@ async def test_body_that_is_too_large_is_refused(tmp_path: Path) -> None:
         (build_head("POST", "/containers", length=100) + b'{"handle":"x"}', "unexpected EOF"),
         (CHUNKED + b'e\r\n{"handle":"x"}\r\n', "unexpected EOF"),
         (CHUNKED + b'e\r\n{"hand', "unexpected EOF"),
-        (CHUNKED + b'zz\r\n{"handle":"x"}\r\n', "malformed body"),
+        (CHUNKED + b'zz\r\n{"handle":"x"}\r\n', "malformed chunked encoding"),
     ],
 )
 async def test_1_26_body_that_is_cut_short_changes_nothing(

@@ -13,7 +13,7 @@ from grpc_reflection.v1alpha import reflection
 
 from garden_py.api._pb import garden_pb2, garden_pb2_grpc
 from garden_py.api.activation import RelayProcess
-from garden_py.api.address import is_loopback
+from garden_py.api.address import check_listen
 from garden_py.api.grpc.drain import Drain
 from garden_py.api.grpc.interceptor import ErrorInterceptor
 from garden_py.api.grpc.servicer import GardenServicer
@@ -97,23 +97,12 @@ class GrpcDoor:
         self._bound_path = path
 
     def _bind_tcp(self, address: str) -> None:
-        config = self._config
-        given = [config.tls_cert, config.tls_key, config.tls_client_ca]
+        check_listen(self._config)
         try:
-            if all(given):
-                bound = self._server.add_secure_port(address, _credentials(config))
-            elif any(given):
-                raise InvalidField(
-                    "tls_client_ca", "a TCP door needs all of tls_cert, tls_key and tls_client_ca"
-                )
-            elif config.insecure_loopback and is_loopback(address, field="listen"):
-                bound = self._server.add_insecure_port(address)
+            if self._config.tls_cert:
+                bound = self._server.add_secure_port(address, _credentials(self._config))
             else:
-                raise InvalidField(
-                    "listen",
-                    f"{address}: a TCP door needs mutual TLS (--tls-cert, --tls-key, --tls-client-ca), "
-                    "or a loopback address with --insecure-loopback",
-                )
+                bound = self._server.add_insecure_port(address)
         except RuntimeError as error:
             raise HostFault("listen", f"cannot bind {address}") from error
         if not bound:

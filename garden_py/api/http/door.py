@@ -12,7 +12,7 @@ from typing import Final
 
 import structlog
 
-from garden_py.api.address import is_loopback
+from garden_py.api.address import check_garden_http
 from garden_py.api.http.errors import describe
 from garden_py.api.http.exchange import (
     Answer,
@@ -29,7 +29,7 @@ from garden_py.api.http.handlers import GardenHandlers
 from garden_py.api.http.routes import Match, NoMatch, match_route
 from garden_py.api.unix_socket import socket_file
 from garden_py.config import Config
-from garden_py.model.errors import GardenError, HostFault, InvalidField, ShuttingDown
+from garden_py.model.errors import GardenError, HostFault, ShuttingDown
 from garden_py.observe.calls import REQUEST_ID_HEADER, TRACE_HEADERS, begin_call
 from garden_py.service.core import Core
 
@@ -88,12 +88,7 @@ class GardenDoor:
         return await asyncio.start_unix_server(self._accept, sock=sock, backlog=_BACKLOG, limit=_STREAM_LIMIT)
 
     async def _listen_tcp(self, address: str) -> asyncio.Server:
-        if not is_loopback(address, field="garden_http") and not self._config.garden_http_insecure:
-            raise InvalidField(
-                "garden_http",
-                f"{address}: the protocol has no authentication, and whoever reaches it is root here; use a unix "
-                "socket or a loopback address, or say --garden-http-insecure",
-            )
+        check_garden_http(self._config)
         host, _, port = address.rpartition(":")
         return await asyncio.start_server(
             self._accept, host.strip("[]"), int(port), backlog=_BACKLOG, limit=_STREAM_LIMIT

@@ -117,6 +117,7 @@ Handler: TypeAlias = Callable[[Request], Awaitable[Answer]]
 _REASONS: Final = {
     200: "OK", 201: "Created", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed",
     413: "Request Entity Too Large", 431: "Request Header Fields Too Large", 500: "Internal Server Error",
+    501: "Not Implemented", 505: "HTTP Version Not Supported",
 }  # fmt: skip
 
 
@@ -203,6 +204,11 @@ class Connection:
                 self._http.receive_data(await self._reader.read(READ_BYTES))
         if not isinstance(event, h11.Request):
             raise Disconnected  # the client has closed the connection between two requests
+        if not event.http_version.startswith(b"1."):
+            raise h11.RemoteProtocolError("another HTTP", error_status_hint=505)
+        # One that comes whole with its end is no incomplete event, whose bound h11 keeps.
+        if len(event.target) + sum(len(name) + len(value) for name, value in event.headers) > HEAD_MAX_BYTES:
+            raise h11.RemoteProtocolError("too long a head", error_status_hint=431)
         return event
 
     async def _read_body(self) -> AsyncIterator[bytes]:
@@ -220,7 +226,7 @@ class Connection:
                     return
         except h11.RemoteProtocolError as error:
             # A client that has only ended its sending half still learns what its request came to.
-            raise BrokenBody("unexpected EOF" if ended else f"malformed body: {error}") from error
+            raise BrokenBody("unexpected EOF" if ended else "malformed chunked encoding") from error
 
     async def _finish_request(self) -> bool:
         """After an answer: read what is left of the body for a moment; whether the connection is as good as new."""
