@@ -79,6 +79,9 @@ def metrics(
         garden metrics web/envoy
     """
     names = [name.partition("/") for name in handles or []]
+    for handle, slash, process_id in names:
+        if not handle or (slash and not process_id):
+            raise parse.BadInput(f"{handle}{slash}{process_id}: a HANDLE or HANDLE/PROCESS is needed")
     with opt.connect(context, address) as garden:
         measured = garden.metrics(
             [handle for handle, slash, _ in names if not slash],

@@ -58,7 +58,7 @@ class Metrics:
         self._registry = registry = CollectorRegistry()
         self.creates = Counter("garden_creates", "Containers made.", registry=registry)
         self.create_failures = Counter(
-            "garden_create_failures", "Creates that failed.", ["code"], registry=registry
+            "garden_create_failures", "Creates that failed after they had begun.", ["code"], registry=registry
         )
         self.destroys = Counter("garden_destroys", "Containers removed.", registry=registry)
         self.destroy_failures = Counter(

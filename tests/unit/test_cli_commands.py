@@ -367,6 +367,8 @@ def test_what_a_terminal_would_obey_is_written_out(garden: Garden) -> None:
         (["destroy", "--all", "web"], "not both"),
         (["run", "--image-user", "u", "c", "true"], "--image-password-file"),
         (["ping", "--address", "nonsense"], "nonsense"),
+        (["metrics", "web/"], "web/: a HANDLE or HANDLE/PROCESS is needed"),
+        (["metrics", ""], "is needed"),
         (["run", "c", "echo", "a\udcff"], r"b'a\xff' is no UTF-8"),
         (["create", "--property", "a=\udcff"], r"b'\xff' is no UTF-8"),
         (["grace-time", "c", "9" * 20 + "d"], "is more than ten thousand years"),
