@@ -18,7 +18,6 @@ DISK_FLOOR_BYTES = 256 << 10  # Garden statement D8; an empty layer takes some o
 CPU_WEIGHT_RANGE = (1, 10_000)
 CPU_SHARES_RANGE = (2, 262_144)
 CPU_QUOTA_FLOOR_US = 1_000
-CPU_QUOTA_MAX_US = (1 << 44) - 1  # max_cfs_runtime of kernel/sched/core.c
 CPU_PERIOD_RANGE_US = (1_000, 1_000_000)
 CPU_PERIOD_DEFAULT_US = 100_000
 IO_WEIGHT_RANGE = (1, 10_000)
@@ -215,7 +214,7 @@ def limit_violations(limits: Limits, prefix: str) -> list[FieldViolation]:
             found.append(FieldViolation(f"{prefix}.swap_bytes", SWAP_NEEDS_MEMORY))
     check("cpu_weight", limits.cpu_weight, *CPU_WEIGHT_RANGE, zero_is_unlimited=False)
     check("cpu_shares", limits.cpu_shares, *CPU_SHARES_RANGE, zero_is_unlimited=False)
-    check("cpu_quota_us", limits.cpu_quota_us, CPU_QUOTA_FLOOR_US, CPU_QUOTA_MAX_US, zero_is_unlimited=True)
+    check("cpu_quota_us", limits.cpu_quota_us, CPU_QUOTA_FLOOR_US, UINT63_MAX // 1000, zero_is_unlimited=True)
     check("cpu_period_us", limits.cpu_period_us, *CPU_PERIOD_RANGE_US, zero_is_unlimited=False)
     check("pids", limits.pids, PIDS_FLOOR, 4_194_304, zero_is_unlimited=True)  # PID_MAX_LIMIT, proc(5)
     check("disk_bytes", limits.disk_bytes, DISK_FLOOR_BYTES, UINT63_MAX, zero_is_unlimited=True)
