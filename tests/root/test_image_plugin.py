@@ -269,10 +269,9 @@ def test_variables_that_are_none_are_left_out(lab: PluginLab, garden: GardenHttp
         assert garden.text_of(handle, "echo $B") == "b\n"
 
 
-@pytest.mark.parametrize("password", ["a\0b", "a\ud800b"])
-def test_a_password_that_cannot_be_an_argument_is_refused(garden: GardenHttp, password: str) -> None:
+def test_a_password_that_cannot_be_an_argument_is_refused(garden: GardenHttp) -> None:
     with pytest.raises(GardenHttpError, match=r"image_auth\.password: cannot be an argument"):
-        garden.create(image={"uri": IMAGE, "username": "u", "password": password})
+        garden.create(image={"uri": IMAGE, "username": "u", "password": "a\0b"})
 
 
 def test_a_failing_sidecar_leaves_its_container_alone(lab: PluginLab, garden: GardenHttp) -> None:
