@@ -29,7 +29,7 @@ RTM_NEWQDISC, RTM_DELQDISC, RTM_GETQDISC = 36, 37, 38
 
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_OPERSTATE, IFLA_LINKINFO, IFLA_IFALIAS = 1, 3, 4, 16, 18, 20
 IFLA_NET_NS_FD = 28
-IF_OPER_UNKNOWN, IF_OPER_UP = 0, 6
+IF_OPER_UP = 6
 IFLA_INFO_KIND, IFLA_INFO_DATA, VETH_INFO_PEER = 1, 2, 1
 IFA_ADDRESS, IFA_LOCAL = 1, 2
 IFA_F_NODAD = 0x02
@@ -67,8 +67,8 @@ class RtnetlinkError(OSError):
 class Link:
     """A network interface. `kind` is empty for real devices, `alias` if none was set.
 
-    `is_operational`: its queue takes packets (operstates.rst, IF_OPER_UP, or IF_OPER_UNKNOWN of devices that do not
-    tell). A link can be up and have its carrier a while before that.
+    `is_operational`: its queue takes packets, and it says so (operstates.rst, IF_OPER_UP; loopback does not say). A
+    link can be up and have its carrier a while before that.
     """
 
     index: int
@@ -395,7 +395,7 @@ def _parse_link(answer: bytes) -> Link:
         name=_decode(attributes[IFLA_IFNAME]),
         mtu=struct.unpack("=I", attributes[IFLA_MTU])[0],
         is_up=bool(flags & IFF_UP),
-        is_operational=attributes[IFLA_OPERSTATE][0] in (IF_OPER_UNKNOWN, IF_OPER_UP),
+        is_operational=attributes[IFLA_OPERSTATE][0] == IF_OPER_UP,
         kind=_decode(info.get(IFLA_INFO_KIND, b"")),
         alias=_decode(attributes.get(IFLA_IFALIAS, b"")),
     )
