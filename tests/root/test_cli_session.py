@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from kit.patience import FACTOR
 from kit.server import ServerProcess, running_server
 from kit.terminal import DEADLINE_S, GARDEN, Terminal
 
@@ -234,11 +233,8 @@ def test_the_detach_keys_are_heard_while_there_is_no_server() -> None:
         terminal.type("echo into the void\r")
         time.sleep(0.5)
         terminal.type("\x10\x11")
-        started_s = time.monotonic()
+        # Not the failure that it ends with when it has looked for the server in vain.
         assert terminal.end() == 0
-        assert (
-            time.monotonic() - started_s < 10 * FACTOR
-        )  # it goes on looking for the server for half a minute
         assert "detached" in terminal.seen
         server.start()
 

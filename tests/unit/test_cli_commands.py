@@ -475,14 +475,6 @@ def test_a_stdout_that_does_not_block_gets_everything(garden: Garden, fake: Fake
     assert process.returncode == 0
 
 
-@pytest.mark.parametrize("arguments", [("run", "c", "emit", "\udcff"), ("create", "--handle", "\udcff")])
-def test_arguments_that_are_no_text_are_bad_input(garden: Garden, arguments: tuple[str, ...]) -> None:
-    """A message holds UTF-8 only."""
-    assert garden(*arguments) == Result(
-        2, "", "garden: b'\\xff' is no UTF-8, and cannot be sent to the server\n"
-    )
-
-
 def test_what_the_terminal_has_no_letters_for_is_written_in_numbers(
     garden: Garden, fake: FakeGarden, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,6 +57,11 @@ def test_cpu_quota_is_microseconds_or_percent(text: str, quota: int) -> None:
     assert parse.parse_cpu_quota(text) == quota
 
 
+def test_never_is_a_grace_time() -> None:
+    """Zero on the wire."""
+    assert parse.parse_grace_time("never") == timedelta(0)
+
+
 @pytest.mark.parametrize("text", ["1.5", "x", "-1", "%", "٣%", "9" * 400 + "%", "9" * 5000])
 def test_other_cpu_quotas_are_refused(text: str) -> None:
     """1.5 could mean processors; better to ask."""

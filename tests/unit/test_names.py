@@ -125,7 +125,7 @@ def test_who_gets_no_answer_is_told_before(
 
 
 def test_hosts_files_in_any_encoding_are_read(tmp_path: Path) -> None:
-    """Comments of old ones are in Latin-1, and no container could be made."""
+    """Comments of old ones are in Latin-1: in the host's network no container could be made."""
     hosts = tmp_path / "hosts"
     hosts.write_bytes(b"127.0.0.1 localhost # f\xfcr uns\n")
     assert read_if_there(hosts).startswith("127.0.0.1 localhost # f")

@@ -32,7 +32,7 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from garden_py.backend.host.small_files import lines_of, read_mountinfo
+from garden_py.backend.host.small_files import lines_of, read_mountinfo, unescape
 
 V1_CONTROLLERS = ("cpu", "cpuacct", "memory", "pids")
 V2_CONTROLLERS = ("cpu", "memory", "pids")
@@ -92,7 +92,7 @@ def parse_hierarchies(mountinfo: str, version: int) -> Hierarchies:
     for line in lines_of(mountinfo):
         left, _, right = line.partition(" - ")
         fstype, _, options = right.split(" ", 2)
-        mount_point = Path(left.split(" ")[4])
+        mount_point = Path(unescape(left.split(" ")[4]))
         if fstype == "cgroup2":
             unified = unified or mount_point
         elif fstype == "cgroup":

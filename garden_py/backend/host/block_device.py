@@ -6,7 +6,7 @@ import os
 import stat
 from pathlib import Path
 
-from garden_py.backend.host.small_files import lines_of, read_mountinfo
+from garden_py.backend.host.small_files import lines_of, read_mountinfo, unescape
 
 _SYS_DEV = Path("/sys/dev/block")
 
@@ -42,7 +42,7 @@ def _mount_source(mountinfo: str, directory: Path) -> int | None:
     path = str(directory.resolve())
     for line in lines_of(mountinfo):
         left, _, right = line.partition(" - ")
-        point = left.split(" ")[4]
+        point = unescape(left.split(" ")[4])
         if len(point) >= len(nearest) and f"{path}/".startswith(f"{point.rstrip('/')}/"):
             nearest, source = point, right.split(" ")[1]
     try:

@@ -7,9 +7,11 @@ UTF-8, and may hold all that Python takes for the end of a line but the newline 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 _MOST_BYTES = 1 << 16
+_ESCAPE = re.compile(r"\\([0-7]{3})")
 
 
 def read_small(path: str | Path) -> str:
@@ -28,6 +30,11 @@ def read_small(path: str | Path) -> str:
 def read_mountinfo() -> str:
     """The mounts that this process sees, proc_pid_mountinfo(5); however many they are."""
     return Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
+
+
+def unescape(field: str) -> str:
+    """A path of proc_pid_mountinfo(5), which has space, tab, newline and backslash as octal escapes."""
+    return _ESCAPE.sub(lambda match: chr(int(match[1], 8)), field)
 
 
 def lines_of(text: str) -> list[str]:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from garden_py.backend.host.small_files import lines_of, read_mountinfo
+from garden_py.backend.host.small_files import lines_of, read_mountinfo, unescape
 from garden_py.backend.ledger.book import Book, Shared
 from garden_py.backend.ledger.files import book_id
 from garden_py.model.leak import Direction, Leak, LeakKind
 
-_ESCAPE = re.compile(r"\\([0-7]{3})")
 _ELSEWHERE = "the server makes no mounts there, so somebody else made this one; it may keep a directory busy"
 
 
@@ -34,12 +32,11 @@ class Sight:
 def parse_mount_points(mountinfo: str, below: Iterable[Path]) -> frozenset[str]:
     """Mount points strictly below some directories.
 
-    Source: proc_pid_mountinfo(5): the fifth field, with space, tab, newline and backslash as octal escapes.
+    Source: proc_pid_mountinfo(5): the fifth field.
     """
     parents = tuple(f"{directory}/" for directory in below)
-    points = (line.split(" ")[4] for line in lines_of(mountinfo))
-    plain = (_ESCAPE.sub(lambda match: chr(int(match[1], 8)), point) for point in points)
-    return frozenset(point for point in plain if point.startswith(parents))
+    points = (unescape(line.split(" ")[4]) for line in lines_of(mountinfo))
+    return frozenset(point for point in points if point.startswith(parents))
 
 
 def look(staged: Iterable[str], below: Iterable[Path], store: Path | None) -> Sight:

@@ -36,8 +36,7 @@ T = TypeVar("T")
 # The step of the HostFault that says: not this change is at fault, somebody has removed the server's table.
 TABLE_MISSING = "network.table_missing"
 
-# What the kernel may take to start a new link's queue; under a heavy load of network namespaces, tens of milliseconds
-# were seen.
+# What the kernel may take to start a new link's queue, which it mostly has done by the first look.
 _LINK_S = 10.0
 
 _SYSCTL = Path("/proc/sys/net")

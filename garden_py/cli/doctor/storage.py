@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from garden_py.backend.host.small_files import lines_of, read_mountinfo
+from garden_py.backend.host.small_files import lines_of, read_mountinfo, unescape
 from garden_py.cli.doctor.finding import Finding, Level
 
-_ESCAPE: Final = re.compile(r"\\([0-7]{3})")
 _LOW_FREE_BYTES: Final = 5 << 30
 _LOW_FREE_INODES: Final = 100_000
 # Written through and lost at a reboot, or unable to carry an overlayfs upper layer.
@@ -38,8 +36,7 @@ def parse_mountinfo(text: str) -> list[Mount]:
         head, _, tail = line.partition(" - ")
         fields, tail_fields = head.split(" "), tail.split(" ")
         options = frozenset(fields[5].split(",")) | frozenset(tail_fields[-1].split(","))
-        point = _ESCAPE.sub(lambda match: chr(int(match[1], 8)), fields[4])  # blanks are written \040
-        mounts.append(Mount(Path(point), tail_fields[0], options))
+        mounts.append(Mount(Path(unescape(fields[4])), tail_fields[0], options))
     return mounts
 
 
